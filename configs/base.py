@@ -1,0 +1,111 @@
+"""Every field of a run, with its meaning. The other files state only what differs from this one.
+
+`--config FILE:reference` (any file) restores the published recipe where ours departs from it.
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = {
+  "": {},
+  # What METHOD calls the recipe `reference`. Several devices of the published code pass no gradient
+  # to in-batch passages and know nothing of repeated texts.
+  "reference": {
+    "losses.inbatch_passage_grad": False,
+    "losses.mask_duplicates": False,
+    "data.pooled_token": "<|im_end|>",
+  },
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """Returns the 0.6B-shaped defaults, changed by a named variant."""
+  config = ConfigDict(
+    {
+      # The encoder: a dense Qwen3 decoder without a language-model head.
+      "model": {
+        "vocab": 151_936,  # rows of the token table; Qwen's tokenizer uses 151,669 of them
+        "width": 1024,  # of the residual stream, and of the embedding
+        "layers": 28,
+        "ffn": 3072,  # inner width of the SwiGLU
+        "heads": 16,  # query heads; a multiple of kv_heads
+        "kv_heads": 8,
+        "head_dim": 128,  # its own number: heads x head_dim need not be the width
+        "rank": 512,  # of the token table U [vocab, rank] @ V [rank, width]; 0: a full table
+        "rope_theta": 1e6,
+        "norm_eps": 1e-6,
+        "dtype": "bfloat16",  # of the computation; parameters are float32. bfloat16 | float32
+        "remat": "full",  # recomputed by backward: none | full (layers) | dots (all but products)
+      },
+      # What is trained along each axis. () is the default set; (full,) alone switches an axis off.
+      "matryoshka": {
+        "dims": (),  # output dimensions; default 8, 16, 32, ... below the width, and the width
+        "exits": (),  # layer counts; default 1, 2, 4, 8, 16, 24, 32, ... and all layers
+        "ranks": (),  # one drawn per step, by size; default 64, 128, 256, ... and the rank
+      },
+      # Cross-entropies over cosines: own positive against own hard negatives, plus (retrieval and
+      # bitext) own positive against every positive of the global batch.
+      "losses": {
+        "temperature": 0.05,
+        "inbatch_passage_grad": True,  # False: the in-batch term teaches queries only
+        "mask_duplicates": True,  # identical texts are never each other's negatives
+        # Hard negatives used per row and step, drawn from those stored (fewer where fewer are).
+        "negatives": {"retrieval": 7, "bitext": 7, "clustering": 9, "classification": 1},
+      },
+      "data": {
+        "builder": "",  # quickstart: write manifest, text and tokenizer into WORKDIR/data first
+        "manifest": "",  # JSON: file -> task_type, instruction, query_has_instruction, negatives
+        "train": ("train/*",),  # patterns over the manifest's files
+        "heldout": (),  # patterns of held-out files, evaluated before and after; () for none
+        "tokenizer": "",  # path of a tokenizer.json
+        "pooled_token": "<|endoftext|>",  # ends every text; its state is the embedding
+        "global_batch": 512,  # rows per step over all devices, all from one dataset
+        "lengths": (64, 128, 256, 512, 1024),  # a batch is padded to the first that holds it; the
+        #                                        last one truncates
+        "max_dropped_share": 0.01,  # rows with null or empty text are dropped; above this: error
+      },
+      # AdamW with decoupled weight decay on every parameter, gradients clipped by global norm.
+      "optimizer": {
+        "learning_rate": 1e-5,
+        "min_learning_rate": 1e-7,  # a clamp from below after the first update
+        "schedule": "cosine",  # to zero over the run | constant after warm-up
+        "warmup_steps": 100,
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "eps": 1e-8,
+        "weight_decay": 0.01,  # times the learning rate
+        "clip_norm": 1.0,
+      },
+      # Devices along each axis: data copies the parameters, fsdp splits them, tensor splits heads
+      # and MLP. -1 takes what is left.
+      "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+      "train": {
+        "init_from": "",  # a Qwen3 folder in Hugging Face layout; empty: random weights
+        "steps": 0,  # length of the run in updates, or
+        "epochs": 2.0,  # in passes over the training files; one of the two is 0
+        "seed": 0,  # of weights, data order, drawn negatives and drawn ranks
+        "log_every": 10,  # steps per line of metrics.jsonl
+        "checkpoint_every": 500,
+        "keep_checkpoints": 3,
+      },
+      "eval": {
+        "batch_size": 512,
+      },
+      "export": {
+        "name": "mlembed-0.6b",
+        "at_end": False,  # also write the folder WORKDIR/export when training ends
+        "dtype": "bfloat16",  # of the stored weights: bfloat16 | float32
+        "max_seq_length": 8192,  # tokens a user of the folder may encode
+        "max_positions": 40_960,  # max_position_embeddings of the base model
+      },
+    }
+  )
+  return apply_variant(config, VARIANTS, variant)
+
+
+def apply_variant(config: ConfigDict, variants: dict[str, dict], variant: str) -> ConfigDict:
+  """Returns `config` with the fields of the named variant set."""
+  if variant not in variants:
+    known = ", ".join(name for name in variants if name)
+    raise ValueError(f"--config: unknown variant {variant!r}; known: {known}")
+  config.update_from_flattened_dict(variants[variant])
+  return config

@@ -1,0 +1,67 @@
+"""Checkpoints by orbax: the whole state, saved in the background, restored onto any mesh."""
+
+import pathlib
+
+import orbax.checkpoint as ocp
+
+from mlembed_jax.config import ConfigError, flatten
+from mlembed_jax.train_state import TrainState
+from mlembed_jax.workdir import Run
+
+# Fields that may change between stop and resume, because no update depends on them.
+FREE = (
+  "mesh.",
+  "eval.",
+  "export.",
+  "data.builder",
+  "data.manifest",
+  "data.heldout",
+  "data.tokenizer",
+)
+FREE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.init_from")
+
+
+class Checkpoints:
+  """The checkpoints of one workdir."""
+
+  def __init__(self, workdir: pathlib.Path, keep: int = 1):
+    """Opens WORKDIR/checkpoints; `keep` is how many of the newest stay after a save."""
+    self._manager = ocp.CheckpointManager(
+      workdir / "checkpoints",
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+    )
+
+  def latest(self) -> int | None:
+    """Returns the newest saved step, None where there is none."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Saves in the background; a step that is already saved is left alone."""
+    if self._manager.latest_step() != step:
+      self._manager.save(step, args=ocp.args.StandardSave(state))
+
+  def restore(self, step: int, abstract: TrainState) -> TrainState:
+    """Returns the state of a step, laid out as `abstract` says."""
+    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+  def close(self) -> None:
+    """Waits for running saves."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def check_same_run(stored: Run, current: Run, workdir: pathlib.Path) -> None:
+  """Raises ConfigError with every differing field where `current` cannot continue `stored`."""
+  before, now = (flatten(run.config) for run in (stored, current))
+  before["data"], now["data"] = stored.fingerprint, current.fingerprint
+  differing = [
+    f"  {name}: {before[name]} in the workdir, {now[name]} now"
+    for name in now
+    if before[name] != now[name] and not name.startswith(FREE)
+  ]
+  if differing:
+    raise ConfigError(
+      f"{workdir} holds a checkpoint of another run:\n"
+      + "\n".join(differing)
+      + "\nGive these fields their old values, or use another --workdir."
+    )

@@ -1,0 +1,28 @@
+"""What every command shares: flags in one style, and one way to end."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from mlembed_jax.config import ConfigError
+from mlembed_jax.data.tokenizer import DataError
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the flags and runs `main`; exits with 0 on success alone.
+
+  Input that cannot be used ends the program with its message and status 1, without a traceback.
+  """
+
+  def wrapped(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a --flag")
+    try:
+      main()
+    except (ConfigError, DataError) as error:
+      sys.exit(f"error: {error}")
+
+  # Libraries log each checkpoint in thirty lines; --verbosity=0 shows them.
+  flags.FLAGS.set_default("verbosity", -1)
+  app.run(wrapped)

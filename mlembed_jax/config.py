@@ -1,0 +1,342 @@
+"""Run configuration: ml_collections dictionaries become frozen dataclasses, checked before use.
+
+Values and the meaning of each field stand in configs/base.py; names and types stand here.
+This module knows no other module of the package.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be meant; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape and numerics of one encoder."""
+
+  vocab: int
+  width: int
+  layers: int
+  ffn: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  rank: int
+  rope_theta: float
+  norm_eps: float
+  dtype: str
+  remat: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MatryoshkaConfig:
+  """What is trained along each of the three axes; an empty tuple asks for the default set."""
+
+  dims: tuple[int, ...]
+  exits: tuple[int, ...]
+  ranks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class NegativesConfig:
+  """Hard negatives used per row and step, by task type."""
+
+  retrieval: int
+  bitext: int
+  clustering: int
+  classification: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LossesConfig:
+  """The contrastive objective."""
+
+  temperature: float
+  inbatch_passage_grad: bool
+  mask_duplicates: bool
+  negatives: NegativesConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it becomes batches."""
+
+  builder: str
+  manifest: str
+  train: tuple[str, ...]
+  heldout: tuple[str, ...]
+  tokenizer: str
+  pooled_token: str
+  global_batch: int
+  lengths: tuple[int, ...]
+  max_dropped_share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its schedule."""
+
+  learning_rate: float
+  min_learning_rate: float
+  schedule: str
+  warmup_steps: int
+  beta1: float
+  beta2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 takes what the others leave."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Length of the run, seeds, logging and checkpoints."""
+
+  init_from: str
+  steps: int
+  epochs: float
+  seed: int
+  log_every: int
+  checkpoint_every: int
+  keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Held-out evaluation before and after training."""
+
+  batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+  """The Hugging Face folder written from a checkpoint."""
+
+  name: str
+  at_end: bool
+  dtype: str
+  max_seq_length: int
+  max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything one run depends on."""
+
+  model: ModelConfig
+  matryoshka: MatryoshkaConfig
+  losses: LossesConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  mesh: MeshConfig
+  train: TrainConfig
+  eval: EvalConfig
+  export: ExportConfig
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+  "model.dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "full", "dots"),
+  "data.builder": ("", "quickstart"),
+  "optimizer.schedule": ("cosine", "constant"),
+  "export.dtype": ("float32", "bfloat16"),
+}
+# Numbers are positive, these may be zero. The mesh has its own rule.
+MAY_BE_ZERO = {
+  "model.rank",
+  "losses.negatives.retrieval",
+  "losses.negatives.bitext",
+  "losses.negatives.clustering",
+  "losses.negatives.classification",
+  "data.max_dropped_share",
+  "optimizer.min_learning_rate",
+  "optimizer.warmup_steps",
+  "optimizer.beta1",
+  "optimizer.beta2",
+  "optimizer.weight_decay",
+  "train.steps",
+  "train.epochs",
+  "train.seed",
+}
+
+
+def load_module(path: str | pathlib.Path) -> types.ModuleType:
+  """Returns the Python file at `path` as a module (`0_6b.py` is not an importable name)."""
+  spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"--config: {path} is not a Python file")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+  """Returns the checked configuration of a (nested) mapping such as an ml_collections ConfigDict.
+
+  Raises:
+    ConfigError: unknown or missing field, wrong type, or a combination that is impossible on any
+      machine; what depends on the number of devices is checked by `mesh_shape`.
+  """
+  config = _dataclass(Config, values, "")
+  _check_values(config)
+  _check_model(config.model)
+  _check_matryoshka(config)
+  _check_data_and_length(config)
+  return config
+
+
+def _dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in hints:
+      close = difflib.get_close_matches(name, hints, n=1)
+      hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(hints)}"
+      raise ConfigError(f"{path}{name}: unknown field; {hint}")
+  for name in hints:
+    if name not in values:
+      raise ConfigError(f"{path}{name}: missing field")
+  return cls(**{n: _field(hints[n], values[n], f"{path}{n}") for n in hints})
+
+
+def _field(kind: Any, value: Any, path: str) -> Any:
+  if dataclasses.is_dataclass(kind):
+    if not isinstance(value, Mapping) and not hasattr(value, "items"):
+      raise ConfigError(f"{path}: expected a group of fields, found {value!r}")
+    return _dataclass(typing.cast(type, kind), value, f"{path}.")
+  if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
+    item = typing.get_args(kind)[0]
+    return tuple(_field(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    name = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{path}: expected {name}, found {value!r} ({type(value).__name__})")
+  return value
+
+
+def flatten(config: Any, path: str = "") -> dict[str, Any]:
+  """Returns {dotted field name: value} of a configuration."""
+  flat: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    name = path + field.name
+    flat |= flatten(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+  return flat
+
+
+def _check_values(config: Config) -> None:
+  flat = flatten(config)
+  for name, allowed in CHOICES.items():
+    if flat[name] not in allowed:
+      raise ConfigError(f"{name}: {flat[name]!r} is not one of {', '.join(map(repr, allowed))}")
+  for name, value in flat.items():
+    if isinstance(value, (int, float)) and not name.startswith("mesh."):
+      if value < 0 or (value == 0 and type(value) is not bool and name not in MAY_BE_ZERO):
+        bound = "not be negative" if name in MAY_BE_ZERO else "be positive"
+        raise ConfigError(f"{name}: must {bound}, found {value}")
+
+
+def _check_model(m: ModelConfig) -> None:
+  if m.heads % m.kv_heads:
+    raise ConfigError(f"model.heads: {m.heads} is not a multiple of model.kv_heads = {m.kv_heads}")
+  if m.head_dim % 2:
+    raise ConfigError(f"model.head_dim: {m.head_dim} is odd; rotary embedding pairs its halves")
+  if m.rank > m.width:
+    raise ConfigError(f"model.rank: {m.rank} is above model.width = {m.width}; 0 is a full table")
+
+
+def _check_matryoshka(config: Config) -> None:
+  axes = (
+    ("dims", config.matryoshka.dims, "model.width", config.model.width),
+    ("exits", config.matryoshka.exits, "model.layers", config.model.layers),
+    ("ranks", config.matryoshka.ranks, "model.rank", config.model.rank),
+  )
+  for axis, sizes, limit, full in axes:
+    name = f"matryoshka.{axis}"
+    if sizes and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1):
+      raise ConfigError(f"{name}: {sizes} must be positive, ascending and without repeats")
+    if sizes and sizes[-1] > full:
+      raise ConfigError(f"{name}: {sizes[-1]} is beyond the model ({limit} = {full})")
+    if sizes and sizes[-1] != full:
+      raise ConfigError(f"{name}: the full model must be trained too: end with {limit} = {full}")
+
+
+def _check_data_and_length(config: Config) -> None:
+  data, train = config.data, config.train
+  if not data.lengths or list(data.lengths) != sorted(set(data.lengths)) or data.lengths[0] < 2:
+    raise ConfigError(f"data.lengths: {data.lengths} must be ascending sizes of at least 2 tokens")
+  if data.lengths[-1] > config.export.max_positions:
+    raise ConfigError(
+      f"data.lengths: {data.lengths[-1]} is above export.max_positions = "
+      f"{config.export.max_positions}"
+    )
+  if config.export.max_seq_length > config.export.max_positions:
+    raise ConfigError("export.max_seq_length: must not be above export.max_positions")
+  if data.builder and (data.manifest or data.tokenizer):
+    raise ConfigError("data.builder: it writes its own data.manifest and data.tokenizer; drop them")
+  if not data.builder and not (data.manifest and data.tokenizer):
+    missing = "data.tokenizer" if data.manifest else "data.manifest"
+    raise ConfigError(f"{missing}: give a path, e.g. --config.{missing}=/data/...")
+  if not data.train:
+    raise ConfigError("data.train: name at least one pattern of training files")
+  if bool(train.steps) == bool(train.epochs):
+    raise ConfigError("train.steps, train.epochs: set exactly one of the two, and the other to 0")
+
+
+def mesh_shape(config: Config, devices: int) -> dict[str, int]:
+  """Returns the size of each mesh axis on `devices` devices.
+
+  Raises:
+    ConfigError: the axes do not multiply to `devices`, or the batch or a weight cannot be split.
+  """
+  shape = dataclasses.asdict(config.mesh)
+  free = [axis for axis, size in shape.items() if size == -1]
+  if len(free) > 1 or any(size == 0 or size < -1 for size in shape.values()):
+    raise ConfigError(f"mesh: {shape} needs positive sizes and at most one -1")
+  taken = 1
+  for size in shape.values():
+    taken *= 1 if size == -1 else size
+  if free:
+    shape[free[0]] = devices // taken
+  if taken * (shape[free[0]] if free else 1) != devices:
+    raise ConfigError(
+      f"mesh: {shape} does not cover {devices} devices; the sizes must multiply to it"
+    )
+  _check_split(config, shape)
+  return shape
+
+
+def _check_split(config: Config, shape: Mapping[str, int]) -> None:
+  replicas = shape["data"] * shape["fsdp"]
+  for name, size in (
+    ("data.global_batch", config.data.global_batch),
+    ("eval.batch_size", config.eval.batch_size),
+  ):
+    if size % replicas:
+      raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {replicas}")
+  for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor"), ("vocab", "tensor")):
+    _check_multiple(config.model, field, axis, shape)
+  for field in ("heads", "kv_heads"):
+    _check_multiple(config.model, field, "tensor", shape)
+
+
+def _check_multiple(model: ModelConfig, field: str, axis: str, shape: Mapping[str, int]) -> None:
+  size = getattr(model, field)
+  if size % shape[axis]:
+    raise ConfigError(f"model.{field}: {size} is not a multiple of mesh.{axis} = {shape[axis]}")

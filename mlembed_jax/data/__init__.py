@@ -1,0 +1,1 @@
+"""Text to fixed-shape batches. Nothing in this package imports jax."""

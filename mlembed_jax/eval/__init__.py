@@ -1,0 +1,1 @@
+"""Held-out quality of every slice of a model."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders in both directions. Nothing in this package imports torch."""

@@ -1,0 +1,177 @@
+"""A dense Qwen3 decoder that returns the pooled state of every depth in one pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mlembed_jax.config import ModelConfig
+from mlembed_jax.models.attention import attention, rotary
+from mlembed_jax.models.pooling import last_token, right_padded
+
+# What the backward pass of one layer keeps; "none" means no rematerialisation at all.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def weight(
+  module: Any,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  init: nn.initializers.Initializer,
+) -> Array:
+  """Returns parameter `name` in the compute dtype; `axes` names each dimension of `shape`."""
+  param = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+  return param.astype(module.config.dtype)
+
+
+def normal(fan_in: int) -> nn.initializers.Initializer:
+  """Returns the initialiser that keeps unit variance through a product over `fan_in` inputs."""
+  return nn.initializers.normal(fan_in**-0.5)
+
+
+class RMSNorm(nn.Module):
+  """scale * x / rms(x) over the last axis, statistics in float32."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Returns the normed `x` in the compute dtype."""
+    scale = self.param(
+      "scale",
+      nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+      x.shape[-1:],
+      jnp.float32,
+    )
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+    return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with RMSNorm on each query and key head."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: Array, positions_BT: Array, segments_BT: Array) -> Array:
+    """Returns the attention output, [B, T, D]."""
+    c = self.config
+    D, N, G, K = c.width, c.heads, c.kv_heads, c.head_dim
+    q_DNK = weight(self, "q", (D, N, K), ("embed", "heads", "head_dim"), normal(D))
+    k_DGK = weight(self, "k", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(D))
+    v_DGK = weight(self, "v", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(D))
+    o_NKD = weight(self, "o", (N, K, D), ("heads", "head_dim", "embed"), normal(N * K))
+    q_BTNK = RMSNorm(c, name="q_norm")(jnp.einsum("BTD,DNK->BTNK", x_BTD, q_DNK))
+    k_BTGK = RMSNorm(c, name="k_norm")(jnp.einsum("BTD,DGK->BTGK", x_BTD, k_DGK))
+    v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, v_DGK)
+    q_BTNK = rotary(q_BTNK, positions_BT, c.rope_theta)
+    k_BTGK = rotary(k_BTGK, positions_BT, c.rope_theta)
+    out_BTNK = attention(q_BTNK, k_BTGK, v_BTGK, segments_BT)
+    return jnp.einsum("BTNK,NKD->BTD", out_BTNK, o_NKD)
+
+
+class Mlp(nn.Module):
+  """SwiGLU."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: Array) -> Array:
+    """Returns the gated MLP output, [B, T, D]."""
+    c = self.config
+    gate_DF = weight(self, "gate", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
+    up_DF = weight(self, "up", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
+    down_FD = weight(self, "down", (c.ffn, c.width), ("ffn", "embed"), normal(c.ffn))
+    return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+
+
+class Block(nn.Module):
+  """One pre-norm decoder layer, shaped for `nn.scan`: carries the stream, emits its last token."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Array, positions_BT: Array, segments_BT: Array, last_B: Array
+  ) -> tuple[Array, Array]:
+    """Returns the residual stream [B, T, D] and its value at each row's last token [B, D]."""
+    c = self.config
+    x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "token", None))
+    normed_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
+    x_BTD = x_BTD + Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT)
+    x_BTD = x_BTD + Mlp(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
+    return x_BTD, last_token(x_BTD, last_B)
+
+
+class Encoder(nn.Module):
+  """Token ids to one vector per row and depth."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    rank_mask_R: Float[Array, "R"] | None = None,
+  ) -> Float[Array, "L B D"]:
+    """Returns the final-norm state of each row's last token after every layer, float32.
+
+    Rows are padded on the right. `rank_mask_R` (1 for used columns of the token table) gives the
+    vectors of a smaller rank without a new program; `slice_params` gives the same ones.
+    """
+    c = self.config
+    positions_BT, segments_BT, last_B = right_padded(lengths_B, tokens_BT.shape[1])
+    x_BTD = self._embed(tokens_BT, rank_mask_R)
+    _, pooled_LBD = self._layers()(c, name="layers")(x_BTD, positions_BT, segments_BT, last_B)
+    return RMSNorm(c, name="final_norm")(pooled_LBD).astype(jnp.float32)
+
+  def _embed(self, tokens_BT: Array, rank_mask_R: Array | None) -> Array:
+    c = self.config
+    std = nn.initializers.normal(0.02)
+    if not c.rank:
+      return weight(self, "table", (c.vocab, c.width), ("vocab", "embed"), std)[tokens_BT]
+    table_VR = weight(self, "table", (c.vocab, c.rank), ("vocab", "rank"), std)
+    # The second factor keeps the deviation 0.02 of a full table. Its columns stay whole: it is
+    # small, and two dimensions on one mesh axis are not possible.
+    up_RD = weight(self, "up", (c.rank, c.width), ("rank", None), normal(c.rank))
+    if rank_mask_R is not None:
+      up_RD = up_RD * rank_mask_R.astype(up_RD.dtype)[:, None]
+    return table_VR[tokens_BT] @ up_RD
+
+  def _layers(self) -> Any:
+    c = self.config
+    block: Any = Block
+    if c.remat != "none":
+      # Inside a scan XLA cannot merge the recomputation with the forward pass by itself.
+      block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    return nn.scan(
+      block,
+      length=c.layers,
+      in_axes=nn.broadcast,  # type: ignore[arg-type]
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      metadata_params={nn.PARTITION_NAME: "layer"},
+    )
+
+
+def abstract_params(config: ModelConfig) -> Any:
+  """Returns the boxed tree of parameter shapes and logical axis names; nothing is computed."""
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(Encoder(config).init, key, tokens, lengths)["params"]
+
+
+def parameter_count(config: ModelConfig) -> int:
+  """Returns the number of parameters of the encoder."""
+  params = nn.unbox(abstract_params(config))
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,92 @@
+"""Device mesh, and where each parameter, optimiser moment and batch row lives on it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mlembed_jax.config import Config, mesh_shape
+
+# Logical axis -> mesh axes; () leaves a dimension whole. fsdp splits every large weight once,
+# tensor splits heads and MLP.
+RULES: dict[str | None, tuple[str, ...]] = {
+  "batch": ("data", "fsdp"),
+  "token": (),
+  "vocab": ("tensor",),
+  "rank": ("fsdp",),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "head_dim": (),
+  "ffn": ("tensor",),
+  "norm": (),  # vectors of one width or head: kilobytes
+  "layer": (),  # the scan walks it
+  None: (),
+}
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns the mesh (data, fsdp, tensor) over the devices; ConfigError where it cannot be."""
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(config, len(devices))
+  return jax.make_mesh(
+    tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def logical_rules() -> list[tuple[str, tuple[str, ...] | None]]:
+  """Returns the table in the form that `nn.logical_axis_rules` takes, for activations."""
+  return [(name, axes or None) for name, axes in RULES.items() if name is not None]
+
+
+def partition_spec(
+  path: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh
+) -> PartitionSpec:
+  """Returns the PartitionSpec of one array.
+
+  Raises:
+    ValueError: an axis without a rule, two dimensions on one mesh axis, or a size that does not
+      divide. Flax would replicate such an array without a word.
+  """
+  if unknown := [a for a in axes if a not in RULES]:
+    raise ValueError(f"{path}: no rule for logical axes {unknown}")
+  mesh_axes = [RULES[a] for a in axes]
+  used = [name for names in mesh_axes for name in names]
+  if len(set(used)) != len(used):
+    raise ValueError(f"{path}: {axes} puts two dimensions on one mesh axis: {mesh_axes}")
+  for size, names in zip(shape, mesh_axes, strict=True):
+    parts = math.prod(mesh.shape[name] for name in names)
+    if size % parts:
+      raise ValueError(f"{path}: {size} is not a multiple of mesh axes {names} = {parts}")
+  return PartitionSpec(*(names or None for names in mesh_axes))
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+  """Returns a NamedSharding per array of a boxed abstract tree; unnamed leaves are replicated."""
+
+  def one(path: Any, leaf: Any) -> NamedSharding:
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      return NamedSharding(mesh, PartitionSpec())
+    name = jax.tree_util.keystr(path)
+    return NamedSharding(mesh, partition_spec(name, leaf.value.shape, leaf.names, mesh))
+
+  return jax.tree_util.tree_map_with_path(
+    one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Returns global arrays, split by rows, from this host's rows."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()
+  }

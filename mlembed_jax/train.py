@@ -1,0 +1,253 @@
+"""Trains an encoder: python -m mlembed_jax.train --config configs/8b.py --workdir DIR.
+
+The same command with the same workdir goes on from the newest checkpoint, bit for bit as if the
+run had never stopped. SIGTERM saves a checkpoint before the program ends (status 143).
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from mlembed_jax import cli, metrics, optimizer, train_state, train_step
+from mlembed_jax.checkpoint import Checkpoints, check_same_run
+from mlembed_jax.config import Config, ConfigError, from_mapping
+from mlembed_jax.data import batching, loader, quickstart, sources
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.eval import grid, tasks
+from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.load import load_params
+from mlembed_jax.matryoshka import Slice
+from mlembed_jax.sharding import logical_rules, make_mesh, put_batch
+from mlembed_jax.train_state import TrainState
+from mlembed_jax.workdir import (
+  Run,
+  copy_file,
+  evaluation_path,
+  open_workdir,
+  read_evaluation,
+  write_json,
+)
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Configuration file, FILE[:variant]. Any field can be changed on the command line, e.g. "
+  "--config.optimizer.learning_rate=1e-5; configs/base.py explains them all.",
+)
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run: checkpoints, metrics, export. Made if it does not exist."
+)
+
+PREEMPTED = 128 + signal.SIGTERM
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Everything a run reads."""
+
+  datasets: list[sources.Dataset]
+  entries: dict[str, dict[str, Any]]
+  tokenizer: Tokenizer
+  tasks: list[tasks.Task]
+
+
+def load_inputs(config: Config, workdir: pathlib.Path) -> Inputs:
+  """Returns the opened files, built first where `data.builder` says so; raises DataError."""
+  data = config.data
+  manifest, tokenizer = pathlib.Path(data.manifest), pathlib.Path(data.tokenizer)
+  if data.builder == "quickstart":
+    folder = workdir / "data"
+    quickstart.build(folder, vocab_size=config.model.vocab, seed=config.train.seed)
+    manifest, tokenizer = folder / "manifest.json", folder / "tokenizer.json"
+  entries = sources.select(manifest, data.train, "data.train")
+  heldout = sources.select(manifest, data.heldout, "data.heldout")
+  return Inputs(
+    [
+      sources.load(manifest.parent, name, entry, data.max_dropped_share)
+      for name, entry in entries.items()
+    ],
+    entries,
+    Tokenizer(tokenizer, data.pooled_token),
+    [tasks.load(manifest.parent, name, entry) for name, entry in heldout.items()],
+  )
+
+
+def describe(config: Config, inputs: Inputs) -> Run:
+  """Returns what the workdir records of this run.
+
+  Raises:
+    ConfigError: the token table has fewer rows than the tokenizer has tokens.
+  """
+  if inputs.tokenizer.size > config.model.vocab:
+    raise ConfigError(
+      f"model.vocab: {config.model.vocab} rows are fewer than the {inputs.tokenizer.size} tokens of "
+      f"{inputs.tokenizer.path}"
+    )
+  fingerprint = sources.fingerprint(inputs.datasets, inputs.tokenizer.fingerprint)
+  return Run(config, inputs.entries, fingerprint)
+
+
+def make_batches(config: Config, inputs: Inputs) -> loader.Batches:
+  """Returns this host's part of every batch of the run."""
+  sizes = {d.name: len(d) for d in inputs.datasets}
+  per_epoch = batching.steps_per_epoch(sizes, config.data.global_batch)
+  return loader.Batches(
+    inputs.datasets,
+    inputs.tokenizer,
+    negatives=dataclasses.asdict(config.losses.negatives),
+    lengths=config.data.lengths,
+    batch_size=config.data.global_batch,
+    seed=config.train.seed,
+    steps=config.train.steps or max(1, round(config.train.epochs * per_epoch)),
+    host=jax.process_index(),
+    hosts=jax.process_count(),
+  )
+
+
+def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+  """Returns the state to go on from: newest checkpoint, else `train.init_from`, else random."""
+  tx = optimizer.make(config.optimizer, steps)
+  if (latest := checkpoints.latest()) is not None:
+    return checkpoints.restore(latest, train_state.abstract(config.model, tx, mesh))
+  state = train_state.create(config.model, tx, mesh, config.train.seed)
+  if config.train.init_from:
+    params = load_params(pathlib.Path(config.train.init_from), config.model)
+    layout = jax.tree.map(lambda x: x.sharding, state.params)
+    state = state.replace(params=jax.device_put(params, layout))
+  return state
+
+
+class StopOnTerm(contextlib.AbstractContextManager["StopOnTerm"]):
+  """Turns SIGTERM, which preempted machines get, into a flag read between steps."""
+
+  def __init__(self) -> None:
+    self.requested = False
+    self._previous = signal.signal(signal.SIGTERM, self._request)
+
+  def _request(self, *_: Any) -> None:
+    self.requested = True
+
+  def __exit__(self, *_: Any) -> None:
+    signal.signal(signal.SIGTERM, self._previous)
+
+
+def fit(
+  config: Config,
+  state: TrainState,
+  batches: loader.Batches,
+  mesh: Mesh,
+  checkpoints: Checkpoints,
+  recorder: metrics.Recorder,
+) -> TrainState:
+  """Returns the state after the last step, or after the step in which SIGTERM came; saves both.
+
+  The device is never waited for: the numbers of a step are read while the next one runs.
+  """
+  step = train_step.make(config, len(batches), mesh)
+  pending = None
+  with StopOnTerm() as stop:
+    for batch in loader.iterate(batches, int(state.step)):
+      inbatch = batch.task_type in train_step.INBATCH_TASKS
+      state, values = step(state, put_batch(batch.arrays(), mesh), inbatch=inbatch)
+      if pending:
+        recorder.record(*pending)
+      pending = batch, values
+      done = batch.step + 1
+      if done % config.train.checkpoint_every == 0 or done == len(batches) or stop.requested:
+        checkpoints.save(done, state)
+      if stop.requested:
+        break
+  if pending:
+    recorder.record(*pending)
+  return state
+
+
+def evaluate(
+  config: Config, state: TrainState, inputs: Inputs, mesh: Mesh, workdir: pathlib.Path
+) -> list[dict[str, Any]]:
+  """Returns the held-out scores of every slice at this step; a finished evaluation is read back."""
+  path = evaluation_path(workdir, int(state.step))
+  if not path.exists():
+    scores = grid.evaluate(config, state.params, inputs.tasks, inputs.tokenizer, mesh)
+    write_json(path, {"step": int(state.step), "scores": scores})
+  return read_evaluation(workdir, int(state.step))
+
+
+def report(config: Config, inputs: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
+  """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
+  step = int(state.step)
+  after = read_evaluation(workdir, step)
+  before = read_evaluation(workdir, 0) or after
+  for task in inputs.tasks:
+    print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
+    print(grid.table(before, after, task.name))
+  if config.export.at_end:
+    run = Run.load(workdir)
+    folder = export_folder(
+      workdir / "export" / config.export.name,
+      run=run,
+      params=jax.device_get(state.params),
+      tokenizer=inputs.tokenizer,
+      step=step,
+      cut=Slice(),
+      evaluation={"step": step, "scores": after},
+    )
+    print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
+
+
+def usage(folder: pathlib.Path) -> str:
+  """Returns the lines that use an exported folder."""
+  return (
+    "  from sentence_transformers import SentenceTransformer\n"
+    f'  model = SentenceTransformer("{folder}")\n'
+    '  vectors = model.encode(["How are you?", "¿Cómo estás?"], prompt_name="BitextMining")\n'
+  )
+
+
+def train(config: Config, workdir: pathlib.Path) -> None:
+  """Runs or continues one training run, with evaluation before and after, and the export.
+
+  Raises:
+    ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
+    SystemExit: with status 143 after SIGTERM; the checkpoint is written.
+  """
+  mesh = make_mesh(config)
+  inputs = load_inputs(config, workdir)
+  run, batches = describe(config, inputs), make_batches(config, inputs)
+  checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+  if checkpoints.latest() is not None:
+    check_same_run(Run.load(workdir), run, workdir)
+  run.save(workdir)
+  copy_file(inputs.tokenizer.path, workdir / "tokenizer.json")
+  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+    state = initial_state(config, len(batches), mesh, checkpoints)
+    if int(state.step) == 0:
+      evaluate(config, state, inputs, mesh, workdir)
+    with metrics.Recorder(workdir, int(state.step), len(batches), config.train.log_every) as rec:
+      state = fit(config, state, batches, mesh, checkpoints, rec)
+    checkpoints.close()
+    if int(state.step) < len(batches):
+      print(f"stopped by SIGTERM; step {int(state.step)} is saved, the same command goes on")
+      sys.exit(PREEMPTED)
+    evaluate(config, state, inputs, mesh, workdir)
+  report(config, inputs, state, workdir)
+
+
+def main() -> None:
+  """Reads the flags."""
+  config = from_mapping(CONFIG.value)
+  train(config, open_workdir(WORKDIR.value))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  cli.run(main)

@@ -1,0 +1,100 @@
+"""What stands in the folder of one run, and writing it so that no file is ever half written.
+
+run.json          configuration, training files and fingerprint of the data order
+tokenizer.json    a copy of the one the run reads
+checkpoints/      orbax, one folder per kept step
+metrics.jsonl     one JSON object per logged step
+tensorboard/      the same numbers for TensorBoard
+eval/step_N.json  held-out scores of every evaluated slice
+data/             what `data.builder` wrote
+export/           the Hugging Face folder of `export.at_end`
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from mlembed_jax.config import Config, ConfigError, from_mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run was started with; all that a checkpoint needs to be used elsewhere."""
+
+  config: Config
+  datasets: dict[str, dict[str, Any]]  # manifest entries of the training files
+  fingerprint: str  # of everything the data order depends on
+
+  def save(self, workdir: pathlib.Path) -> None:
+    """Writes run.json."""
+    write_json(workdir / "run.json", dataclasses.asdict(self))
+
+  @classmethod
+  def load(cls, workdir: pathlib.Path) -> "Run":
+    """Returns the run of a workdir.
+
+    Raises:
+      ConfigError: there is none, or another version of the package wrote it.
+    """
+    path = workdir / "run.json"
+    if not path.is_file():
+      raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
+    run = json.loads(path.read_text(encoding="utf-8"))
+    try:
+      config = from_mapping(run["config"])
+    except ConfigError as error:
+      raise ConfigError(f"{path}: {error}") from error
+    return cls(config, run["datasets"], run["fingerprint"])
+
+
+def open_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the folder, made if needed.
+
+  Raises:
+    ConfigError: it cannot be made or written to.
+  """
+  workdir = pathlib.Path(path).absolute()
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".write_test_{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise ConfigError(f"--workdir: {path} is not writable: {error.strerror}") from error
+  return workdir
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file under a temporary name and renames it, so readers see all of it or none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text(text, encoding="utf-8")
+  temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON the same way."""
+  write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a file the same way; nothing where both are one file."""
+  if target.exists() and target.samefile(source):
+    return
+  temporary = target.with_name(f".{target.name}.{os.getpid()}")
+  shutil.copyfile(source, temporary)
+  temporary.replace(target)
+
+
+def evaluation_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  """Returns where the held-out scores of a step stand."""
+  return workdir / "eval" / f"step_{step}.json"
+
+
+def read_evaluation(workdir: pathlib.Path, step: int) -> list[dict[str, Any]]:
+  """Returns the held-out scores of a step, an empty list where it was not evaluated."""
+  path = evaluation_path(workdir, step)
+  return json.loads(path.read_text(encoding="utf-8"))["scores"] if path.exists() else []
