@@ -1,0 +1,39 @@
+"""Eight simulated devices, strict numerics, and tiny real inputs that the tests share."""
+
+import pathlib
+import warnings
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from mlembed_jax.config import Config, from_mapping  # noqa: E402
+from tests import material  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  assert jax.device_count() == 8, "another platform was started before the tests"
+  warnings.filterwarnings("error", category=DeprecationWarning, module="mlembed_jax")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A folder with manifest, tokenizer, three training files and two held-out files."""
+  folder = tmp_path_factory.mktemp("data")
+  material.write(folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(data: pathlib.Path) -> Config:
+  """The configuration of a model small enough for any test."""
+  return from_mapping(material.config_dict(data))
+
+
+@pytest.fixture(scope="session")
+def params(tiny: Config) -> dict:
+  """Random parameters of `tiny`, norm scales too, so that a forgotten norm shows."""
+  return material.random_params(tiny.model)

@@ -1,0 +1,165 @@
+"""Small real inputs that the tests write: multilingual text, a tokenizer, parquet files."""
+
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tokenizers
+from tokenizers import decoders, pre_tokenizers, trainers
+
+from mlembed_jax.config import ModelConfig, load_module
+from mlembed_jax.models.encoder import Encoder
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+WORDS = {
+  "en": "one two three four five red green blue house river sun moon bread water night day",
+  "de": "eins zwei drei vier fünf rot grün blau Haus Fluss Sonne Mond Brot Wasser Nacht Tag",
+  "ru": "один два три четыре пять красный зелёный синий дом река солнце луна хлеб вода ночь день",
+  "hi": "एक दो तीन चार पाँच लाल हरा नीला घर नदी सूरज चाँद रोटी पानी रात दिन",
+  "zh": "一 二 三 四 五 红 绿 蓝 房子 河 太阳 月亮 面包 水 夜 日",
+}
+OTHERS = ("de", "ru", "hi", "zh")
+
+
+def sentences(lang: str) -> list[str]:
+  """Returns 560 phrases, the same meanings in the same order in every language."""
+  return [" ".join(words) for words in itertools.combinations(WORDS[lang].split(), 3)]
+
+
+def pairs(rows: int, negatives: int) -> dict[str, list[str]]:
+  english = sentences("en")
+  columns: dict[str, list[str]] = {name: [] for name in _columns(negatives)}
+  for i in range(rows):
+    lang = OTHERS[i % len(OTHERS)]
+    columns["query"].append(sentences(lang)[i])
+    columns["passage"].append(english[i])
+    for k in range(negatives):
+      columns[f"negative_{k + 1}"].append(english[(i + 7 * k + 1) % len(english)])
+    columns["lang"].append(lang)
+  return columns
+
+
+def labels(rows: int) -> dict[str, list[str]]:
+  columns = pairs(rows, 1)
+  names = ("holds a colour", "holds no colour")
+  colours = {"red", "green", "blue"}
+  for i, text in enumerate(columns["passage"]):
+    right = 0 if colours & set(text.split()) else 1
+    columns["passage"][i], columns["negative_1"][i] = names[right], names[1 - right]
+  return columns
+
+
+def _columns(negatives: int) -> list[str]:
+  return ["query", "passage", *(f"negative_{k + 1}" for k in range(negatives)), "lang"]
+
+
+def write_parquet(path: pathlib.Path, columns: dict[str, Any]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pq.write_table(pa.table(columns), path)
+
+
+def entry(task_type: str, negatives: int, instruction: str) -> dict[str, Any]:
+  return {
+    "task_type": task_type,
+    "instruction": instruction,
+    "query_has_instruction": False,
+    "negatives": negatives,
+  }
+
+
+def write(folder: pathlib.Path) -> None:
+  """Writes manifest.json, tokenizer.json, train/*.parquet and heldout/*.parquet."""
+  translate, topic = "Retrieve translations of the text.", "Say whether a colour is named."
+  write_parquet(folder / "train/bitext.parquet", pairs(160, 4))
+  write_parquet(folder / "train/topics.parquet", pairs(96, 9))
+  write_parquet(folder / "train/colours.parquet", labels(64))
+  held = pairs(400, 0)
+  held = {name: values[300:] for name, values in held.items()}
+  bitext = {"lang": held["lang"], "text": held["query"], "en": held["passage"]}
+  write_parquet(folder / "heldout/bitext.parquet", bitext)
+  write_parquet(folder / "heldout/colours.parquet", _heldout_labels())
+  manifest = {
+    "train/bitext.parquet": entry("bitext", 4, translate),
+    "train/topics.parquet": entry("clustering", 9, "Find similar texts."),
+    "train/colours.parquet": entry("classification", 1, topic),
+    "heldout/bitext.parquet": entry("bitext", 0, translate),
+    "heldout/colours.parquet": entry("classification", 0, topic),
+  }
+  (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+  train_tokenizer(600).save(str(folder / "tokenizer.json"))
+
+
+def _heldout_labels() -> dict[str, list[str]]:
+  columns = labels(400)
+  rows = range(300, 400)
+  english = sentences("en")
+  return {
+    "lang": ["en" for _ in rows] + [columns["lang"][i] for i in rows],
+    "intent": [columns["passage"][i] for i in rows] * 2,
+    "text": [english[i] for i in rows] + [columns["query"][i] for i in rows],
+    "split": ["support"] * len(rows) + ["test"] * len(rows),
+  }
+
+
+def train_tokenizer(vocab: int) -> tokenizers.Tokenizer:
+  """Returns a byte-level BPE that holds Qwen's two end tokens."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab,
+    special_tokens=["<|endoftext|>", "<|im_end|>"],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  texts = [text for lang in WORDS for text in sentences(lang)]
+  tokenizer.train_from_iterator(texts, trainer)
+  return tokenizer
+
+
+def config_dict(data: pathlib.Path | None = None, **overrides: Any) -> Any:
+  """Returns the base configuration with a tiny model; `overrides` by dotted name."""
+  config = load_module(CONFIGS / "base.py").get_config()
+  config.model.update(vocab=640, width=48, layers=3, ffn=64, heads=4, kv_heads=2, head_dim=16)
+  config.model.update(rank=24, rope_theta=5e3, dtype="float32", remat="none")
+  config.matryoshka.update(dims=(8, 16, 48), exits=(1, 2, 3), ranks=(8, 16, 24))
+  config.data.update(global_batch=16, lengths=(32, 64), heldout=("heldout/*",))
+  config.optimizer.update(learning_rate=1e-3, warmup_steps=4)
+  config.train.update(steps=20, epochs=0.0, log_every=1, checkpoint_every=10)
+  config.eval.batch_size = 64
+  config.export.update(name="tiny", dtype="float32", max_seq_length=128, max_positions=1024)
+  folder = data or pathlib.Path("/nowhere")
+  config.data.update(manifest=str(folder / "manifest.json"))
+  config.data.update(tokenizer=str(folder / "tokenizer.json"))
+  config.update_from_flattened_dict(overrides)
+  return config
+
+
+def random_params(model: ModelConfig, seed: int = 0) -> Any:
+  """Returns parameters with random norm scales, so that a forgotten norm shows."""
+  tokens, lengths = np.zeros((1, 2), np.int32), np.ones(1, np.int32)
+  init = jax.jit(lambda key: nn.unbox(Encoder(model).init(key, tokens, lengths)["params"]))
+  params = init(jax.random.key(seed))
+
+  def perturb(path: Any, leaf: jax.Array) -> jax.Array:
+    name = jax.tree_util.keystr(path)
+    key = jax.random.fold_in(jax.random.key(seed), len(name) + leaf.size)
+    return leaf + 0.3 * jax.random.normal(key, leaf.shape) if "scale" in name else leaf
+
+  return jax.tree_util.tree_map_with_path(perturb, params)
+
+
+def random_batch(vocab: int, rows: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Returns tokens [rows, size] and mixed lengths [rows]; padding holds arbitrary ids."""
+  generator = np.random.default_rng(seed)
+  tokens = generator.integers(0, vocab, (rows, size)).astype(np.int32)
+  lengths = generator.integers(1, size + 1, rows).astype(np.int32)
+  lengths[0] = size
+  return tokens, lengths

@@ -1,0 +1,198 @@
+"""The encoder: formulas in numpy, independence of rows and padding, exits, settings that act."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlembed_jax.config import ModelConfig
+from mlembed_jax.matryoshka import Slice, slice_config, slice_params
+from mlembed_jax.models.attention import attention, rotary
+from mlembed_jax.models.encoder import Encoder, RMSNorm, abstract_params
+from mlembed_jax.sharding import RULES
+from tests.material import random_batch, random_params
+
+
+@pytest.fixture(scope="module")
+def encode(tiny):
+  return jax.jit(Encoder(tiny.model).apply)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+  return random_batch(tiny.model.vocab, 6, 64)
+
+
+@pytest.fixture(scope="module")
+def states(encode, params, batch):
+  return np.asarray(encode({"params": params}, *batch))
+
+
+def test_rms_norm_worked_example(tiny):
+  model = RMSNorm(tiny.model)
+  params = {"scale": jnp.array([1, 0.5, 2, 1])}
+  x = jnp.array([1.0, 2, 2, 4])
+  np.testing.assert_allclose(model.apply({"params": params}, x), [0.4, 0.4, 1.6, 1.6], rtol=1e-5)
+
+
+def numpy_attention(q, k, v, segments):
+  """Returns grouped-query causal attention, one query at a time, in float64."""
+  B, T, N, K = q.shape
+  out = np.zeros((B, T, N, K))
+  for b, t, n in np.ndindex(B, T, N):
+    g = n // (N // k.shape[2])
+    keys = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+    scores = np.array([q[b, t, n] @ k[b, s, g] for s in keys]) / np.sqrt(K)
+    weights = np.exp(scores - scores.max())
+    out[b, t, n] = (weights / weights.sum()) @ v[b, keys, g]
+  return out
+
+
+def test_attention_equals_numpy():
+  generator = np.random.default_rng(0)
+  q, k, v = (generator.normal(size=(2, 9, heads, 4)).astype(np.float32) for heads in (6, 2, 2))
+  segments = np.array([[1] * 9, [1, 1, 1, 2, 2, 2, 2, 0, 0]])
+  np.testing.assert_allclose(
+    attention(q, k, v, segments), numpy_attention(q, k, v, segments), atol=1e-5
+  )
+
+
+def test_rotary_equals_numpy():
+  x = np.random.default_rng(0).normal(size=(1, 5, 2, 8)).astype(np.float32)
+  positions = np.array([[0, 1, 2, 1000, 40_000]])
+  expected = np.empty_like(x)
+  for t, i in np.ndindex(5, 4):
+    angle = positions[0, t] * 1e4 ** (-2 * i / 8)
+    a, b = x[0, t, :, i], x[0, t, :, i + 4]
+    expected[0, t, :, i] = a * np.cos(angle) - b * np.sin(angle)
+    expected[0, t, :, i + 4] = b * np.cos(angle) + a * np.sin(angle)
+  # float32 angles of 40,000 radians are 4e-3 apart; METHOD asks for float32, as transformers has.
+  np.testing.assert_allclose(rotary(x, positions, 1e4), expected, atol=1e-2)
+  np.testing.assert_allclose(rotary(x, positions, 1e4)[:, :3], expected[:, :3], atol=1e-5)
+
+
+def test_padding_never_changes_a_result(encode, params, batch, states):
+  tokens, lengths = batch
+  wider = np.pad(tokens, ((0, 0), (0, 32)), constant_values=7)
+  other = np.where(np.arange(96)[None] < lengths[:, None], wider, 3)
+  np.testing.assert_allclose(encode({"params": params}, other, lengths), states, atol=2e-6)
+
+
+def test_rows_never_influence_each_other(encode, params, batch, states):
+  tokens, lengths = batch
+  order = np.array([3, 0, 5, 1, 4, 2])
+  shuffled = encode({"params": params}, tokens[order], lengths[order])
+  np.testing.assert_allclose(shuffled, states[:, order], atol=2e-6)
+  changed = tokens.copy()
+  changed[0] = (changed[0] + 1) % 600
+  result = np.asarray(encode({"params": params}, changed, lengths))
+  np.testing.assert_array_equal(result[:, 1:], states[:, 1:])
+  assert np.abs(result[:, 0] - states[:, 0]).max() > 0.1
+
+
+def test_every_exit_is_the_cut_model(tiny, params, batch, states):
+  for depth in (1, 2, 3):
+    cut = Slice(depth=depth)
+    apply = jax.jit(Encoder(slice_config(tiny.model, cut)).apply)
+    result = apply({"params": slice_params(params, cut)}, *batch)
+    assert result.shape[0] == depth
+    np.testing.assert_allclose(result[-1], states[depth - 1], atol=2e-6)
+
+
+def test_rank_mask_equals_the_sliced_table(tiny, encode, params, batch):
+  cut = Slice(rank=16)
+  mask = (np.arange(tiny.model.rank) < 16).astype(np.float32)
+  masked = encode({"params": params}, *batch, mask)
+  sliced = jax.jit(Encoder(slice_config(tiny.model, cut)).apply)(
+    {"params": slice_params(params, cut)}, *batch
+  )
+  np.testing.assert_allclose(masked, sliced, atol=2e-6)
+
+
+def test_masked_ranks_get_no_gradient(tiny, params, batch):
+  mask = (np.arange(tiny.model.rank) < 16).astype(np.float32)
+
+  def loss(p):
+    return jnp.sum(Encoder(tiny.model).apply({"params": p}, *batch, mask)[-1] ** 3)
+
+  grads = jax.jit(jax.grad(loss))(params)
+  assert not np.any(grads["table"][:, 16:]) and not np.any(grads["up"][16:])
+  assert np.any(grads["table"][:, :16]) and np.all(np.any(grads["up"][:16], axis=1))
+
+
+def test_full_table_equals_the_product_of_its_factors(tiny, params, batch, states):
+  full = {name: leaf for name, leaf in params.items() if name != "up"}
+  full["table"] = params["table"] @ params["up"]
+  model = dataclasses.replace(tiny.model, rank=0)
+  result = jax.jit(Encoder(model).apply)({"params": full}, *batch)
+  np.testing.assert_allclose(result, states, atol=5e-5)
+
+
+def test_bfloat16_is_close_and_returns_float32(tiny, params, batch, states):
+  model = dataclasses.replace(tiny.model, dtype="bfloat16")
+  result = jax.jit(Encoder(model).apply)({"params": params}, *batch)
+  assert result.dtype == jnp.float32
+  a, b = np.asarray(result).reshape(-1, 48), states.reshape(-1, 48)
+  cosine = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+  assert cosine.min() > 0.995
+
+
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_remat_changes_no_gradient(tiny, params, batch, policy):
+  def grads(remat):
+    apply = Encoder(dataclasses.replace(tiny.model, remat=remat)).apply
+    return jax.jit(jax.grad(lambda p: jnp.sum(apply({"params": p}, *batch) ** 3)))(params)
+
+  for a, b in zip(jax.tree.leaves(grads("none")), jax.tree.leaves(grads(policy)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+OTHER = {
+  "vocab": 641,
+  "width": 32,
+  "layers": 2,
+  "ffn": 96,
+  "heads": 2,
+  "kv_heads": 1,
+  "head_dim": 8,
+  "rank": 0,
+  "rope_theta": 1e4,
+  "norm_eps": 1e-5,
+  "dtype": "bfloat16",
+  "remat": "full",
+}
+
+
+def program(model: ModelConfig) -> str:
+  """Returns the encoder as text: every shape, constant and primitive; nothing is run."""
+  tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+  lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+  params = nn.unbox(abstract_params(model))
+  return str(jax.make_jaxpr(Encoder(model).apply)({"params": params}, tokens, lengths))
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_every_field_changes_the_program(tiny, field):
+  changed = dataclasses.replace(tiny.model, **{field: OTHER[field]})
+  assert program(changed) != program(tiny.model)
+
+
+def test_remat_policies_are_different_programs(tiny):
+  programs = {program(dataclasses.replace(tiny.model, remat=r)) for r in ("none", "full", "dots")}
+  assert len(programs) == 3
+
+
+def test_every_parameter_names_its_axes(tiny):
+  boxes = jax.tree.leaves(
+    abstract_params(tiny.model), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+  )
+  for box in boxes:
+    assert isinstance(box, nn.LogicallyPartitioned)
+    assert len(box.names) == box.value.ndim and set(box.names) <= set(RULES)
+
+
+def test_random_params_reach_every_norm(tiny):
+  assert np.ptp(random_params(tiny.model)["final_norm"]["scale"]) > 0.1

@@ -1,0 +1,168 @@
+"""Every config file loads and has the published size; what cannot be meant is refused by name."""
+
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from mlembed_jax.config import ConfigError, flatten, from_mapping, load_module, mesh_shape
+from mlembed_jax.models.encoder import parameter_count
+from tests.material import CONFIGS, config_dict
+
+FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+# Published totals with a full table, and (layers + final norm) from the same table.
+PUBLISHED = {
+  "140m": (159_185_024, 61_945_984, 640, 512),
+  "330m": (334_349_184, 198_214_528, 896, 512),
+  "0_6b": (596_049_920, 440_467_456, 1024, 512),
+  "1_7b": (1_720_574_976, 1_409_410_048, 2048, 1024),
+  "4b": (4_022_468_096, 3_633_511_936, 2560, 1024),
+  "8b": (7_568_405_504, 6_946_075_648, 4096, 1024),
+}
+
+
+def load(name, variant="", **overrides):
+  config = load_module(CONFIGS / f"{name}.py").get_config(variant)
+  if not config.data.builder:
+    config.data.update(manifest="manifest.json", tokenizer="tokenizer.json")
+  config.update_from_flattened_dict(overrides)
+  return from_mapping(config)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_loads(name):
+  assert load(name).model.width > 0
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_parameter_counts(name):
+  full, rest, width, rank = PUBLISHED[name]
+  model = load(name).model
+  assert (model.width, model.rank) == (width, rank)
+  assert parameter_count(dataclasses.replace(model, rank=0)) == full
+  assert parameter_count(model) == rest + rank * (151_936 + width)
+
+
+def test_parameter_counts_of_cuts_of_the_0_6b():
+  model = load("0_6b").model
+  counts = {
+    (512, 28): 518_782_976,
+    (64, 28): 450_256_896,
+    (0, 8): 281_431_040,
+    (512, 8): 204_164_096,
+  }
+  for (rank, layers), count in counts.items():
+    assert parameter_count(dataclasses.replace(model, rank=rank, layers=layers)) == count
+
+
+def test_reference_variant_sets_the_published_switches():
+  config = load("140m", "reference")
+  assert not config.losses.inbatch_passage_grad and not config.losses.mask_duplicates
+  assert config.data.pooled_token == "<|im_end|>"
+
+
+def test_unknown_variant_is_refused():
+  with pytest.raises(ValueError, match="unknown variant 'refrence'; known: reference"):
+    load_module(CONFIGS / "8b.py").get_config("refrence")
+
+
+def test_every_field_of_the_dataclasses_has_a_comment_or_group_comment():
+  text = (CONFIGS / "base.py").read_text(encoding="utf-8")
+  for name in flatten(from_mapping(config_dict())):
+    assert f'"{name.rsplit(".", 1)[-1]}"' in text
+
+
+BAD = [
+  ("model.heads", 3, "model.heads: 3 is not a multiple of model.kv_heads = 2"),
+  ("model.head_dim", 15, "model.head_dim: 15 is odd"),
+  ("model.rank", 64, "model.rank: 64 is above model.width = 48"),
+  ("model.layers", 0, "model.layers: must be positive"),
+  ("model.dtype", "float16", "model.dtype: 'float16' is not one of 'float32', 'bfloat16'"),
+  ("model.remat", "all", "model.remat: 'all' is not one of"),
+  ("matryoshka.exits", (1, 4), "matryoshka.exits: 4 is beyond the model (model.layers = 3)"),
+  ("matryoshka.exits", (1, 2), "matryoshka.exits: the full model must be trained too"),
+  ("matryoshka.dims", (16, 8, 48), "matryoshka.dims: (16, 8, 48) must be positive, ascending"),
+  ("matryoshka.dims", (8, 64), "matryoshka.dims: 64 is beyond the model (model.width = 48)"),
+  ("matryoshka.ranks", (8, 32), "matryoshka.ranks: 32 is beyond the model (model.rank = 24)"),
+  ("losses.temperature", 0.0, "losses.temperature: must be positive, found 0.0"),
+  ("losses.negatives.retrieval", -1, "losses.negatives.retrieval: must not be negative"),
+  ("data.builder", "quickstart", "data.builder: it writes its own data.manifest"),
+  ("data.manifest", "", "data.manifest: give a path"),
+  ("data.train", (), "data.train: name at least one pattern"),
+  ("data.lengths", (64, 32), "data.lengths: (64, 32) must be ascending"),
+  ("data.lengths", (64, 2048), "data.lengths: 2048 is above export.max_positions = 1024"),
+  ("optimizer.schedule", "linear", "optimizer.schedule: 'linear' is not one of"),
+  ("train.epochs", 1.0, "train.steps, train.epochs: set exactly one"),
+  ("train.steps", 0, "train.steps, train.epochs: set exactly one"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD, ids=[f"{f}={v}" for f, v, _ in BAD])
+def test_impossible_values_are_refused_by_name(field, value, message):
+  config = config_dict(**{field: value})
+  with pytest.raises(ConfigError) as error:
+    from_mapping(config)
+  assert message in str(error.value)
+
+
+def test_unknown_field_is_refused_with_a_suggestion():
+  config = config_dict()
+  with config.unlocked():
+    config.model.widht = 3
+  with pytest.raises(ConfigError, match=r"model.widht: unknown field; did you mean width\?"):
+    from_mapping(config)
+
+
+def test_missing_field_is_refused():
+  config = config_dict()
+  del config["optimizer"]["eps"]
+  with pytest.raises(ConfigError, match=r"optimizer.eps: missing field"):
+    from_mapping(config)
+
+
+@pytest.mark.parametrize(
+  ("group", "field", "value", "message"),
+  [
+    ("model", "width", "wide", "model.width: expected int, found 'wide'"),
+    ("model", "width", 48.0, "model.width: expected int, found 48.0"),
+    ("model", "width", True, "model.width: expected int, found True"),
+    ("losses", "mask_duplicates", 1, "losses.mask_duplicates: expected bool, found 1"),
+    ("matryoshka", "dims", (8, "x"), "matryoshka.dims[1]: expected int, found 'x'"),
+    ("losses", "negatives", 7, "losses.negatives: expected a group of fields, found 7"),
+  ],
+)
+def test_wrong_types_are_refused_by_name(group, field, value, message):
+  values = config_dict().to_dict()
+  values[group][field] = value
+  with pytest.raises(ConfigError) as error:
+    from_mapping(ConfigDict(values, type_safe=False))
+  assert message in str(error.value)
+
+
+def mesh(**sizes):
+  return from_mapping(config_dict(**{f"mesh.{axis}": size for axis, size in sizes.items()}))
+
+
+def test_mesh_takes_what_is_left():
+  assert mesh_shape(mesh(data=1, fsdp=-1, tensor=2), 8) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"data": 3, "fsdp": 1, "tensor": 1}, "mesh: {'data': 3"),
+    ({"data": 3, "fsdp": -1, "tensor": 1}, "does not cover 8 devices"),
+    ({"data": -1, "fsdp": -1, "tensor": 1}, "at most one -1"),
+    ({"data": 1, "fsdp": 2, "tensor": 4}, "model.kv_heads: 2 is not a multiple of mesh.tensor = 4"),
+  ],
+)
+def test_impossible_meshes_are_refused(sizes, message):
+  with pytest.raises(ConfigError) as error:
+    mesh_shape(mesh(**sizes), 8)
+  assert message in str(error.value)
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused():
+  config = from_mapping(config_dict(**{"data.global_batch": 12}))
+  with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):
+    mesh_shape(config, 8)
