@@ -65,3 +65,22 @@ def check_same_run(stored: Run, current: Run, workdir: pathlib.Path) -> None:
       + "\n".join(differing)
       + "\nGive these fields their old values, or use another --workdir."
     )
+
+
+def load_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
+  """Returns the newest saved step and its parameters as numpy arrays; moments are not read.
+
+  Raises:
+    ConfigError: the workdir holds no finished checkpoint.
+  """
+  if not (workdir / "checkpoints").is_dir():
+    raise ConfigError(f"{workdir}: no checkpoint yet")
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handler) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise ConfigError(f"{workdir}: no finished checkpoint yet")
+    shapes = {"params": nn.unbox(abstract_params(model))}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
+    return step, manager.restore(step, args=restore)["params"]

@@ -7,6 +7,8 @@ from absl import app, flags
 
 from mlembed_jax.config import ConfigError
 from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.hf.files import ExportError
+from mlembed_jax.hf.load import LoadError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -20,7 +22,7 @@ def run(main: Callable[[], None]) -> None:
       raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a --flag")
     try:
       main()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, ExportError, LoadError) as error:
       sys.exit(f"error: {error}")
 
   # Libraries log each checkpoint in thirty lines; --verbosity=0 shows them.

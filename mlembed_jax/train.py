@@ -199,7 +199,7 @@ def report(config: Config, inputs: Inputs, state: TrainState, workdir: pathlib.P
       tokenizer=inputs.tokenizer,
       step=step,
       cut=Slice(),
-      evaluation={"step": step, "scores": after},
+      evaluation={"step": step, "scores": after} if after else None,
     )
     print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
 

@@ -87,7 +87,7 @@ def make(config: Config, steps: int, mesh: Mesh) -> Callable[..., tuple[TrainSta
       "loss": result.loss,
       "hard_loss": jnp.mean(result.hard_E),
       "inbatch_loss": jnp.mean(result.inbatch_E),
-      "gradient_norm": optax.global_norm(grads),
+      "gradient_norm": optax.tree.norm(grads),
       "learning_rate": rate(state.step),
       "rank": jnp.zeros((), jnp.int32) if rank is None else rank,
     }

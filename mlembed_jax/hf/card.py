@@ -1,0 +1,248 @@
+"""The model card: README.md of an exported folder, written from what the run recorded."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mlembed_jax.config import flatten
+from mlembed_jax.hf.files import REFERENCE, Variant, switches
+from mlembed_jax.models.encoder import parameter_count
+
+HEADINGS = (
+  "What it is",
+  "Use",
+  "Cutting it",
+  "Training",
+  "Data",
+  "Results",
+  "Limits",
+  "Citation",
+)
+TAGS = (
+  "sentence-transformers",
+  "feature-extraction",
+  "matryoshka",
+  "text-embeddings-inference",
+  "mlembed-jax",
+)
+MIN_LANGUAGE_ROWS = 1000  # of training data, for a language to be named in the front matter
+CITATION = """\
+Trained with mlembed_jax. The method is 3-D Matryoshka learning of ML-Embed (arXiv:2605.15081); the
+embedding recipe is that of F2LLM-v2 (arXiv:2603.19223); the architecture is Qwen3
+(arXiv:2505.09388). Please cite them."""
+
+
+def card(
+  variant: Variant,
+  pooled_token: str,
+  prompts: Mapping[str, str],
+  evaluation: Mapping[str, Any] | None,
+) -> str:
+  """Returns README.md; `evaluation` is the content of eval/step_N.json."""
+  bodies = (
+    _what_it_is(variant, pooled_token, prompts),
+    _use(variant),
+    _cutting(variant),
+    _training(variant),
+    _data(variant),
+    _results(variant, evaluation),
+    _limits(variant),
+    CITATION,
+  )
+  sections = [f"## {h}\n\n{b}\n" for h, b in zip(HEADINGS, bodies, strict=True)]
+  return "\n".join([_front_matter(variant), f"# {variant.name}\n", *sections])
+
+
+def _front_matter(variant: Variant) -> str:
+  """Returns YAML whose scalars are JSON strings: the bare code of Norwegian, no, means false."""
+  languages: dict[str, int] = {}
+  for code, rows in _languages(variant).items():
+    primary = code.replace("_", "-").split("-")[0]
+    languages[primary] = languages.get(primary, 0) + rows
+  named = sorted(
+    code
+    for code, rows in languages.items()
+    if rows >= MIN_LANGUAGE_ROWS and code.isalpha() and code.islower() and len(code) in (2, 3)
+  )
+  lines = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+  for key, values in (("language", named), ("tags", TAGS)):
+    if values:
+      lines += [f"{key}:", *(f"- {json.dumps(value)}" for value in values)]
+  return "\n".join(["---", *lines, "---", ""])
+
+
+def _languages(variant: Variant) -> dict[str, int]:
+  """Returns the training rows of each language code that the manifest counts."""
+  rows: dict[str, int] = {}
+  for entry in variant.run.datasets.values():
+    for code, count in entry.get("languages", {}).items():
+      rows[code] = rows.get(code, 0) + count
+  return dict(sorted(rows.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  cells = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
+  return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _sizes(sizes: Iterable[int]) -> str:
+  return ", ".join(map(str, sizes))
+
+
+def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str]) -> str:
+  config, axes, body = variant.run.config, variant.axes, variant.body
+  start = config.train.init_from
+  base = f"the weights of `{start.rstrip('/').split('/')[-1]}`" if start else "random weights"
+  rank = "full, never factorised"
+  if variant.rank:
+    rank = f"rank {variant.rank} of {config.model.rank}, trained ranks {_sizes(axes.ranks)}"
+  facts = (
+    ("Architecture", "Qwen3 decoder, causal, without a language-model head"),
+    ("Started from", base),
+    ("Parameters", f"{parameter_count(body):,}"),
+    ("Layers", f"{variant.depth} of {config.model.layers}, trained exits {_sizes(axes.exits)}"),
+    ("Dimension", f"{variant.dim} of {body.width}, trained dimensions {_sizes(axes.dims)}"),
+    ("Token table", rank),
+    ("Context", f"trained to {config.data.lengths[-1]}, allowed {config.export.max_seq_length}"),
+    ("Pooling", f"state of the last token, `{pooled_token}`, which the tokenizer appends"),
+    ("Stored as", config.export.dtype),
+  )
+  warnings = [f"**Warning.** {sentence}.\n" for sentence in variant.untrained]
+  listed = _table(
+    ("prompt", "text"),
+    ((f"`{k}`", f"`{json.dumps(v, ensure_ascii=False)}`") for k, v in prompts.items()),
+  )
+  return "\n".join([*warnings, _table(("", ""), facts), "", listed])
+
+
+def _use(variant: Variant) -> str:
+  return f"""\
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{variant.name}")
+queries = model.encode_query(["how do I boil an egg?"])
+documents = model.encode_document(["Put the egg in boiling water for eight minutes."])
+print(model.similarity(queries, documents))
+```
+
+sentence-transformers 6 computes in the stored dtype, 5 in float32; for float32 in both give
+`model_kwargs={{"torch_dtype": torch.float32}}`.
+
+The layout also follows what these programs read:
+
+```bash
+text-embeddings-router --model-id ./{variant.name}
+vllm serve ./{variant.name} --runner pooling
+python convert_hf_to_gguf.py ./{variant.name}  # then llama-server --embedding --pooling last
+```
+
+The export does not run them. `parity.json` holds texts and their vectors to compare with."""
+
+
+def _cutting(variant: Variant) -> str:
+  itemsize = {"bfloat16": 2, "float32": 4}[variant.run.config.export.dtype]
+  depths = []
+  for depth in (e for e in variant.axes.exits if e <= variant.depth):
+    count = parameter_count(dataclasses.replace(variant.body, layers=depth))
+    depths.append((depth, f"{count:,}", f"{count * itemsize / 1e6:.1f}"))
+  dims = _sizes(dim for dim in variant.axes.dims if dim <= variant.dim)
+  lines = [
+    f"**Dimension.** Keep the first {dims} coordinates and normalise again: "
+    "`encode(..., truncate_dim=N, normalize_embeddings=True)`.",
+    "**Depth.** Keep the first layers and the final norm: "
+    '`SentenceTransformer(path, config_kwargs={"num_hidden_layers": N})`.',
+    _table(("layers", "parameters", "MB"), depths),
+  ]
+  if variant.rank:
+    lines.append(
+      "**Rank.** `mlembed/uv.safetensors` holds the factors U and V of the token table, whose "
+      "columns are ordered: the table of rank r is `U[:, :r] @ V[:r]`."
+    )
+  if variant.dim < variant.body.width:
+    lines.append(
+      "The `2_Dense` module of this folder cuts the dimension. llama.cpp does not apply it: there, "
+      f"keep the first {variant.dim} coordinates and normalise again."
+    )
+  return "\n\n".join(lines)
+
+
+def _training(variant: Variant) -> str:
+  config, flat = variant.run.config, flatten(variant.run.config)
+  fields = (
+    "data.global_batch",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "losses.temperature",
+    "model.dtype",
+    "train.seed",
+  )
+  used = switches(config)
+  changed = [f"`{k}` = {json.dumps(used[k])}" for k, v in REFERENCE.items() if used[k] != v]
+  facts = (
+    ("recipe", variant.recipe),
+    ("switches that differ from the reference", "; ".join(changed) or "nothing"),
+    ("steps", variant.step),
+    *((field, flat[field]) for field in fields),
+    ("fingerprint of the data order", f"`{variant.run.fingerprint}`"),
+  )
+  return _table(("", ""), facts)
+
+
+def _data(variant: Variant) -> str:
+  columns = ("task_type", "rows", "n_languages", "licence", "source")
+  rows = [
+    (f"`{file}`", *(entry.get(column, "not recorded") for column in columns))
+    for file, entry in variant.run.datasets.items()
+  ]
+  text = _table(("file", *columns), rows)
+  if languages := _languages(variant):
+    listed = ", ".join(f"{code} {count:,}" for code, count in languages.items())
+    text += f"\n\nTraining rows by language: {listed}."
+  return text + "\n\nOverlap with public test sets was not checked."
+
+
+def _results(variant: Variant, evaluation: Mapping[str, Any] | None) -> str:
+  scores = [
+    s
+    for s in (evaluation or {}).get("scores", ())
+    if s["exit"] <= variant.depth and s["dim"] <= variant.dim and s["rank"] <= variant.rank
+  ]
+  if evaluation is None or not scores:
+    return "Not evaluated."
+  tables = [
+    f"Scores of the training weights at step {evaluation['step']}, before rounding to the stored "
+    "dtype, on held-out files of the run. No public benchmark was run."
+  ]
+  for task, metric in dict.fromkeys((s["task"], s["metric"]) for s in scores):
+    chosen = [s for s in scores if (s["task"], s["metric"]) == (task, metric)]
+    tables += _grids(variant, f"{task}, {metric}", chosen)
+  return "\n\n".join(tables)
+
+
+def _grids(variant: Variant, title: str, scores: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns the table depth by dimension at this folder's rank, and that of the smaller ranks."""
+  at = {(s["rank"], s["exit"], s["dim"]): f"{s['score']:.4f}" for s in scores}
+  ranks, exits, dims = (sorted(set(axis)) for axis in zip(*at, strict=True))
+  grid = [[e, *(at.get((variant.rank, e, d), "") for d in dims)] for e in exits]
+  tables = [f"### {title}", _table((r"layers \ dimension", *dims), grid)]
+  by_rank = [at.get((rank, variant.depth, variant.dim), "") for rank in ranks]
+  if len(ranks) > 1:
+    tables.append(
+      _table(("rank, at the depth and dimension of this folder", *ranks), [["score", *by_rank]])
+    )
+  return tables
+
+
+def _limits(variant: Variant) -> str:
+  few = [code for code, rows in _languages(variant).items() if rows < MIN_LANGUAGE_ROWS]
+  lines = [
+    f"- Texts beyond {variant.run.config.data.lengths[-1]} tokens are longer than any in training.",
+    "- Domains and tasks that the data above does not hold were not trained.",
+  ]
+  if few:
+    lines.append(f"- Languages with fewer than {MIN_LANGUAGE_ROWS:,} rows: {', '.join(few)}.")
+  return "\n".join(lines)

@@ -1,0 +1,356 @@
+"""Writes the Hugging Face folder of one cut of a trained model.
+
+The layout is the one that sentence-transformers 5.1 to 6.2, transformers 4.51 to 5, TEI, vLLM and
+llama.cpp all read; where it looks old-fashioned, a newer spelling fails in one of them.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
+import numpy as np
+import safetensors.numpy
+
+from mlembed_jax import __version__, matryoshka
+from mlembed_jax.config import Config, flatten
+from mlembed_jax.data.tokenizer import INSTRUCTION, Tokenizer
+from mlembed_jax.encode import encode
+from mlembed_jax.hf import files, names
+from mlembed_jax.hf.card import card
+from mlembed_jax.hf.files import ExportError, Variant
+from mlembed_jax.hf.load import FACTORS, INDEX, WEIGHTS, load_folder
+from mlembed_jax.matryoshka import Slice
+from mlembed_jax.models.encoder import parameter_count
+from mlembed_jax.workdir import Run, write_json, write_text
+
+OURS = "mlembed.json"  # marks a folder as written here
+PARITY = "parity.json"
+MAX_FILE_BYTES = 5_000_000_000
+DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
+
+# Texts whose vectors travel with the folder: what tokenizers and attention masks get wrong. None
+# begins or ends with a blank, which sentence-transformers up to 5.3 strips.
+PARITY_TEXTS = {
+  "ascii": "hello world",
+  "letter": "a",
+  "chinese": "今天天气很好,我们去公园散步吧。",
+  "arabic": "السماء صافية هذا المساء والنجوم كثيرة.",
+  "hindi": "मुझे सुबह की चाय बहुत पसंद है।",
+  "thai": "พรุ่งนี้เราจะไปตลาดด้วยกัน",
+  "georgian": "მთებში უკვე თოვლი მოვიდა.",
+  "emoji": "👩‍👩‍👧‍👦 went home 🏳️‍🌈 👍🏽",
+  "composed": "caf\u00e9 cr\u00e8me",
+  "decomposed": "cafe\u0301 cre\u0300me",
+  "code": "def f(x):\n\treturn x if x else None\n\n\nprint(f(1))",
+  "digits": '3.14159, 2_000_000 & 1e-5 (50%): "a-b"; 12:34!',
+  "mixed": "Zürich チューリッヒ Цюрих زيورخ ज़्यूरिख 취리히",
+  "special": "the literal <|im_end|> inside a text",
+}
+PARITY_SENTENCE = "The river rises slowly in spring, and nobody knows the old road over the hills. "
+PARITY_IDS, PARITY_MAX_LENGTH = 600, 32  # length of "long"; where "truncated" is cut
+PARITY_BUCKETS = (64, 256)  # short texts are not padded to the longest
+
+
+def variant_name(name: str, cut: Slice) -> str:
+  """Returns `name` with -d, -l and -r parts for the axes that are cut."""
+  parts = (("d", cut.dim), ("l", cut.depth), ("r", cut.rank))
+  return name + "".join(f"-{letter}{size}" for letter, size in parts if size is not None)
+
+
+def export_folder(
+  out: pathlib.Path,
+  *,
+  run: Run,
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer,
+  step: int,
+  cut: Slice,
+  name: str | None = None,
+  evaluation: Mapping[str, Any] | None = None,
+  force: bool = False,
+) -> pathlib.Path:
+  """Returns `out`, the complete folder of `params` (the whole trained tree) cut to `cut`.
+
+  `evaluation` is the content of eval/step_N.json. `force` allows sizes that were not trained; the
+  card then says so. A previous export at `out` is replaced at the end, by renaming. To be called
+  outside of any mesh: one device computes the parity vectors.
+
+  Raises:
+    ExportError: `out` holds something else, a size was not trained, the tokenizer does not fit
+      the table, or a weight is not finite.
+  """
+  out = out.absolute()
+  variant = _variant(run, step, cut, name, force)
+  spec = files.tokenizer_spec(tokenizer, run.config.model)
+  _check_target(out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  temporary = out.with_name(f".{out.name}.{os.getpid()}")
+  try:
+    _write(temporary, variant, params, tokenizer, spec, evaluation)
+    _replace(out, temporary)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return out
+
+
+def _variant(run: Run, step: int, cut: Slice, name: str | None, force: bool) -> Variant:
+  model = run.config.model
+  full = {"rank": model.rank, "depth": model.layers, "dim": model.width}
+  asked = dataclasses.asdict(cut)
+  sizes = {axis: full[axis] if size is None else size for axis, size in asked.items()}
+  really_cut = {axis: size for axis, size in sizes.items() if size != full[axis]}
+  name = name or variant_name(run.config.export.name, Slice(**really_cut))
+  variant = Variant(name=name, run=run, step=step, **sizes)
+  exists = all(1 <= size < full[axis] for axis, size in really_cut.items())
+  if variant.untrained and not (exists and force):
+    way_out = "choose a trained size, or --force" if exists else "the model has no such size"
+    raise ExportError("; ".join(variant.untrained) + f" ({way_out})")
+  return variant
+
+
+def _check_target(out: pathlib.Path) -> None:
+  """Raises unless `out` is free, empty, or holds nothing but a previous export."""
+  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    return
+  if not (out / OURS).is_file():
+    raise ExportError(f"--out: {out} exists and is not an export of ours; choose another folder")
+  ours = {OURS, *json.loads((out / OURS).read_text(encoding="utf-8"))["files"]}
+  found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+  if foreign := sorted(found - ours):
+    raise ExportError(
+      f"--out: {out} is an export of ours, but {foreign[0]} was added to it and would be lost; "
+      "choose another folder"
+    )
+
+
+def _replace(out: pathlib.Path, new: pathlib.Path) -> None:
+  old = new.with_name(new.name + ".old")
+  if out.exists():
+    out.rename(old)
+  new.rename(out)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+  folder: pathlib.Path,
+  variant: Variant,
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer,
+  spec: Mapping[str, Any],
+  evaluation: Mapping[str, Any] | None,
+) -> None:
+  folder.mkdir()
+  cut = Slice(rank=variant.rank or None, depth=variant.depth)
+  _write_weights(folder, variant, matryoshka.slice_params(params, cut))
+  prompts = files.prompts(variant.run.datasets)
+  for path, value in {
+    "config.json": files.model_config(variant, tokenizer, spec),
+    "tokenizer.json": spec,
+    "tokenizer_config.json": files.tokenizer_config(variant, tokenizer, spec),
+    "config_sentence_transformers.json": files.sentence_transformers_config(prompts),
+    "sentence_bert_config.json": files.sentence_bert_config(variant),
+    **files.modules(variant),
+  }.items():
+    write_json(folder / path, value)
+  write_json(folder / PARITY, _parity(folder, variant, tokenizer, prompts["query"]))
+  write_text(folder / "README.md", card(variant, tokenizer.pooled_token, prompts, evaluation))
+  write_json(folder / OURS, _ours(folder, variant, tokenizer))
+
+
+def _write_weights(folder: pathlib.Path, variant: Variant, params: Mapping[str, Any]) -> None:
+  dtype = np.dtype(variant.run.config.export.dtype)
+  shards = _shards(names.tensors(variant.body), dtype.itemsize)
+  placed = {}
+  for i, tensors in enumerate(shards, 1):
+    file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+    _write_tensors(folder / file, tensors, params, dtype)
+    placed |= {t.name: file for t in tensors}
+  if len(shards) > 1:
+    size = parameter_count(variant.body) * dtype.itemsize
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
+  if variant.rank:
+    # Float32 whatever the weights are: rounded factors multiply to another table.
+    _write_small(folder / FACTORS, {"U": params["table"], "V": params["up"]})
+  if variant.dim < variant.body.width:
+    identity = np.eye(variant.dim, variant.body.width)
+    _write_small(folder / "2_Dense" / WEIGHTS, {"linear.weight": identity})
+
+
+def _shards(tensors: Iterable[names.Tensor], itemsize: int) -> list[list[names.Tensor]]:
+  shards: list[list[names.Tensor]] = [[]]
+  room = MAX_FILE_BYTES
+  for t in tensors:
+    size = math.prod(t.shape) * itemsize
+    if size > room and shards[-1]:
+      shards.append([])
+      room = MAX_FILE_BYTES
+    shards[-1].append(t)
+    room -= size
+  return shards
+
+
+def _write_tensors(
+  path: pathlib.Path, tensors: Sequence[names.Tensor], params: Mapping[str, Any], dtype: np.dtype
+) -> None:
+  """Writes a safetensors file one tensor at a time; the library's writer takes all at once."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for t in tensors:
+    start, end = end, end + math.prod(t.shape) * dtype.itemsize
+    entry = {"dtype": DTYPE_CODES[dtype.name], "shape": t.shape, "data_offsets": [start, end]}
+    header[t.name] = entry
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+  with path.open("wb") as file:
+    file.write(struct.pack("<Q", len(text)) + text)
+    for t in tensors:
+      _stored(params, t, dtype).tofile(file)
+
+
+def _stored(params: Mapping[str, Any], t: names.Tensor, dtype: np.dtype) -> np.ndarray:
+  """Returns one tensor as the folder holds it; a factorised table is multiplied in float32."""
+  leaf = names.leaf(params, t.path)
+  array = np.asarray(leaf if t.layer is None else leaf[t.layer], np.float32)
+  if t.path == names.TABLE[0] and "up" in params:
+    array = array @ np.asarray(params["up"], np.float32)
+  tensor = np.ascontiguousarray(t.to_hf(array), dtype)
+  if damage := np.count_nonzero(~np.isfinite(tensor)):
+    raise ExportError(
+      f"{t.name}: {damage} values are NaN or infinite; the run diverged, export an earlier step"
+    )
+  return tensor
+
+
+def _write_small(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+  path.parent.mkdir(exist_ok=True)
+  arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+  safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+
+
+def _parity(
+  folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer, query_prompt: str
+) -> dict[str, Any]:
+  """Returns parity.json: our own vectors of the stored weights, for others to compare with.
+
+  The weights are read back from the folder, so a file that differs from what was meant stops the
+  export here. This needs the host to hold them once more, in float32.
+  """
+  params = load_folder(folder, variant.body)
+  items = _parity_items(variant, tokenizer, query_prompt)
+  ids = [item["input_ids"] for item in items]
+  device = _exact_device()
+  with jax.default_device(device), jax.default_matmul_precision("highest"):
+    states = encode(
+      variant.body,
+      jax.device_put(params, device),
+      ids,
+      exits=[variant.depth],
+      lengths=[*PARITY_BUCKETS, max(map(len, ids))],
+      batch_size=2,
+    )[0]
+    vectors = np.asarray(matryoshka.truncate(states, variant.dim), "<f4")
+  for item, vector in zip(items, vectors, strict=True):
+    item["embedding"] = base64.b64encode(vector.tobytes()).decode()
+  return {
+    "format_version": 1,
+    "compute": f"float32, highest matmul precision, {device.platform.upper()}",
+    "layers": variant.depth,
+    "dim": variant.dim,
+    "tolerance": {
+      "float32": {"max_abs": 1e-4, "min_cos": 0.99999},
+      "bfloat16": {"min_cos": 0.999},
+    },
+    "items": items,
+  }
+
+
+def _exact_device() -> Any:
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+    return jax.local_devices()[0]
+
+
+def _parity_items(
+  variant: Variant, tokenizer: Tokenizer, query_prompt: str
+) -> list[dict[str, Any]]:
+  allowed = variant.run.config.export.max_seq_length
+  repeats = PARITY_IDS // len(tokenizer.encode([PARITY_SENTENCE], allowed)[0]) + 1
+  long = (PARITY_SENTENCE * repeats).strip()
+  items = [{"id": name, "prompt_name": None, "text": t} for name, t in PARITY_TEXTS.items()]
+  items += [
+    {"id": "query", "prompt_name": "query", "text": PARITY_TEXTS["ascii"]},
+    {"id": "long", "prompt_name": None, "text": long},
+    {"id": "truncated", "prompt_name": None, "text": long, "max_length": PARITY_MAX_LENGTH},
+  ]
+  for item in items:
+    text = (query_prompt if item["prompt_name"] else "") + item["text"]
+    item["input_ids"] = tokenizer.encode([text], item.get("max_length", allowed))[0]
+  return items
+
+
+def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[str, Any]:
+  """Returns mlembed.json; to be called when every other file is written."""
+  config, axes, body = variant.run.config, variant.axes, variant.body
+  return {
+    "format_version": 1,
+    "name": variant.name,
+    "library": {"name": "mlembed_jax", "version": __version__},
+    "base_model": {"id": pathlib.PurePath(config.train.init_from).name or None},
+    "body": {
+      "family": "qwen3",
+      "hidden": body.width,
+      "layers_trained": config.model.layers,
+      "layers": body.layers,
+      "parameters": parameter_count(body),
+    },
+    "dims": {"trained": axes.dims, "exported": variant.dim},
+    "exits": {"trained": axes.exits, "exported": variant.depth},
+    "table": {
+      "form": "merged" if variant.rank else "full",
+      "rank_trained": config.model.rank or None,
+      "ranks": axes.ranks,
+      "rank_exported": variant.rank or None,
+      "uv_file": FACTORS if variant.rank else None,
+    },
+    "pooling": {
+      "kind": "last",
+      "token": tokenizer.pooled_token,
+      "token_id": tokenizer.pooled_id,
+      "trained_length": config.data.lengths[-1],
+      "max_seq_length": config.export.max_seq_length,
+    },
+    "prompt_template": INSTRUCTION.format(instruction="{task}", text="{text}"),
+    "training": {
+      "recipe": variant.recipe,
+      "step": variant.step,
+      "config_sha256": _config_sha256(config),
+      "manifest_sha256": variant.run.fingerprint,
+      "switches": files.switches(config),
+    },
+    "files": _digests(folder),
+  }
+
+
+def _config_sha256(config: Config) -> str:
+  return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: pathlib.Path) -> dict[str, dict[str, str]]:
+  """Returns {file: sha256} of all files."""
+  found = {}
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    with path.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    found[path.relative_to(folder).as_posix()] = {"sha256": digest}
+  return found

@@ -1,0 +1,73 @@
+"""Every text ends with the pooled token, once, wherever it is cut."""
+
+import json
+
+import pytest
+
+from mlembed_jax.data.tokenizer import DataError, Tokenizer, with_instruction
+from tests.material import train_tokenizer
+
+
+@pytest.fixture
+def path(data):
+  return data / "tokenizer.json"
+
+
+def test_truncation_keeps_the_first_tokens_and_ends_with_the_pooled_one(path):
+  tokenizer = Tokenizer(path, "<|endoftext|>")
+  full = tokenizer.encode(["one two three four five"], 100)[0]
+  assert full[-1] == tokenizer.pooled_id and tokenizer.pooled_id not in full[:-1]
+  for size in range(1, len(full) + 2):
+    cut = tokenizer.encode(["one two three four five"], size)[0]
+    assert cut == [*full[:-1][: size - 1], tokenizer.pooled_id]
+
+
+def test_truncation_worked_example():
+  """max_len 6, end 99: [1..5, 99] stays, [1..9, 99] becomes [1, 2, 3, 4, 5, 99]."""
+
+  class Numbers:
+    def encode_batch_fast(self, texts, add_special_tokens):
+      return [type("Encoding", (), {"ids": [int(c) for c in text]})() for text in texts]
+
+  tokenizer = Tokenizer.__new__(Tokenizer)
+  tokenizer._tokenizer, tokenizer.pooled_id = Numbers(), 99
+  assert tokenizer.encode(["12345", "123456789"], 6) == [[1, 2, 3, 4, 5, 99]] * 2
+
+
+def test_a_text_may_hold_the_pooled_token(path):
+  tokenizer = Tokenizer(path, "<|endoftext|>")
+  ids = tokenizer.encode(["one <|endoftext|> two"], 100)[0]
+  assert ids.count(tokenizer.pooled_id) == 2 and ids[-1] == tokenizer.pooled_id
+
+
+def test_settings_inside_the_file_do_not_act(path, tmp_path):
+  other = train_tokenizer(600)
+  other.enable_truncation(2)
+  other.enable_padding()
+  other.save(str(tmp_path / "tokenizer.json"))
+  texts = ["one two three four", "one"]
+  plain, strange = (
+    Tokenizer(p, "<|im_end|>").encode(texts, 50) for p in (path, tmp_path / "tokenizer.json")
+  )
+  assert plain == strange
+
+
+def test_size_holds_every_token(path):
+  tokenizer = Tokenizer(path, "<|im_end|>")
+  stored = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+  assert tokenizer.size == max(stored.values()) + 1 == len(stored)
+
+
+def test_missing_unreadable_and_unfitting_files(path, tmp_path):
+  with pytest.raises(DataError, match=r"data.tokenizer: .*absent.json does not exist"):
+    Tokenizer(tmp_path / "absent.json", "x")
+  (tmp_path / "bad.json").write_text("[]")
+  with pytest.raises(DataError, match=r"bad.json is not a tokenizer.json"):
+    Tokenizer(tmp_path / "bad.json", "x")
+  with pytest.raises(DataError, match=r"data.pooled_token: .* has no token '<\|end\|>'"):
+    Tokenizer(path, "<|end|>")
+
+
+def test_instruction():
+  assert with_instruction("Do.", "text") == "Instruct: Do.\nQuery: text"
+  assert with_instruction("", "text") == "text"

@@ -1,0 +1,71 @@
+"""Where arrays live, and what is refused instead of being replicated in silence."""
+
+import flax.linen as nn
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mlembed_jax import optimizer, sharding, train_state
+from mlembed_jax.config import from_mapping
+from mlembed_jax.models.encoder import Encoder
+from tests.material import config_dict, random_batch
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(from_mapping(config_dict(**{"mesh.tensor": 2})))
+
+
+def test_mesh_axes(mesh):
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+  ("shape", "axes", "message"),
+  [
+    ((8, 8), ("embed", "weird"), r"x: no rule for logical axes \['weird'\]"),
+    ((8, 8), ("embed", "rank"), "x: .* puts two dimensions on one mesh axis"),
+    ((6, 8), ("embed", "ffn"), "x: 6 is not a multiple of mesh axes"),
+  ],
+)
+def test_impossible_shardings_are_refused(mesh, shape, axes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.partition_spec("x", shape, axes, mesh)
+
+
+def test_state_is_created_where_it_lives(tiny, mesh):
+  tx = optimizer.make(tiny.optimizer, 10)
+  state = train_state.create(tiny.model, tx, mesh, seed=0)
+  assert state.params["layers"]["mlp"]["gate"].sharding.spec == P(None, "fsdp", "tensor")
+  assert state.params["table"].sharding.spec == P("tensor", "fsdp")
+  moments = state.opt_state[1][0]
+  for tree in (moments.mu, moments.nu):
+    assert jax.tree.map(lambda x: x.sharding, tree) == jax.tree.map(
+      lambda x: x.sharding, state.params
+    )
+
+
+def test_only_small_arrays_stay_whole(tiny, mesh):
+  """A weight that no rule splits would cost every device its full size."""
+  abstract = train_state.abstract(tiny.model, optimizer.make(tiny.optimizer, 10), mesh)
+  whole = [x.shape for x in jax.tree.leaves(abstract) if x.sharding.is_fully_replicated]
+  assert all(
+    len(shape) < 2 or shape[-1] in (tiny.model.width, tiny.model.head_dim) for shape in whole
+  )
+
+
+def test_initial_state_does_not_depend_on_the_mesh(tiny, mesh):
+  one = sharding.make_mesh(tiny, jax.devices()[:1])
+  tx = optimizer.make(tiny.optimizer, 10)
+  states = [train_state.create(tiny.model, tx, m, seed=3) for m in (one, mesh)]
+  for a, b in zip(*(jax.tree.leaves(jax.device_get(s)) for s in states), strict=True):
+    assert (a == b).all()
+
+
+def test_the_residual_stream_is_constrained(tiny, mesh, params):
+  """Without mesh and rules in the context Flax drops the constraint without a word."""
+
+  batch = random_batch(tiny.model.vocab, 8, 32)
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.logical_rules()):
+    text = jax.jit(Encoder(tiny.model).apply).lower({"params": params}, *batch).as_text()
+  assert "sharding_constraint" in text

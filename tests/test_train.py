@@ -1,0 +1,197 @@
+"""The command, as real processes: resume after real signals, outputs, and every refusal."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mlembed_jax.metrics import Writer
+from tests.material import pairs, write_parquet
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def command(data, workdir, **overrides):
+  flags = {"data.heldout": "()"} | overrides
+  return [
+    sys.executable,
+    *("-m", "mlembed_jax.train", "--config", f"tests/tiny_config.py:{data}"),
+    *("--workdir", str(workdir)),
+    *(f"--config.{name}={value}" for name, value in flags.items()),
+  ]
+
+
+def run(*args, **overrides):
+  return subprocess.run(
+    command(*args, **overrides), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+  )
+
+
+def start(*args, **overrides):
+  return subprocess.Popen(
+    command(*args, **overrides), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+  )
+
+
+def lines(workdir):
+  path = workdir / "metrics.jsonl"
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(workdir, step, seconds=120):
+  end = time.monotonic() + seconds
+  while not any(line["step"] >= step for line in lines(workdir)):
+    assert time.monotonic() < end, "the run does not get there"
+    time.sleep(0.02)
+
+
+def arrays(workdir, step):
+  """Returns every array of a checkpoint: parameters, moments and step."""
+  state = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
+  flat = jax.tree.leaves(state)
+  return [np.asarray(leaf) for leaf in flat]
+
+
+def assert_same_state(a, b, step):
+  for x, y in zip(arrays(a, step), arrays(b, step), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def twenty(data, tmp_path_factory):
+  """The workdir of 20 uninterrupted steps, with checkpoints at 10 and 20."""
+  workdir = tmp_path_factory.mktemp("twenty")
+  result = run(data, workdir)
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(data, twenty, tmp_path):
+  shutil.copytree(twenty, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "checkpoints/20")
+  result = run(data, tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert_same_state(twenty, tmp_path, 20)
+  untimed = [
+    [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(w)]
+    for w in (twenty, tmp_path)
+  ]
+  assert untimed[0] == untimed[1]
+
+
+LONG = {"train.steps": 600, "train.checkpoint_every": 200}
+
+
+@pytest.fixture(scope="module")
+def six_hundred(data, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("long")
+  assert run(data, workdir, **LONG).returncode == 0
+  return workdir
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_run_that_was_killed_goes_on_exactly(data, six_hundred, tmp_path, sent, status):
+  process = start(data, tmp_path, **LONG)
+  wait_for_step(tmp_path, 230)
+  process.send_signal(sent)
+  assert process.wait(60) == status
+  reached = lines(tmp_path)[-1]["step"]
+  assert 230 <= reached < 600
+  assert run(data, tmp_path, **LONG).returncode == 0
+  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 601))
+  assert_same_state(six_hundred, tmp_path, 600)
+
+
+def test_metrics_lines_are_complete(twenty):
+  assert [line["step"] for line in lines(twenty)] == list(range(1, 21))
+  for line in lines(twenty):
+    assert set(line) == {
+      *("step", "loss", "hard_loss", "inbatch_loss", "loss_by_dataset", "learning_rate"),
+      *("gradient_norm", "rank", "tokens_per_second", "padding_share"),
+    }
+    assert line["loss"] > 0 and line["tokens_per_second"] > 0 and 0 <= line["padding_share"] < 1
+    assert line["rank"] in (8, 16, 24)
+  datasets = {name for line in lines(twenty) for name in line["loss_by_dataset"]}
+  assert datasets == {f"train/{name}.parquet" for name in ("bitext", "topics", "colours")}
+
+
+def test_tensorboard_files_are_written(twenty):
+  assert [p for p in (twenty / "tensorboard").iterdir() if p.name.startswith("events.out")]
+
+
+def test_a_cut_line_of_a_killed_run_is_dropped(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+  Writer(tmp_path, 2).close()
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_differences(data, twenty):
+  result = run(data, twenty, **{"optimizer.learning_rate": 0.5, "model.ffn": 96})
+  assert result.returncode == 1
+  assert "model.ffn: 64 in the workdir, 96 now" in result.stderr
+  assert "optimizer.learning_rate: 0.001 in the workdir, 0.5 now" in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_of_other_data_is_refused(data, twenty, tmp_path):
+  shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+
+  write_parquet(tmp_path / "train/topics.parquet", pairs(95, 9))
+  result = run(tmp_path, twenty)
+  assert result.returncode == 1
+  assert "another run" in result.stderr and "  data: " in result.stderr
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"data.manifest": "/absent.json"}, "error: data.manifest: /absent.json does not exist"),
+    ({"data.train": "('nothing/*',)"}, "error: data.train: 'nothing/*' matches no file"),
+    ({"data.tokenizer": "/absent.json"}, "error: data.tokenizer: /absent.json does not exist"),
+    ({"data.global_batch": 128}, "64 usable rows are fewer than data.global_batch = 128"),
+    ({"model.vocab": 500}, "error: model.vocab: 500 rows are fewer than the"),
+    ({"mesh.fsdp": 3}, "error: mesh: {'data': 1, 'fsdp': 3"),
+    ({"model.heads": 3}, "error: model.heads: 3 is not a multiple of model.kv_heads = 2"),
+    ({"model.widht": 3}, "widht"),
+    ({"model.width": "wide"}, "model.width"),
+    ({"train.init_from": "/absent"}, "/absent"),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_ends_with_one_sentence_and_no_work(data, tmp_path, overrides, message):
+  result = run(data, tmp_path / "work", **overrides)
+  assert result.returncode != 0
+  assert message in result.stderr
+  assert "Traceback" not in result.stderr
+  assert not (tmp_path / "work" / "checkpoints").exists() or not list(
+    (tmp_path / "work" / "checkpoints").iterdir()
+  )
+
+
+def test_an_unwritable_workdir_is_refused(data, tmp_path):
+  (tmp_path / "file").touch()
+  result = run(data, tmp_path / "file" / "work")
+  assert result.returncode == 1
+  assert f"error: --workdir: {tmp_path}/file/work is not writable" in result.stderr
+
+
+def test_help_is_short_and_complete():
+  result = subprocess.run(
+    [sys.executable, "-m", "mlembed_jax.train", "--help"],
+    cwd=ROOT,
+    env=ENVIRONMENT,
+    capture_output=True,
+    text=True,
+  )
+  assert "--config" in result.stdout and "--workdir" in result.stdout
+  assert len(result.stdout.splitlines()) < 40

@@ -1,0 +1,181 @@
+"""One update: the same on any mesh, compiled once per shape, settings that act, drawn ranks."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from mlembed_jax import optimizer, train_state, train_step
+from mlembed_jax.config import from_mapping
+from mlembed_jax.matryoshka import plan
+from mlembed_jax.models.encoder import abstract_params
+from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, shardings
+from tests.material import config_dict, random_batch, random_params
+
+
+def batch_of(rows=16, texts=4, size=32, seed=0):
+  tokens, lengths = random_batch(640, rows * texts, size, seed)
+  hashes = np.random.default_rng(seed).integers(0, 2**32, (rows, texts, 2), np.uint32)
+  hashes[5, 1] = hashes[11, 1]
+  return {
+    "tokens": tokens.reshape(rows, texts, size),
+    "lengths": lengths.reshape(rows, texts),
+    "hashes": hashes,
+  }
+
+
+def on_mesh(mesh):
+  stack = contextlib.ExitStack()
+  stack.enter_context(jax.set_mesh(mesh))
+  stack.enter_context(nn.logical_axis_rules(logical_rules()))
+  return stack
+
+
+def loss_and_grads(config, devices, inbatch):
+  mesh = make_mesh(config, devices)
+  axes = plan(config.model, config.matryoshka)
+  boxed = abstract_params(config.model)
+  with on_mesh(mesh):
+    params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
+
+    def loss(p, batch, rank):
+      return train_step.objective(config, axes, p, batch, rank, inbatch).loss
+
+    run = jax.jit(jax.value_and_grad(loss))
+    return jax.device_get(run(params, put_batch(batch_of(), mesh), np.int32(16)))
+
+
+@functools.cache
+def one_device(inbatch):
+  return loss_and_grads(from_mapping(config_dict()), jax.devices()[:1], inbatch)
+
+
+MESHES = {
+  "data 8": (8, 1, 1),
+  "fsdp 8": (1, 8, 1),
+  "fsdp 4 x tensor 2": (1, 4, 2),
+  "all": (2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("inbatch", [True, False])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_eight_devices_equal_one(sizes, inbatch):
+  names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+  config = from_mapping(config_dict(**dict(zip(names, sizes, strict=True))))
+  loss, grads = loss_and_grads(config, None, inbatch)
+  expected, expected_grads = one_device(inbatch)
+  assert loss == pytest.approx(expected, rel=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny):
+  mesh = make_mesh(tiny)
+  with on_mesh(mesh):
+    yield mesh, train_step.make(tiny, 20, mesh)
+
+
+def new_state(config, mesh):
+  return train_state.create(config.model, optimizer.make(config.optimizer, 20), mesh, 0)
+
+
+def test_compiles_once_per_shape(tiny, trainer):
+  mesh, step = trainer
+  state = new_state(tiny, mesh)
+  kinds = [(4, 32, True), (3, 32, False), (4, 64, True)]
+  for _ in range(3):
+    for texts, size, inbatch in kinds:
+      state, _ = step(state, put_batch(batch_of(16, texts, size), mesh), inbatch=inbatch)
+  assert step._cache_size() == len(kinds)
+  assert int(state.step) == 9
+
+
+def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
+  mesh, step = trainer
+  state, losses = new_state(tiny, mesh), []
+  for _ in range(8):
+    state, metrics = step(state, put_batch(batch_of(), mesh), inbatch=True)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0]
+  assert set(metrics) == {
+    "loss",
+    "hard_loss",
+    "inbatch_loss",
+    "gradient_norm",
+    "learning_rate",
+    "rank",
+  }
+  assert float(metrics["loss"]) == pytest.approx(
+    float(metrics["hard_loss"] + metrics["inbatch_loss"]), rel=1e-5
+  )
+  assert int(metrics["rank"]) in tiny.matryoshka.ranks
+
+
+def test_the_old_state_is_donated(tiny, trainer):
+  mesh, step = trainer
+  state = new_state(tiny, mesh)
+  step(state, put_batch(batch_of(), mesh), inbatch=True)
+  assert state.params["table"].is_deleted()
+
+
+def test_rank_draws_are_proportional_and_depend_on_seed_and_step_alone(tiny):
+  axes = plan(tiny.model, dataclasses.replace(tiny.matryoshka, ranks=(2, 4, 8, 16)))
+  draw = jax.jit(jax.vmap(lambda s: train_step.draw_rank(axes, 0, s)))
+  ranks = np.asarray(draw(np.arange(20_000)))
+  counts = collections.Counter(ranks.tolist())
+  for rank, share in zip((2, 4, 8, 16), (1 / 15, 2 / 15, 4 / 15, 8 / 15), strict=True):
+    assert counts[rank] / 20_000 == pytest.approx(share, abs=0.015)
+  np.testing.assert_array_equal(ranks[500:510], draw(np.arange(500, 510)))
+  other = jax.jit(jax.vmap(lambda s: train_step.draw_rank(axes, 1, s)))(np.arange(100))
+  assert np.any(np.asarray(other) != ranks[:100])
+
+
+OTHER = {
+  "losses.temperature": 0.1,
+  "losses.inbatch_passage_grad": False,
+  "losses.mask_duplicates": False,
+  "matryoshka.dims": (48,),
+  "matryoshka.exits": (3,),
+  "matryoshka.ranks": (24,),
+  "optimizer.learning_rate": 2e-3,
+  "optimizer.min_learning_rate": 1e-6,
+  "optimizer.schedule": "constant",
+  "optimizer.warmup_steps": 5,
+  "optimizer.beta1": 0.8,
+  "optimizer.beta2": 0.9,
+  "optimizer.eps": 1e-6,
+  "optimizer.weight_decay": 0.1,
+  "optimizer.clip_norm": 2.0,
+  "train.seed": 1,
+}
+
+
+def program(config):
+  mesh = make_mesh(config)
+  tx = optimizer.make(config.optimizer, 20)
+  state = train_state.abstract(config.model, tx, mesh)
+  batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_of().items()}
+  with on_mesh(mesh):
+    step = train_step.make(config, 20, mesh)
+    return str(step.trace(state, batch, inbatch=True).jaxpr)
+
+
+@functools.cache
+def tiny_program():
+  return program(from_mapping(config_dict()))
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_every_setting_changes_the_program(field):
+  assert program(from_mapping(config_dict(**{field: OTHER[field]}))) != tiny_program()
+
+
+def test_the_program_is_the_same_for_the_same_settings():
+  assert program(from_mapping(config_dict())) == tiny_program()
