@@ -1,10 +1,15 @@
 """Checkpoints by orbax: the whole state, saved in the background, restored onto any mesh."""
 
 import pathlib
+from typing import Any
 
+import flax.linen as nn
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from mlembed_jax.config import ConfigError, flatten
+from mlembed_jax.config import ConfigError, ModelConfig, flatten
+from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import Run
 

@@ -246,10 +246,11 @@ def _check_values(config: Config) -> None:
     if flat[name] not in allowed:
       raise ConfigError(f"{name}: {flat[name]!r} is not one of {', '.join(map(repr, allowed))}")
   for name, value in flat.items():
-    if isinstance(value, (int, float)) and not name.startswith("mesh."):
-      if value < 0 or (value == 0 and type(value) is not bool and name not in MAY_BE_ZERO):
-        bound = "not be negative" if name in MAY_BE_ZERO else "be positive"
-        raise ConfigError(f"{name}: must {bound}, found {value}")
+    if type(value) not in (int, float) or name.startswith("mesh."):
+      continue
+    if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+      bound = "not be negative" if name in MAY_BE_ZERO else "be positive"
+      raise ConfigError(f"{name}: must {bound}, found {value}")
 
 
 def _check_model(m: ModelConfig) -> None:

@@ -89,8 +89,8 @@ def describe(config: Config, inputs: Inputs) -> Run:
   """
   if inputs.tokenizer.size > config.model.vocab:
     raise ConfigError(
-      f"model.vocab: {config.model.vocab} rows are fewer than the {inputs.tokenizer.size} tokens of "
-      f"{inputs.tokenizer.path}"
+      f"model.vocab: {config.model.vocab} rows are fewer than the {inputs.tokenizer.size} tokens "
+      f"of {inputs.tokenizer.path}"
     )
   fingerprint = sources.fingerprint(inputs.datasets, inputs.tokenizer.fingerprint)
   return Run(config, inputs.entries, fingerprint)

@@ -84,7 +84,7 @@ SPELLINGS = {
 }
 VARIANTS = {"pt-br", "sr-latn", "zh-hans", "zh-hant"}
 
-_PLACEHOLDER = re.compile(r"%\([^)]*\)[a-z]|%[a-z]|\{[^{}]*\}")
+_PLACEHOLDER = re.compile(r"%(\([^)]*\))?[\d.]*[a-z]|\{[^{}]*\}")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 # Qwen's, but marks stay with their letters: Indic words would else be cut at every vowel sign.
 _PRETOKEN = (
@@ -301,11 +301,14 @@ def read_utterances(seed: int) -> tuple[ByLanguage, ByLanguage]:
 
 def bitext_rows(translations: Translations, limit: int | None, seed: int) -> list[Row]:
   """Returns up to `limit` rows per language, every other one to English, with hard negatives."""
-  ranked = hardest_first(sorted(set().union(*translations.values())))
+  spread = Counter(english for pairs in translations.values() for english in pairs)
+  ranked = hardest_first(sorted(spread))
   rows = []
   for lang, pairs in sorted(translations.items()):
-    chosen = _random(seed, lang).sample(sorted(pairs), len(pairs))[:limit]
-    for i, english in enumerate(chosen):
+    rng = _random(seed, lang)
+    # What few languages name comes early, so that the languages together name everything.
+    place = {english: rng.random() * spread[english] for english in sorted(pairs)}
+    for i, english in enumerate(sorted(place, key=place.__getitem__)[:limit]):
       negatives = _bitext_negatives(english, pairs, ranked[english])
       if len(negatives) == BITEXT_NEGATIVES:
         sides = [(english, pairs[english]), *negatives]

@@ -1,5 +1,6 @@
 """A dense Qwen3 decoder that returns the pooled state of every depth in one pass."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,17 @@ def normal(fan_in: int) -> nn.initializers.Initializer:
   return nn.initializers.normal(fan_in**-0.5)
 
 
+def project(x: Array, w: Array, axes: int = 1) -> Array:
+  """Returns the product over the last `axes` axes of `x` and the first of `w`.
+
+  Tokens are flattened to one axis for it. Where a weight gradient contracts two axes (batch and
+  token), XLA's CPU backend first transposes both operands, which doubles the time of the layer.
+  """
+  rows, fan_in = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
+  out = x.reshape(-1, fan_in) @ w.reshape(fan_in, -1)
+  return out.reshape(*rows, *w.shape[axes:])
+
+
 class RMSNorm(nn.Module):
   """scale * x / rms(x) over the last axis, statistics in float32."""
 
@@ -69,13 +81,13 @@ class Attention(nn.Module):
     k_DGK = weight(self, "k", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(D))
     v_DGK = weight(self, "v", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(D))
     o_NKD = weight(self, "o", (N, K, D), ("heads", "head_dim", "embed"), normal(N * K))
-    q_BTNK = RMSNorm(c, name="q_norm")(jnp.einsum("BTD,DNK->BTNK", x_BTD, q_DNK))
-    k_BTGK = RMSNorm(c, name="k_norm")(jnp.einsum("BTD,DGK->BTGK", x_BTD, k_DGK))
-    v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, v_DGK)
+    q_BTNK = RMSNorm(c, name="q_norm")(project(x_BTD, q_DNK))
+    k_BTGK = RMSNorm(c, name="k_norm")(project(x_BTD, k_DGK))
+    v_BTGK = project(x_BTD, v_DGK)
     q_BTNK = rotary(q_BTNK, positions_BT, c.rope_theta)
     k_BTGK = rotary(k_BTGK, positions_BT, c.rope_theta)
     out_BTNK = attention(q_BTNK, k_BTGK, v_BTGK, segments_BT)
-    return jnp.einsum("BTNK,NKD->BTD", out_BTNK, o_NKD)
+    return project(out_BTNK, o_NKD, axes=2)
 
 
 class Mlp(nn.Module):
@@ -90,7 +102,8 @@ class Mlp(nn.Module):
     gate_DF = weight(self, "gate", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
     up_DF = weight(self, "up", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
     down_FD = weight(self, "down", (c.ffn, c.width), ("ffn", "embed"), normal(c.ffn))
-    return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+    hidden_BTF = jax.nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF)
+    return project(hidden_BTF, down_FD)
 
 
 class Block(nn.Module):
@@ -145,7 +158,7 @@ class Encoder(nn.Module):
     up_RD = weight(self, "up", (c.rank, c.width), ("rank", None), normal(c.rank))
     if rank_mask_R is not None:
       up_RD = up_RD * rank_mask_R.astype(up_RD.dtype)[:, None]
-    return table_VR[tokens_BT] @ up_RD
+    return project(table_VR[tokens_BT], up_RD)
 
   def _layers(self) -> Any:
     c = self.config
