@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 VARIANTS = {
   "": {},
-  # What METHOD calls the recipe `reference`. Several devices of the published code pass no gradient
+  # The published recipe (ML-Embed, F2LLM-v2). Several devices of that code pass no gradient
   # to in-batch passages and know nothing of repeated texts.
   "reference": {
     "losses.inbatch_passage_grad": False,

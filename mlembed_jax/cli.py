@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app
 
 from mlembed_jax.config import ConfigError
 from mlembed_jax.data.tokenizer import DataError
@@ -25,6 +25,5 @@ def run(main: Callable[[], None]) -> None:
     except (ConfigError, DataError, ExportError, LoadError) as error:
       sys.exit(f"error: {error}")
 
-  # Libraries log each checkpoint in thirty lines; --verbosity=0 shows them.
-  flags.FLAGS.set_default("verbosity", -1)
-  app.run(wrapped)
+  # Libraries log each checkpoint in thirty lines. A later --verbosity=0 shows them.
+  app.run(wrapped, argv=[sys.argv[0], "--verbosity=-1", *sys.argv[1:]])

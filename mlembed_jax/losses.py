@@ -1,4 +1,4 @@
-"""The contrastive objective over all exits and output dims (METHOD section 6). Takes arrays only.
+"""The contrastive objective of ML-Embed over all exits and output dims. Takes arrays only.
 
 Letters: E exits, B rows of the global batch, C texts per row (query, positive, negatives...),
 D width, M an output dim. Arrays are global: the compiler adds the gathers between devices and
@@ -120,7 +120,7 @@ def objective(
 
 
 def distillation(student: Sequence[Any], teacher: Sequence[Any], space: str) -> Float[Array, ""]:
-  """Returns the distance of student states [..., d] to the teacher's first d columns (section 7).
+  """Returns the distance of student states [..., d] to the teacher's first d columns.
 
   `student` and `teacher` are matching lists (queries, positives, negatives); their terms are
   added. Space `raw` is the mean squared error of un-normalised states, `unit` the mean squared

@@ -32,7 +32,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Matryoshka:
-  """What one run trains along each axis, with the weights of METHOD sections 2 to 5."""
+  """What one run trains along each axis, with its weights."""
 
   dims: tuple[int, ...]  # ascending, ends with the width
   dim_weights: tuple[float, ...]  # one per dim, in the order of `dims`
@@ -120,14 +120,16 @@ def slice_config(model: Dataclass, s: Slice) -> Dataclass:
 def truncate(x: Float[Array, "... D"], dim: int | None) -> Float[Array, "... M"]:
   """Returns the first `dim` coordinates at unit length (divisor at least 1e-12), in float32."""
   x = x[..., :dim].astype(jnp.float32)
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+  # Bounding the square keeps the gradient of a zero vector finite; that of its root is not.
+  square = jnp.sum(x * x, axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def factorize(table: Float[Array, "V D"], rank: int) -> tuple[Array, Array]:
   """Returns U [V, rank] and V [rank, D] with U @ V the best approximation of `table` (float32).
 
   The singular values go into U, so any leading columns of U with the same rows of V are the best
-  approximation of that rank (METHOD section 5).
+  approximation of that rank. This is how ML-Embed starts the factors (arXiv 2605.15081).
   """
   # Eigenvectors of the D x D Gram matrix would square the condition number; the table is tall and
   # D is small, so QR first costs V*D*D and leaves an SVD of a D x D matrix.

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule (METHOD section 8)."""
+"""AdamW and its learning-rate schedule, as in the published training code."""
 
 from collections.abc import Callable
 from typing import Any

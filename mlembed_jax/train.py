@@ -154,7 +154,7 @@ def fit(
   """
   step = train_step.make(config, len(batches), mesh)
   pending = None
-  with StopOnTerm() as stop:
+  with StopOnTerm() as stop, jax.transfer_guard("disallow"):
     for batch in loader.iterate(batches, int(state.step)):
       inbatch = batch.task_type in train_step.INBATCH_TASKS
       state, values = step(state, put_batch(batch.arrays(), mesh), inbatch=inbatch)

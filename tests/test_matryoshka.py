@@ -99,6 +99,8 @@ def test_truncate_renormalises_each_prefix():
   x = jnp.array([[3.0, 4.0, 12.0]])
   np.testing.assert_allclose(matryoshka.truncate(x, 2), [[0.6, 0.8]], rtol=1e-6)
   np.testing.assert_array_equal(matryoshka.truncate(jnp.zeros((1, 3)), 2), [[0, 0]])
+  grad = jax.grad(lambda x: jnp.sum(matryoshka.truncate(x, 2)))(jnp.zeros((1, 3)))
+  assert np.all(np.isfinite(grad))
 
 
 SLICES = [Slice(rank=8), Slice(depth=1), Slice(rank=16, depth=2)]

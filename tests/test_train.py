@@ -14,7 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mlembed_jax.checkpoint import load_params
 from mlembed_jax.metrics import Writer
+from mlembed_jax.workdir import Run
 from tests.material import pairs, write_parquet
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -178,6 +180,45 @@ def test_bad_input_ends_with_one_sentence_and_no_work(data, tmp_path, overrides,
   )
 
 
+def export(*flags):
+  return subprocess.run(
+    [sys.executable, "-m", "mlembed_jax.export", *map(str, flags)],
+    cwd=ROOT,
+    env=ENVIRONMENT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_export_cuts_the_newest_checkpoint(twenty, tmp_path):
+  cut = ("--depth", 2, "--rank", 16, "--dim", 8)
+  result = export("--checkpoint", twenty, "--out", tmp_path / "cut", *cut)
+  assert result.returncode == 0, result.stderr
+  ours = json.loads((tmp_path / "cut/mlembed.json").read_text())
+  assert ours["name"] == "tiny-d8-l2-r16" and ours["training"]["step"] == 20
+  assert ours["exits"]["exported"] == 2 and ours["table"]["rank_exported"] == 16
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--depth", 4), "--depth"),
+    (("--dim", 9), "--dim"),
+    (("--rank", 5), "--rank"),
+  ],
+)
+def test_untrained_cuts_are_refused(twenty, tmp_path, flags, message):
+  result = export("--checkpoint", twenty, "--out", tmp_path / "cut", *flags)
+  assert result.returncode == 1 and message in result.stderr
+  assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_export_of_what_is_no_workdir_is_refused(tmp_path):
+  result = export("--checkpoint", tmp_path, "--out", tmp_path / "out")
+  assert result.returncode == 1
+  assert "no run.json; this is not a workdir that a training run wrote" in result.stderr
+
+
 def test_an_unwritable_workdir_is_refused(data, tmp_path):
   (tmp_path / "file").touch()
   result = run(data, tmp_path / "file" / "work")
@@ -195,3 +236,14 @@ def test_help_is_short_and_complete():
   )
   assert "--config" in result.stdout and "--workdir" in result.stdout
   assert len(result.stdout.splitlines()) < 40
+
+
+def test_training_starts_from_an_exported_folder(data, twenty, tmp_path):
+  """The first update has rate 0, so one step leaves the imported parameters as they were."""
+  assert export("--checkpoint", twenty, "--out", tmp_path / "folder").returncode == 0
+  start = {"train.init_from": tmp_path / "folder", "train.steps": 1}
+  assert run(data, tmp_path / "work", **start).returncode == 0
+  model = Run.load(twenty).config.model
+  (_, expected), (step, found) = (load_params(w, model) for w in (twenty, tmp_path / "work"))
+  assert step == 1
+  jax.tree.map(np.testing.assert_array_equal, found, expected)

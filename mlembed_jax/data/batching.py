@@ -49,7 +49,7 @@ def steps_per_epoch(sizes: Mapping[str, int], batch_size: int) -> int:
 def negative_columns(stored: int, used: int, seed: int, step: int) -> Int[np.ndarray, "k"]:
   """Returns the hard-negative columns of one step: `used` of `stored`, without replacement.
 
-  All rows of a step use the same columns (METHOD section 6). The first argument of the generator
+  All rows of a step use the same columns, as in F2LLM-v2. The first argument of the generator
   separates this stream from every other use of the seed.
   """
   generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([0x4E45, seed, step])))

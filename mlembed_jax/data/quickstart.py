@@ -5,22 +5,16 @@ Bitext is split by its English side, so that what is held out is unseen in every
 installed packages only; knows nothing of models or the trainer, and never imports jax.
 """
 
-import functools
-import gettext
 import hashlib
-import html
 import importlib.metadata
 import importlib.resources
 import itertools
 import json
 import os
 import pathlib
-import re
 import shutil
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -31,7 +25,17 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlembed_jax.data import intent_templates
 from mlembed_jax.data.intent_templates import ByLanguage
-from mlembed_jax.data.tokenizer import with_instruction
+from mlembed_jax.data.quickstart_sources import (
+  KINDS,
+  Translations,
+  fold,
+  part,
+  read_messages,
+  read_names,
+  read_utterances,
+  seeded,
+)
+from mlembed_jax.data.tokenizer import DataError, with_instruction
 
 VERSION = 1  # raise it when the same packages would give other files
 LICENCES = {
@@ -42,15 +46,12 @@ LICENCES = {
 }
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>"]
 
-HELDOUT_PERCENT = 15  # of the English strings, and of the intent templates
 HELDOUT_PAIRS = 100  # per language; languages with fewer are not scored
 HELDOUT_LANGUAGES, HELDOUT_UTTERANCES = 29, 80  # English is one of them; per language
 SUPPORT_UTTERANCES = 8  # per intent, English
 
 BITEXT_NEGATIVES = 4
 PARAPHRASE = 0.85  # English similarity above which a negative may be a true positive
-MAX_CHARS = 300
-MIN_NAMES = 100  # CLDR locales with fewer are barely begun
 NAMES_PER_LANGUAGE = 200  # makes `names` about as large as `messages`
 NAMES_PER_KIND = 10  # and language, in `name_kinds`
 
@@ -65,27 +66,6 @@ FILES = {  # task type, instruction, packages
   "heldout/bitext.parquet": (*BITEXT, ["django", "django-allauth", "babel"]),
   "heldout/intents.parquet": ("classification", INTENTS, ["home-assistant-intents"]),
 }
-KINDS = {
-  "territories": "the name of a country or region",
-  "languages": "the name of a language",
-  "currencies": "the name of a currency",
-  "scripts": "the name of a script",
-}
-
-# One spelling per language. Regional variants that are not listed are near-copies: left out.
-SPELLINGS = {
-  "de-ch": "gsw",
-  "no": "nb",
-  "pt-pt": "pt",
-  "zh": "zh-hans",
-  "zh-cn": "zh-hans",
-  "zh-hk": "yue",
-  "zh-tw": "zh-hant",
-}
-VARIANTS = {"pt-br", "sr-latn", "zh-hans", "zh-hant"}
-
-_PLACEHOLDER = re.compile(r"%(\([^)]*\))?[\d.]*[a-z]|\{[^{}]*\}")
-_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 # Qwen's, but marks stay with their letters: Indic words would else be cut at every vowel sign.
 _PRETOKEN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}"
@@ -93,23 +73,21 @@ _PRETOKEN = (
 )
 
 Row = dict[str, str]
-Translations = dict[str, dict[str, str]]  # language -> English -> text
 
 
 def build(out: pathlib.Path, *, vocab_size: int, seed: int) -> None:
   """Writes manifest, tokenizer, training and held-out files to `out`, unless it has them already.
 
   Raises:
-    ImportError: a package whose text is read is not installed.
-    FileExistsError: `out` holds something else.
-    ValueError: the text gives fewer than `vocab_size` tokens.
+    DataError: a package whose text is read is not installed, `out` holds something else, or the
+      text gives fewer than `vocab_size` tokens.
   """
   mark = _fingerprint(vocab_size, seed)
   written = out / "fingerprint"
   if written.is_file() and written.read_text() == mark:
     return
   if out.exists() and not written.is_file() and any(out.iterdir()):
-    raise FileExistsError(f"{out} holds files that are not the quickstart's; name another folder")
+    raise DataError(f"{out} holds files that are not the quickstart's; name another folder")
   new, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("new", "old"))
   try:
     new.mkdir(parents=True)
@@ -132,7 +110,7 @@ def _version(package: str) -> str:
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError as error:
-    raise ImportError(
+    raise DataError(
       f"the quickstart reads the text of {package}, which is not installed: "
       "pip install 'mlembed_jax[quickstart]'"
     ) from error
@@ -146,16 +124,16 @@ def _rows(seed: int) -> dict[str, list[Row]]:
     intent: [texts.pop() for _ in range(min(SUPPORT_UTTERANCES, len(texts) // 2))]
     for intent, texts in utterances["en"].items()
   }
-  pairs = intent_templates.pairs(utterances, _random(seed))
+  pairs = intent_templates.pairs(utterances, seeded(seed))
   train = {
-    "train/messages.parquet": bitext_rows(_part(messages, heldout=False), None, seed),
-    "train/names.parquet": bitext_rows(_part(names, heldout=False), NAMES_PER_LANGUAGE, seed),
+    "train/messages.parquet": bitext_rows(part(messages, heldout=False), None, seed),
+    "train/names.parquet": bitext_rows(part(names, heldout=False), NAMES_PER_LANGUAGE, seed),
     "train/intents.parquet": [_row(query, documents, lang) for lang, query, documents in pairs],
-    "train/name_kinds.parquet": kind_rows(_part(names, heldout=False), kinds, seed),
+    "train/name_kinds.parquet": kind_rows(part(names, heldout=False), kinds, seed),
   }
   seen = {fold(text) for text in _texts(train)}
-  unseen = {"messages": _part(messages, heldout=True), "names": _part(names, heldout=True)}
-  return {name: _random(seed).sample(rows, len(rows)) for name, rows in train.items()} | {
+  unseen = {"messages": part(messages, heldout=True), "names": part(names, heldout=True)}
+  return {name: seeded(seed).sample(rows, len(rows)) for name, rows in train.items()} | {
     "heldout/bitext.parquet": heldout_bitext(unseen, seen, seed),
     "heldout/intents.parquet": heldout_intents(support, unseen_utterances, seen),
   }
@@ -163,137 +141,6 @@ def _rows(seed: int) -> dict[str, list[Row]]:
 
 def _texts(files: dict[str, list[Row]]) -> set[str]:
   return {row[key] for rows in files.values() for row in rows for key in row if key != "lang"}
-
-
-# Text, languages and the split.
-
-
-def clean(text: str) -> str:
-  """Returns the text on one line, NFC, without markup."""
-  plain = html.unescape(_TAG.sub(" ", text))
-  return " ".join(unicodedata.normalize("NFC", plain).split())
-
-
-@functools.cache
-def fold(text: str) -> str:
-  """Returns the key under which texts count as equal: case and punctuation are ignored."""
-  kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in text.casefold())
-  return " ".join("".join(kept).split()) or text
-
-
-def language_code(code: str) -> str | None:
-  """Returns the code in the one spelling used here, None for a regional near-copy."""
-  code = code.lower().replace("_", "-")
-  code = SPELLINGS.get(code, code)
-  return code if "-" not in code or code in VARIANTS else None
-
-
-def _is_heldout(text: str) -> bool:
-  return int(hashlib.sha256(fold(text).encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
-
-
-def _part(translations: Translations, *, heldout: bool) -> Translations:
-  return {
-    lang: {english: text for english, text in pairs.items() if _is_heldout(english) == heldout}
-    for lang, pairs in translations.items()
-  }
-
-
-def _random(seed: int, name: str = "") -> Random:
-  return Random(f"{seed} {name}")  # a string seeds alike under any PYTHONHASHSEED
-
-
-def _is_pair(english: str, text: str) -> bool:
-  return _is_text(english) and _is_text(text) and fold(english) != fold(text)
-
-
-def _is_text(text: str) -> bool:
-  bare = _PLACEHOLDER.sub("", text).replace(" ", "")
-  letters = sum(unicodedata.category(c)[0] in "LM" for c in bare)
-  return len(text) <= MAX_CHARS and letters >= max(2, 0.4 * len(bare))
-
-
-# Sources. The packages are optional, so they are imported where they are read.
-
-
-def _folder(module: str) -> pathlib.Path:
-  return pathlib.Path(str(importlib.resources.files(module)))
-
-
-def read_messages() -> Translations:
-  """Returns the interface messages of Django and django-allauth, of two English words or more."""
-  found: Translations = defaultdict(dict)
-  spelling: dict[str, str] = {}  # one of those that differ in case or punctuation only
-  folders = (_folder(module) for module in ("django", "allauth"))
-  for path in (p for f in folders for p in sorted(f.rglob("locale/*/LC_MESSAGES/*.mo"))):
-    lang = language_code(path.parts[-3])
-    for english, text in _catalogue(path):
-      words = fold(_PLACEHOLDER.sub("", english)).split()
-      if lang and len(words) >= 2 and _is_pair(english, text):
-        found[lang].setdefault(spelling.setdefault(fold(english), english), text)
-  return dict(found)
-
-
-def _catalogue(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-  """Yields English and translation of the messages that need no context to be understood."""
-  from babel.messages.mofile import read_mo
-
-  with path.open("rb") as file:
-    catalogue = read_mo(file)
-  singular = gettext.c2py(catalogue.plural_expr)(1)  # not 0 in Arabic
-  for message in catalogue:
-    if message.id and message.string and not message.context:
-      english, text = message.id, message.string
-      if not isinstance(english, str):  # plural forms
-        english, text = english[0], text[singular]
-      yield clean(english), clean(str(text))
-
-
-def read_names() -> tuple[Translations, dict[str, str]]:
-  """Returns CLDR's names of countries, languages, currencies and scripts, and their kinds.
-
-  An English name of two kinds ("Arabic") has none.
-  """
-  from babel import Locale, localedata
-
-  reference, kinds = Locale("en"), defaultdict(set)
-  for kind in KINDS:
-    for english in getattr(reference, kind).values():
-      kinds[clean(english)].add(kind)
-  found: Translations = {}
-  for identifier in sorted(localedata.locale_identifiers()):
-    lang = language_code(identifier)
-    if lang and identifier != "pt":  # CLDR's pt is pt_BR
-      names = _names(Locale.parse(identifier), reference)
-      if len(names) >= MIN_NAMES:
-        found[lang] = names
-  return found, {name: min(mine) for name, mine in kinds.items() if len(mine) == 1}
-
-
-def _names(locale: Any, reference: Any) -> dict[str, str]:
-  found: dict[str, str] = {}
-  for kind in KINDS:
-    local = getattr(locale, kind)
-    for code, english in sorted(getattr(reference, kind).items()):
-      name, text = clean(english), clean(local.get(code, code))
-      if text != code and _is_pair(name, text):
-        found.setdefault(name, text)
-  return found
-
-
-def read_utterances(seed: int) -> tuple[ByLanguage, ByLanguage]:
-  """Returns the utterances of training templates and those of held-out templates."""
-  parts: tuple[ByLanguage, ByLanguage] = {}, {}
-  for path in sorted((_folder("home_assistant_intents") / "data").glob("*.json")):
-    lang = language_code(path.stem)
-    if lang:
-      for part in parts:
-        part[lang] = defaultdict(list)
-      language = json.loads(path.read_text(encoding="utf-8"))
-      for u in intent_templates.utterances(language, _random(seed, lang)):
-        heldout = _is_heldout(f"{lang} {u.intent} {u.template}")
-        parts[heldout][lang][u.intent].append(clean(u.text))
-  return parts
 
 
 # Training rows.
@@ -305,7 +152,7 @@ def bitext_rows(translations: Translations, limit: int | None, seed: int) -> lis
   ranked = hardest_first(sorted(spread))
   rows = []
   for lang, pairs in sorted(translations.items()):
-    rng = _random(seed, lang)
+    rng = seeded(seed, lang)
     # What few languages name comes early, so that the languages together name everything.
     place = {english: rng.random() * spread[english] for english in sorted(pairs)}
     for i, english in enumerate(sorted(place, key=place.__getitem__)[:limit]):
@@ -357,7 +204,7 @@ def kind_rows(names: Translations, kinds: dict[str, str], seed: int) -> list[Row
   english = {name: name for pairs in names.values() for name in pairs}
   rows = []
   for lang, pairs in sorted({**names, "en": english}.items()):
-    rng, meanings = _random(seed, lang), defaultdict(set)
+    rng, meanings = seeded(seed, lang), defaultdict(set)
     for name, text in pairs.items():
       meanings[text].add(kinds.get(name))
     for kind, label in KINDS.items():
@@ -384,7 +231,7 @@ def heldout_bitext(sources: dict[str, Translations], seen: set[str], seed: int) 
     columns = []
     for source, translations in sources.items():
       pairs = sorted(translations.get(lang, {}).items())
-      shuffled = _random(seed, lang).sample(pairs, len(pairs))
+      shuffled = seeded(seed, lang).sample(pairs, len(pairs))
       columns.append([{"lang": lang, "text": t, "en": en, "source": source} for en, t in shuffled])
     mine = list(_distinct(_in_turn(columns), seen))[:HELDOUT_PAIRS]
     rows += mine if len(mine) == HELDOUT_PAIRS else []
@@ -469,7 +316,7 @@ def train_tokenizer(texts: set[str], vocab_size: int) -> tokenizers.Tokenizer:
   thousand although half of all rows are English.
 
   Raises:
-    ValueError: the texts give fewer tokens.
+    DataError: the texts give fewer tokens.
   """
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.NFC()
@@ -486,5 +333,8 @@ def train_tokenizer(texts: set[str], vocab_size: int) -> tokenizers.Tokenizer:
   prompts = [with_instruction(file[1], "") for file in FILES.values()] * 100
   tokenizer.train_from_iterator(sorted(texts) + prompts, trainer)
   if tokenizer.get_vocab_size() != vocab_size:
-    raise ValueError(f"the text gives {tokenizer.get_vocab_size()} tokens, not {vocab_size}")
+    raise DataError(
+      f"model.vocab: the quickstart's text gives {tokenizer.get_vocab_size()} tokens, "
+      f"not {vocab_size}"
+    )
   return tokenizer

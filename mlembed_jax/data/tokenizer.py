@@ -1,4 +1,4 @@
-"""Texts to token ids that always end with the pooled token (METHOD section 12)."""
+"""Texts to token ids that always end with the pooled token."""
 
 import hashlib
 import pathlib

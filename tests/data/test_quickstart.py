@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from mlembed_jax.data import intent_templates, quickstart
-from mlembed_jax.data.quickstart import fold
+from mlembed_jax.data import intent_templates, quickstart, quickstart_sources
+from mlembed_jax.data.quickstart_sources import fold
+from mlembed_jax.data.tokenizer import DataError
 
 VOCAB = 4096
 TRAIN = ["messages", "names", "intents", "name_kinds"]
@@ -36,8 +37,11 @@ def files(built: pathlib.Path) -> dict[str, list[dict[str, str]]]:
 
 
 @pytest.fixture(scope="module")
-def sources() -> dict[str, quickstart.Translations]:
-  return {"messages": quickstart.read_messages(), "names": quickstart.read_names()[0]}
+def sources() -> dict[str, quickstart_sources.Translations]:
+  return {
+    "messages": quickstart_sources.read_messages(),
+    "names": quickstart_sources.read_names()[0],
+  }
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,7 @@ def test_names_cover_every_english_name_that_is_not_held_out(files, sources):
   rows = files["train/names.parquet"]
   trained = {row[side] for row in rows for side in ("query", "passage")}
   english = {name for pairs in sources["names"].values() for name in pairs}
-  assert all(quickstart._is_heldout(name) for name in english - trained)
+  assert all(quickstart_sources._is_heldout(name) for name in english - trained)
   assert max(Counter(row["lang"] for row in rows).values()) <= quickstart.NAMES_PER_LANGUAGE
 
 
@@ -212,7 +216,7 @@ def test_combining_marks_do_not_cut_words(tokenizer):
 
 
 def test_too_large_a_vocabulary_is_an_error():
-  with pytest.raises(ValueError, match="tokens, not 9999"):
+  with pytest.raises(DataError, match="tokens, not 9999"):
     quickstart.train_tokenizer({"one", "two"}, 9999)
 
 
@@ -265,7 +269,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_of_someone_else_is_kept(tmp_path):
   (tmp_path / "thesis.txt").touch()
-  with pytest.raises(FileExistsError, match="another folder"):
+  with pytest.raises(DataError, match="another folder"):
     quickstart.build(tmp_path, vocab_size=VOCAB, seed=0)
 
 
@@ -276,7 +280,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     return "1.0"
 
   monkeypatch.setattr(importlib.metadata, "version", version)
-  with pytest.raises(ImportError, match=r"django-allauth.*pip install 'mlembed_jax\[quickstart\]'"):
+  with pytest.raises(DataError, match=r"django-allauth.*pip install 'mlembed_jax\[quickstart\]'"):
     quickstart.build(tmp_path / "data", vocab_size=VOCAB, seed=0)
 
 
@@ -297,7 +301,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
   ],
 )
 def test_language_codes_have_one_spelling(code, expected):
-  assert quickstart.language_code(code) == expected
+  assert quickstart_sources.language_code(code) == expected
 
 
 def test_fold_ignores_case_and_punctuation_but_keeps_vowel_signs():

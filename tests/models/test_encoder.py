@@ -69,7 +69,7 @@ def test_rotary_equals_numpy():
     a, b = x[0, t, :, i], x[0, t, :, i + 4]
     expected[0, t, :, i] = a * np.cos(angle) - b * np.sin(angle)
     expected[0, t, :, i + 4] = b * np.cos(angle) + a * np.sin(angle)
-  # float32 angles of 40,000 radians are 4e-3 apart; METHOD asks for float32, as transformers has.
+  # float32 angles of 40,000 radians are 4e-3 apart; transformers has the same.
   np.testing.assert_allclose(rotary(x, positions, 1e4), expected, atol=1e-2)
   np.testing.assert_allclose(rotary(x, positions, 1e4)[:, :3], expected[:, :3], atol=1e-5)
 
