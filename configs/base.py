@@ -106,6 +106,6 @@ def apply_variant(config: ConfigDict, variants: dict[str, dict], variant: str) -
   """Returns `config` with the fields of the named variant set."""
   if variant not in variants:
     known = ", ".join(name for name in variants if name)
-    raise ValueError(f"--config: unknown variant {variant!r}; known: {known}")
+    raise LookupError(f"unknown variant {variant!r}; known: {known}")
   config.update_from_flattened_dict(variants[variant])
   return config

@@ -47,7 +47,8 @@ class Checkpoints:
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
     """Returns the state of a step, laid out as `abstract` says."""
-    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    return state
 
   def close(self) -> None:
     """Waits for running saves."""

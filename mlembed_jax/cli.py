@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from absl import app
+from absl import app, flags
 
-from mlembed_jax.config import ConfigError
+from mlembed_jax.config import Config, ConfigError, from_mapping
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.hf.files import ExportError
 from mlembed_jax.hf.load import LoadError
@@ -25,5 +26,24 @@ def run(main: Callable[[], None]) -> None:
     except (ConfigError, DataError, ExportError, LoadError) as error:
       sys.exit(f"error: {error}")
 
+  if {"-h", "-help", "--help"} & set(sys.argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True)  # absl itself would end with status 1
+    return
   # Libraries log each checkpoint in thirty lines. A later --verbosity=0 shows them.
-  app.run(wrapped, argv=[sys.argv[0], "--verbosity=-1", *sys.argv[1:]])
+  argv = [sys.argv[0], "--verbosity=-1", *sys.argv[1:]]
+  app.run(wrapped, argv=argv, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> Any:
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, LookupError, OSError) as error:  # what ml_collections lets through
+    sys.exit(f"error: --config: {error}")
+
+
+def read_config(flag: flags.FlagHolder[Any]) -> Config:
+  """Returns the checked configuration of a `--config` flag; raises ConfigError."""
+  try:
+    return from_mapping(flag.value)
+  except OSError as error:  # ml_collections keeps it until the value is asked for
+    raise ConfigError(f"--config: {error}") from error

@@ -46,7 +46,7 @@ def encode(
   for start in range(0, len(ids), batch_size):
     rows = order[start : start + batch_size]
     # The last batch repeats its first row instead of being a new shape.
-    chosen = [ids[i] for i in np.resize(rows, batch_size)]
+    chosen = [ids[i] for i in np.resize(rows, batch_size).tolist()]
     tokens, sizes = pad(chosen, bucket(max(map(len, chosen)), lengths))
     inputs = jax.device_put((jnp.asarray(tokens), jnp.asarray(sizes)), sharding)
     out[:, rows] = np.asarray(program(params, *inputs))[:, : len(rows)]

@@ -15,9 +15,14 @@ from mlembed_jax.matryoshka import Slice
 from mlembed_jax.workdir import Run, read_evaluation
 
 CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Workdir of a training run; its newest checkpoint is exported."
+  "checkpoint",
+  None,
+  "Workdir of a training run; its newest checkpoint is exported.",
+  required=True,
 )
-OUT = flags.DEFINE_string("out", None, "Folder to write; an earlier export there is replaced.")
+OUT = flags.DEFINE_string(
+  "out", None, "Folder to write; an earlier export there is replaced.", required=True
+)
 DEPTH = flags.DEFINE_integer("depth", None, "Layers to keep; a trained exit. Default: all.")
 RANK = flags.DEFINE_integer("rank", None, "Rank of the token table; a trained one. Default: all.")
 DIM = flags.DEFINE_integer("dim", None, "Output dimensions; a trained size. Default: all.")
@@ -46,5 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["checkpoint", "out"])
   cli.run(main)

@@ -29,7 +29,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
   """Returns the mesh (data, fsdp, tensor) over the devices; ConfigError where it cannot be."""
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from mlembed_jax import cli, metrics, optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints, check_same_run
-from mlembed_jax.config import Config, ConfigError, from_mapping
+from mlembed_jax.config import Config, ConfigError
 from mlembed_jax.data import batching, loader, quickstart, sources
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import grid, tasks
@@ -44,7 +44,10 @@ CONFIG = config_flags.DEFINE_config_file(
   "--config.optimizer.learning_rate=1e-5; configs/base.py explains them all.",
 )
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run: checkpoints, metrics, export. Made if it does not exist."
+  "workdir",
+  None,
+  "Folder of the run: checkpoints, metrics, export. Made if it does not exist.",
+  required=True,
 )
 
 PREEMPTED = 128 + signal.SIGTERM
@@ -244,10 +247,9 @@ def train(config: Config, workdir: pathlib.Path) -> None:
 
 def main() -> None:
   """Reads the flags."""
-  config = from_mapping(CONFIG.value)
-  train(config, open_workdir(WORKDIR.value))
+  train(cli.read_config(CONFIG), open_workdir(WORKDIR.value))
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flag_as_required("config")
   cli.run(main)

@@ -45,10 +45,10 @@ def objective(
   """Returns the objective of one batch (tokens [B, C, T], lengths [B, C], hashes [B, C, 2])."""
   B, C, T = batch["tokens"].shape
   mask = None if rank is None else rank_mask(rank, config.model.rank)
-  states_LND = Encoder(config.model).apply(
+  states_LND: Any = Encoder(config.model).apply(
     {"params": params}, batch["tokens"].reshape(B * C, T), batch["lengths"].reshape(B * C), mask
   )
-  states_END = states_LND[jnp.array(axes.exits) - 1]  # type: ignore[index]
+  states_END = states_LND[jnp.array(axes.exits) - 1]
   return losses.objective(
     states_END.reshape(len(axes.exits), B, C, -1),
     batch["hashes"],

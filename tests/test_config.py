@@ -62,7 +62,7 @@ def test_reference_variant_sets_the_published_switches():
 
 
 def test_unknown_variant_is_refused():
-  with pytest.raises(ValueError, match="unknown variant 'refrence'; known: reference"):
+  with pytest.raises(LookupError, match="unknown variant 'refrence'; known: reference"):
     load_module(CONFIGS / "8b.py").get_config("refrence")
 
 

@@ -219,6 +219,25 @@ def test_export_of_what_is_no_workdir_is_refused(tmp_path):
   assert "no run.json; this is not a workdir that a training run wrote" in result.stderr
 
 
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("configs/none.py", "error: --config: "),
+    ("configs/8b.py:refrence", "error: --config: unknown variant 'refrence'; known: reference"),
+  ],
+)
+def test_a_configuration_that_cannot_be_read_is_refused(tmp_path, flag, message):
+  result = subprocess.run(
+    [sys.executable, "-m", "mlembed_jax.train", "--config", flag, "--workdir", str(tmp_path / "w")],
+    cwd=ROOT,
+    env=ENVIRONMENT,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode != 0 and message in result.stderr
+  assert "Traceback" not in result.stderr
+
+
 def test_an_unwritable_workdir_is_refused(data, tmp_path):
   (tmp_path / "file").touch()
   result = run(data, tmp_path / "file" / "work")

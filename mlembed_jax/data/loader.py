@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -61,7 +62,7 @@ class Batches:
   ):
     """`negatives`: hard negatives used per row, by task type; `batch_size`: over all hosts."""
     self._datasets = {d.name: d for d in datasets}
-    self._order = batching.order({d.name: len(d) for d in datasets}, batch_size, seed)
+    self._order: Any = batching.order({d.name: len(d) for d in datasets}, batch_size, seed)
     self._tokenizer = tokenizer
     self._negatives = negatives
     self._lengths = tuple(lengths)
@@ -108,4 +109,6 @@ def hash64(text: str) -> int:
 def iterate(batches: Batches, start: int) -> Iterator[Batch]:
   """Yields the batches from step `start` on, read ahead by threads."""
   options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
-  yield from grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
+  yield from (
+    grain.MapDataset.range(start, len(batches)).map(batches.__getitem__).to_iter_dataset(options)
+  )

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from mlembed_jax.data.tokenizer import DataError, with_instruction
+
+# Its functions are made at import, where type checkers do not see them.
+pc: Any = pyarrow.compute
 
 TASK_TYPES = ("retrieval", "bitext", "clustering", "classification")
 REQUIRED = {"task_type": str, "instruction": str, "query_has_instruction": bool, "negatives": int}

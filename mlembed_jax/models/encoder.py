@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Returns the normed `x` in the compute dtype."""
-    scale = self.param(
+    scale: Any = self.param(
       "scale",
       nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
       x.shape[-1:],
