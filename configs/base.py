@@ -1,20 +1,14 @@
 """Every field of a run, with its meaning. The other files state only what differs from this one.
 
-`--config FILE:reference` (any file) restores the published recipe where ours departs from it.
+`--config configs/8b.py:reference`, and so for every size, restores the published recipe where ours
+departs from it.
 """
 
 from ml_collections import ConfigDict
 
-VARIANTS = {
-  "": {},
-  # The published recipe (ML-Embed, F2LLM-v2). Several devices of that code pass no gradient
-  # to in-batch passages and know nothing of repeated texts.
-  "reference": {
-    "losses.inbatch_passage_grad": False,
-    "losses.mask_duplicates": False,
-    "data.pooled_token": "<|im_end|>",
-  },
-}
+from mlembed_jax.config import REFERENCE
+
+VARIANTS = {"": {}, "reference": REFERENCE}
 
 
 def get_config(variant: str = "") -> ConfigDict:

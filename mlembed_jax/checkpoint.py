@@ -23,7 +23,7 @@ FREE = (
   "data.heldout",
   "data.tokenizer",
 )
-FREE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.init_from")
+FREE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 class Checkpoints:
@@ -43,7 +43,8 @@ class Checkpoints:
   def save(self, step: int, state: TrainState) -> None:
     """Saves in the background; a step that is already saved is left alone."""
     if self._manager.latest_step() != step:
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+      with jax.transfer_guard("allow"):  # orbax copies to the host while it is called
+        self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
     """Returns the state of a step, laid out as `abstract` says."""

@@ -1,6 +1,7 @@
 """What every command shares: flags in one style, and one way to end."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from mlembed_jax.config import Config, ConfigError, from_mapping
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.hf.files import ExportError
 from mlembed_jax.hf.load import LoadError
+from mlembed_jax.metrics import TrainingError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -23,7 +25,7 @@ def run(main: Callable[[], None]) -> None:
       raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a --flag")
     try:
       main()
-    except (ConfigError, DataError, ExportError, LoadError) as error:
+    except (ConfigError, DataError, ExportError, LoadError, TrainingError) as error:
       sys.exit(f"error: {error}")
 
   if {"-h", "-help", "--help"} & set(sys.argv[1:]):
@@ -37,7 +39,11 @@ def run(main: Callable[[], None]) -> None:
 def _parse(argv: list[str]) -> Any:
   try:
     return app.parse_flags_with_usage(argv)
-  except (AttributeError, LookupError, OSError) as error:  # what ml_collections lets through
+  except (AttributeError, KeyError) as error:  # how ml_collections reports an override
+    if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+      raise  # an error inside the configuration file
+    sys.exit(f"error: --config: unknown field {error.args[0]}")
+  except (LookupError, OSError, SyntaxError) as error:
     sys.exit(f"error: --config: {error}")
 
 

@@ -7,6 +7,7 @@ This module knows no other module of the package.
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import types
 import typing
@@ -150,6 +151,15 @@ class Config:
   export: ExportConfig
 
 
+# Fields in which our default departs from the published recipe (ML-Embed, F2LLM-v2), with the
+# values of that recipe. On several devices its code passes no gradient to in-batch passages, and
+# it knows nothing of repeated texts.
+REFERENCE = {
+  "losses.inbatch_passage_grad": False,
+  "losses.mask_duplicates": False,
+  "data.pooled_token": "<|im_end|>",
+}
+
 CHOICES: dict[str, tuple[str, ...]] = {
   "model.dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "dots"),
@@ -157,6 +167,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "optimizer.schedule": ("cosine", "constant"),
   "export.dtype": ("float32", "bfloat16"),
 }
+BELOW = {"optimizer.beta1": 1, "optimizer.beta2": 1, "data.max_dropped_share": 1}
 # Numbers are positive, these may be zero. The mesh has its own rule.
 MAY_BE_ZERO = {
   "model.rank",
@@ -248,6 +259,9 @@ def _check_values(config: Config) -> None:
   for name, value in flat.items():
     if type(value) not in (int, float) or name.startswith("mesh."):
       continue
+    if not math.isfinite(value) or value >= BELOW.get(name, math.inf):
+      bound = f"below {BELOW[name]}" if name in BELOW else "finite"
+      raise ConfigError(f"{name}: must be {bound}, found {value}")
     if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
       bound = "not be negative" if name in MAY_BE_ZERO else "be positive"
       raise ConfigError(f"{name}: must {bound}, found {value}")

@@ -135,4 +135,6 @@ def factorize(table: Float[Array, "V D"], rank: int) -> tuple[Array, Array]:
   # D is small, so QR first costs V*D*D and leaves an SVD of a D x D matrix.
   q, r = jnp.linalg.qr(table.astype(jnp.float32))
   u, s, vt = jnp.linalg.svd(r, full_matrices=False)
-  return q @ (u[:, :rank] * s[None, :rank]), vt[:rank]
+  # Accelerators would round the inputs of a default product to bfloat16 or TF32.
+  exact = jax.lax.Precision.HIGHEST
+  return jnp.matmul(q, u[:, :rank] * s[None, :rank], precision=exact), vt[:rank]

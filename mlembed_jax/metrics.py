@@ -1,8 +1,10 @@
 """Numbers of a run: metrics.jsonl, TensorBoard files and the progress bar."""
 
 import json
+import math
 import os
 import pathlib
+import statistics
 import time
 from typing import Any
 
@@ -12,38 +14,47 @@ import tqdm
 
 from mlembed_jax.data.loader import Batch
 
+# Numbers of a step that a line gives as their mean over the steps since the line before.
+AVERAGED = ("loss", "hard_loss", "inbatch_loss", "gradient_norm")
+
 
 class Window:
-  """Losses, tokens and padding of the steps since the last logged line."""
+  """Numbers of the steps since the last logged line."""
 
   def __init__(self) -> None:
     self._reset()
 
   def _reset(self) -> None:
     self._start = time.perf_counter()
-    self._losses: dict[str, list[float]] = {}
-    self._real = self._padded = 0
+    self._steps: list[tuple[Batch, dict[str, float]]] = []
 
-  def add(self, batch: Batch, metrics: dict[str, Any]) -> None:
+  def add(self, batch: Batch, metrics: dict[str, float]) -> None:
     """Counts one finished step."""
-    self._losses.setdefault(batch.dataset, []).append(float(metrics["loss"]))
-    self._real += batch.real_tokens
-    self._padded += batch.tokens.size
+    self._steps.append((batch, metrics))
 
   def summary(self) -> dict[str, Any]:
-    """Returns loss (mean), loss by dataset, tokens per second and padding share; starts anew.
+    """Returns one line, and starts anew.
 
-    Tokens are real ones; padding is not work.
+    Losses and gradient norm are means, learning rate and rank those of the last step. Tokens are
+    real ones; padding is not work.
     """
-    values = [loss for dataset in self._losses.values() for loss in dataset]
-    result = {
-      "loss": sum(values) / len(values),
-      "loss_by_dataset": {name: sum(v) / len(v) for name, v in sorted(self._losses.items())},
-      "tokens_per_second": self._real / (time.perf_counter() - self._start),
-      "padding_share": 1.0 - self._real / self._padded,
+    real = sum(batch.real_tokens for batch, _ in self._steps)
+    padded = sum(batch.tokens.size for batch, _ in self._steps)
+    by_dataset: dict[str, list[float]] = {}
+    for batch, metrics in self._steps:
+      by_dataset.setdefault(batch.dataset, []).append(metrics["loss"])
+    last_batch, last = self._steps[-1]
+    line = {
+      "step": last_batch.step + 1,
+      **{name: statistics.fmean(m[name] for _, m in self._steps) for name in AVERAGED},
+      "loss_by_dataset": {name: statistics.fmean(v) for name, v in sorted(by_dataset.items())},
+      "learning_rate": last["learning_rate"],
+      "rank": last["rank"],
+      "tokens_per_second": real / (time.perf_counter() - self._start),
+      "padding_share": 1.0 - real / padded,
     }
     self._reset()
-    return result
+    return line
 
 
 class Writer:
@@ -87,6 +98,10 @@ def _step(line: str) -> float:
     return float("inf")
 
 
+class TrainingError(RuntimeError):
+  """A run that cannot go on; the message names step and file."""
+
+
 class Recorder:
   """Takes the numbers of each finished step; writes and shows every `every`-th and the last."""
 
@@ -106,12 +121,22 @@ class Recorder:
     self._writer.close()
 
   def record(self, batch: Batch, device_metrics: Any) -> None:
-    """Reads one step's metrics from the device; call it when a later step has been started."""
+    """Reads one step's metrics from the device; call it when a later step has been started.
+
+    Raises:
+      TrainingError: loss or gradient are no longer finite.
+    """
     values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
-    self._window.add(batch, values)
     step = batch.step + 1
+    if not math.isfinite(values["loss"] + values["gradient_norm"]):
+      raise TrainingError(
+        f"step {step} ({batch.dataset}): the loss is {values['loss']}, its gradient norm "
+        f"{values['gradient_norm']}. Lower optimizer.learning_rate and start "
+        "again in a new --workdir, or look at that file"
+      )
+    self._window.add(batch, values)
     if step % self._every == 0 or step == self._total:
-      line = {"step": step} | values | self._window.summary()
+      line = self._window.summary()
       self._writer.write(line)
       self._bar.set_postfix_str(
         f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "

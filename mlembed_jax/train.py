@@ -7,6 +7,7 @@ run had never stopped. SIGTERM saves a checkpoint before the program ends (statu
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 import signal
 import sys
 from typing import Any
@@ -23,8 +24,8 @@ from mlembed_jax.config import Config, ConfigError
 from mlembed_jax.data import batching, loader, quickstart, sources
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import grid, tasks
-from mlembed_jax.hf.export import export_folder
-from mlembed_jax.hf.load import load_params
+from mlembed_jax.hf.export import check_target, export_folder
+from mlembed_jax.hf.load import check_folder, load_params
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.sharding import logical_rules, make_mesh, put_batch
 from mlembed_jax.train_state import TrainState
@@ -71,17 +72,20 @@ def load_inputs(config: Config, workdir: pathlib.Path) -> Inputs:
     folder = workdir / "data"
     quickstart.build(folder, vocab_size=config.model.vocab, seed=config.train.seed)
     manifest, tokenizer = folder / "manifest.json", folder / "tokenizer.json"
+  opened = Tokenizer(tokenizer, data.pooled_token)
+  if config.train.init_from:
+    check_folder(pathlib.Path(config.train.init_from), config.model, opened.size)
   entries = sources.select(manifest, data.train, "data.train")
   heldout = sources.select(manifest, data.heldout, "data.heldout")
-  return Inputs(
-    [
-      sources.load(manifest.parent, name, entry, data.max_dropped_share)
-      for name, entry in entries.items()
-    ],
-    entries,
-    Tokenizer(tokenizer, data.pooled_token),
-    [tasks.load(manifest.parent, name, entry) for name, entry in heldout.items()],
-  )
+  datasets = [
+    sources.load(manifest.parent, name, entry, data.max_dropped_share)
+    for name, entry in entries.items()
+  ]
+  for d in datasets:
+    if d.dropped:
+      print(f"{d.name}: left out {d.dropped} of {d.dropped + len(d)} rows, null or empty text")
+  evaluated = [tasks.load(manifest.parent, name, entry) for name, entry in heldout.items()]
+  return Inputs(datasets, entries, opened, evaluated)
 
 
 def describe(config: Config, inputs: Inputs) -> Run:
@@ -156,21 +160,21 @@ def fit(
   The device is never waited for: the numbers of a step are read while the next one runs.
   """
   step = train_step.make(config, len(batches), mesh)
-  pending = None
+  pending, start = None, int(state.step)
   with StopOnTerm() as stop, jax.transfer_guard("disallow"):
-    for batch in loader.iterate(batches, int(state.step)):
-      inbatch = batch.task_type in train_step.INBATCH_TASKS
+    for batch in loader.iterate(batches, start):
+      inbatch = batch.task_type in sources.INBATCH_TASKS
       state, values = step(state, put_batch(batch.arrays(), mesh), inbatch=inbatch)
       if pending:
         recorder.record(*pending)
       pending = batch, values
-      done = batch.step + 1
-      if done % config.train.checkpoint_every == 0 or done == len(batches) or stop.requested:
+      done, stopping = batch.step + 1, stop.requested
+      if done % config.train.checkpoint_every == 0 or done == len(batches) or stopping:
+        recorder.record(*pending)  # a diverged state is noticed here, before it is saved
+        pending = None
         checkpoints.save(done, state)
-      if stop.requested:
+      if stopping:
         break
-  if pending:
-    recorder.record(*pending)
   return state
 
 
@@ -178,25 +182,26 @@ def evaluate(
   config: Config, state: TrainState, inputs: Inputs, mesh: Mesh, workdir: pathlib.Path
 ) -> list[dict[str, Any]]:
   """Returns the held-out scores of every slice at this step; a finished evaluation is read back."""
-  path = evaluation_path(workdir, int(state.step))
-  if not path.exists():
+  step = int(state.step)
+  scores = read_evaluation(workdir, step)
+  if {score["task"] for score in scores} != {task.name for task in inputs.tasks}:
     scores = grid.evaluate(config, state.params, inputs.tasks, inputs.tokenizer, mesh)
-    write_json(path, {"step": int(state.step), "scores": scores})
-  return read_evaluation(workdir, int(state.step))
+    write_json(evaluation_path(workdir, step), {"step": step, "scores": scores})
+  return scores
 
 
 def report(config: Config, inputs: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
   step = int(state.step)
   after = read_evaluation(workdir, step)
-  before = read_evaluation(workdir, 0) or after
+  before = read_evaluation(workdir, 0)
   for task in inputs.tasks:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
     print(grid.table(before, after, task.name))
   if config.export.at_end:
     run = Run.load(workdir)
     folder = export_folder(
-      workdir / "export" / config.export.name,
+      export_path(config, workdir),
       run=run,
       params=jax.device_get(state.params),
       tokenizer=inputs.tokenizer,
@@ -205,6 +210,11 @@ def report(config: Config, inputs: Inputs, state: TrainState, workdir: pathlib.P
       evaluation={"step": step, "scores": after} if after else None,
     )
     print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
+
+
+def export_path(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of `export.at_end`."""
+  return workdir / "export" / config.export.name
 
 
 def usage(folder: pathlib.Path) -> str:
@@ -223,12 +233,18 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
     SystemExit: with status 143 after SIGTERM; the checkpoint is written.
   """
+  if jax.process_count() > 1:
+    raise ConfigError("this version trains on one host; start it on a single process")
   mesh = make_mesh(config)
   inputs = load_inputs(config, workdir)
   run, batches = describe(config, inputs), make_batches(config, inputs)
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
   if checkpoints.latest() is not None:
     check_same_run(Run.load(workdir), run, workdir)
+  else:  # scores of a run that was stopped before its first checkpoint
+    shutil.rmtree(workdir / "eval", ignore_errors=True)
+  if config.export.at_end:
+    check_target(export_path(config, workdir))
   run.save(workdir)
   copy_file(inputs.tokenizer.path, workdir / "tokenizer.json")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):

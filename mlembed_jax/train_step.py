@@ -17,8 +17,6 @@ from mlembed_jax.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
 
-# Task types whose positives are candidates for every query of the batch, as in F2LLM-v2.
-INBATCH_TASKS = ("retrieval", "bitext")
 RANK_STREAM = 0x52414E4B  # separates the draw of ranks from every other use of the seed
 
 

@@ -42,12 +42,11 @@ class Run:
     path = workdir / "run.json"
     if not path.is_file():
       raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
-    run = json.loads(path.read_text(encoding="utf-8"))
     try:
-      config = from_mapping(run["config"])
-    except ConfigError as error:
+      run = json.loads(path.read_text(encoding="utf-8"))
+      return cls(from_mapping(run["config"]), run["datasets"], run["fingerprint"])
+    except (ValueError, KeyError) as error:  # ConfigError and JSON errors are ValueErrors
       raise ConfigError(f"{path}: {error}") from error
-    return cls(config, run["datasets"], run["fingerprint"])
 
 
 def open_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -87,6 +86,21 @@ def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
   temporary = target.with_name(f".{target.name}.{os.getpid()}")
   shutil.copyfile(source, temporary)
   temporary.replace(target)
+
+
+def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
+  """Puts the complete folder `new` at `target`; what stood there is removed after that."""
+  old = new.with_name(new.name + ".old")
+  shutil.rmtree(old, ignore_errors=True)
+  if target.exists():
+    target.rename(old)
+  try:
+    new.rename(target)
+  except OSError:
+    if old.exists():
+      old.rename(target)
+    raise
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def evaluation_path(workdir: pathlib.Path, step: int) -> pathlib.Path:

@@ -1,7 +1,6 @@
 """Eight simulated devices, strict numerics, and tiny real inputs that the tests share."""
 
 import pathlib
-import warnings
 
 import jax
 import pytest
@@ -16,7 +15,6 @@ from tests import material  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
   assert jax.device_count() == 8, "another platform was started before the tests"
-  warnings.filterwarnings("error", category=DeprecationWarning, module="mlembed_jax")
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,49 @@ def test_metrics_lines_are_complete(twenty):
   assert datasets == {f"train/{name}.parquet" for name in ("bitext", "topics", "colours")}
 
 
+def test_a_whole_run_evaluates_and_exports(data, tmp_path):
+  flags = {"data.heldout": "('heldout/*',)", "export.at_end": True, "train.steps": 4}
+  result = run(data, tmp_path / "work", **flags)
+  assert result.returncode == 0, result.stderr
+  assert (tmp_path / "work/export/tiny/model.safetensors").is_file()
+  for part in ("heldout/bitext.parquet, top1", "heldout/colours.parquet, accuracy", "| rank |"):
+    assert part in result.stdout
+  assert f'SentenceTransformer("{tmp_path}/work/export/tiny")' in result.stdout
+  for step in (0, 4):
+    scores = json.loads((tmp_path / f"work/eval/step_{step}.json").read_text())["scores"]
+    assert len(scores) == 2 * 3 * 3 * 3
+  again = run(data, tmp_path / "work", **flags)
+  assert again.returncode == 0 and again.stdout == result.stdout
+
+
+def test_scores_of_a_run_that_never_saved_are_not_taken_over(data, tmp_path):
+  (tmp_path / "eval").mkdir()
+  (tmp_path / "eval/step_0.json").write_text('{"step": 0, "scores": []}')
+  assert run(data, tmp_path, **{"train.steps": 1}).returncode == 0
+  assert (tmp_path / "eval/step_0.json").read_text() != '{"step": 0, "scores": []}'
+
+
+def test_a_run_goes_on_on_another_mesh(data, twenty, tmp_path):
+  """Not bit for bit: sums over eight devices have another order."""
+  shutil.copytree(twenty, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "checkpoints/20")
+  eight = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "8"}
+  mesh = {"mesh.fsdp": 4, "mesh.tensor": 2}
+  result = subprocess.run(
+    command(data, tmp_path, **mesh), cwd=ROOT, env=eight, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  losses = [[line["loss"] for line in lines(workdir)] for workdir in (twenty, tmp_path)]
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(data, tmp_path):
+  result = run(data, tmp_path, **{"losses.temperature": 1e-39})
+  assert result.returncode == 1 and "error: step " in result.stderr
+  assert "Traceback" not in result.stderr
+  assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
 def test_tensorboard_files_are_written(twenty):
   assert [p for p in (twenty / "tensorboard").iterdir() if p.name.startswith("events.out")]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlembed_jax import optimizer, train_state, train_step
-from mlembed_jax.config import from_mapping
+from mlembed_jax.config import flatten, from_mapping
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, shardings
@@ -170,6 +170,20 @@ def program(config):
 @functools.cache
 def tiny_program():
   return program(from_mapping(config_dict()))
+
+
+# Fields of these groups that act outside the program of a step.
+ELSEWHERE = {
+  *("losses.negatives.retrieval", "losses.negatives.bitext", "losses.negatives.clustering"),
+  *("losses.negatives.classification", "train.init_from", "train.steps", "train.epochs"),
+  *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+}
+
+
+def test_no_setting_is_forgotten():
+  groups = ("losses.", "matryoshka.", "optimizer.", "train.")
+  fields = {name for name in flatten(from_mapping(config_dict())) if name.startswith(groups)}
+  assert fields == {*OTHER, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("field", OTHER)

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int32, UInt32
 
 from mlembed_jax.data import batching
-from mlembed_jax.data.sources import Dataset
-from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.data.sources import INBATCH_TASKS, Dataset
+from mlembed_jax.data.tokenizer import DataError, Tokenizer
 
 THREADS = 2
 # Batches ready ahead of the device. The slowest batch seen costs about three steps' tokenisation.
@@ -38,11 +38,6 @@ class Batch:
     """Tokens that are not padding."""
     return int(self.lengths.sum())
 
-  @property
-  def padding_share(self) -> float:
-    """Share of padding in the token array."""
-    return 1.0 - self.real_tokens / self.tokens.size
-
 
 class Batches:
   """Random access: element n is the batch of step n, a pure function of (files, seed, n)."""
@@ -60,7 +55,17 @@ class Batches:
     host: int = 0,
     hosts: int = 1,
   ):
-    """`negatives`: hard negatives used per row, by task type; `batch_size`: over all hosts."""
+    """`negatives`: hard negatives used per row, by task type; `batch_size`: over all hosts.
+
+    Raises:
+      DataError: a file is smaller than a batch, or has nothing to learn from.
+    """
+    for d in datasets:
+      if d.task_type not in INBATCH_TASKS and not min(d.negatives, negatives[d.task_type]):
+        raise DataError(
+          f"{d.name}: {d.task_type} learns from hard negatives, but {d.negatives} are stored and "
+          f"losses.negatives.{d.task_type} = {negatives[d.task_type]}"
+        )
     self._datasets = {d.name: d for d in datasets}
     self._order: Any = batching.order({d.name: len(d) for d in datasets}, batch_size, seed)
     self._tokenizer = tokenizer

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.resources
 import itertools
 import json
-import os
 import pathlib
 import shutil
 from collections import Counter, defaultdict
@@ -36,6 +35,7 @@ from mlembed_jax.data.quickstart_sources import (
   seeded,
 )
 from mlembed_jax.data.tokenizer import DataError, with_instruction
+from mlembed_jax.workdir import replace_folder
 
 VERSION = 1  # raise it when the same packages would give other files
 LICENCES = {
@@ -88,17 +88,15 @@ def build(out: pathlib.Path, *, vocab_size: int, seed: int) -> None:
     return
   if out.exists() and not written.is_file() and any(out.iterdir()):
     raise DataError(f"{out} holds files that are not the quickstart's; name another folder")
-  new, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+  new = out.with_name(f".{out.name}.new")
+  shutil.rmtree(new, ignore_errors=True)  # of a build that was killed
   try:
     new.mkdir(parents=True)
     _write(new, _rows(seed), vocab_size)
     (new / "fingerprint").write_text(mark)
-    if out.exists():
-      out.rename(old)
-    new.rename(out)
+    replace_folder(new, out)
   finally:
-    for folder in (new, old):
-      shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def _fingerprint(vocab_size: int, seed: int) -> str:

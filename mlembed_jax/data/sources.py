@@ -23,6 +23,9 @@ from mlembed_jax.data.tokenizer import DataError, with_instruction
 pc: Any = pyarrow.compute
 
 TASK_TYPES = ("retrieval", "bitext", "clustering", "classification")
+# Task types whose positives are candidates for every query of the batch, as in F2LLM-v2. The
+# others learn from their hard negatives alone.
+INBATCH_TASKS = ("retrieval", "bitext")
 REQUIRED = {"task_type": str, "instruction": str, "query_has_instruction": bool, "negatives": int}
 
 
@@ -37,14 +40,10 @@ class Dataset:
   negatives: int  # stored per row
   table: pa.Table
   dropped: int  # rows with a null or empty text
+  sha256: str  # of the file
 
   def __len__(self) -> int:
     return self.table.num_rows
-
-  @property
-  def size_bytes(self) -> int:
-    """Arrow bytes held in memory."""
-    return self.table.nbytes
 
   def read(
     self, rows: Sequence[int] | np.ndarray, negatives: Sequence[int] | np.ndarray
@@ -114,6 +113,8 @@ def check_entry(manifest: pathlib.Path, name: str, entry: Any) -> dict[str, Any]
     raise DataError(
       f"{manifest}: {name}: task_type: {entry['task_type']!r} is unknown; known: {known}"
     )
+  if entry["negatives"] < 0:
+    raise DataError(f"{manifest}: {name}: negatives: must not be negative")
   return entry
 
 
@@ -127,7 +128,7 @@ def load(
   """
   columns = ["query", "passage", *(f"negative_{i + 1}" for i in range(entry["negatives"]))]
   table = read_parquet(folder / name, columns)
-  usable = functools.reduce(pc.and_, (_has_text(table[column]) for column in columns))
+  usable = functools.reduce(pc.and_, (has_text(table[column]) for column in columns))
   kept = table.filter(usable)
   dropped = table.num_rows - kept.num_rows
   if dropped > max_dropped_share * table.num_rows:
@@ -140,7 +141,13 @@ def load(
     negatives=entry["negatives"],
     table=kept.combine_chunks(),
     dropped=dropped,
+    sha256=_sha256(folder / name),
   )
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_parquet(path: pathlib.Path, columns: Sequence[str]) -> pa.Table:
@@ -167,14 +174,15 @@ def read_parquet(path: pathlib.Path, columns: Sequence[str]) -> pa.Table:
   return table.cast(pa.schema([(column, pa.large_string()) for column in table.column_names]))
 
 
-def _has_text(column: pa.ChunkedArray) -> Any:
+def has_text(column: pa.ChunkedArray) -> Any:
+  """Returns per row whether there is more than blanks; null counts as none."""
   trimmed = pc.utf8_length(pc.utf8_trim_whitespace(column))
   return pc.fill_null(pc.greater(trimmed, 0), False)
 
 
 def _too_many_dropped(path: pathlib.Path, table: pa.Table, dropped: int, share: float) -> str:
   counts = {
-    name: table.num_rows - pc.sum(_has_text(table[name])).as_py()
+    name: table.num_rows - pc.sum(has_text(table[name])).as_py()
     for name in table.column_names
     if table.num_rows
   }
@@ -186,10 +194,10 @@ def _too_many_dropped(path: pathlib.Path, table: pa.Table, dropped: int, share: 
 
 
 def fingerprint(datasets: Sequence[Dataset], *parts: Any) -> str:
-  """Returns a hash of what the data order depends on: the files, their usable rows, and `parts`."""
+  """Returns a hash of what batches depend on: files, their manifest entries, and `parts`."""
   digest = hashlib.sha256()
   for d in datasets:
     shape = (d.name, d.task_type, d.instruction, d.query_has_instruction, d.negatives, len(d))
-    digest.update(json.dumps([*shape, d.size_bytes]).encode())
+    digest.update(json.dumps([*shape, d.sha256]).encode())
   digest.update(json.dumps(parts).encode())
   return digest.hexdigest()

@@ -77,8 +77,12 @@ def table(before: list[dict[str, Any]], after: list[dict[str, Any]], task: str) 
   )
   ranks, exits, dims = (sorted({key[i] for key in new}) for i in range(3))
 
+  def percent(score: float | None) -> str:
+    return "–" if score is None else f"{100 * score:.0f}"
+
   def line(name: str, rank: int, depth: int) -> str:
-    cells = (f"{100 * old[rank, depth, d]:.0f} → {100 * new[rank, depth, d]:.0f}" for d in dims)
+    keys = [(rank, depth, dim) for dim in dims]
+    cells = (f"{percent(old.get(key))} → {percent(new[key])}" for key in keys)
     return f"| {name} | " + " | ".join(cells) + " |"
 
   header = " | ".join(f"dim {dim}" for dim in dims)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mlembed_jax.data.sources import read_parquet
+from mlembed_jax.data.sources import has_text, pc, read_parquet
 from mlembed_jax.data.tokenizer import DataError, with_instruction
 
 Vectors = Float[np.ndarray, "N D"]
@@ -37,7 +37,8 @@ def load(folder: pathlib.Path, name: str, entry: dict[str, Any]) -> Task:
   Raises:
     DataError: the file cannot be read, or its task type has no evaluation.
   """
-  path, prompt = folder / name, entry["instruction"]
+  path = folder / name
+  prompt = "" if entry["query_has_instruction"] else entry["instruction"]
   match entry["task_type"]:
     case "bitext":
       return _pairs(name, _columns(path, "lang", "text", "en"), prompt)
@@ -50,9 +51,9 @@ def load(folder: pathlib.Path, name: str, entry: dict[str, Any]) -> Task:
 
 def _columns(path: pathlib.Path, *names: str) -> list[list[str]]:
   table = read_parquet(path, names)
-  empty = [name for name in names if table[name].null_count]
+  empty = [name for name in names if not pc.all(has_text(table[name])).as_py()]
   if empty or not table.num_rows:
-    found = f"nulls in {', '.join(empty)}" if empty else "no rows"
+    found = f"null or empty texts in {', '.join(empty)}" if empty else "no rows"
     raise DataError(f"{path}: {found}; held-out files must be whole")
   return [table[name].to_pylist() for name in names]
 

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlembed_jax.config import flatten
-from mlembed_jax.hf.files import REFERENCE, Variant, switches
+from mlembed_jax.config import REFERENCE, flatten
+from mlembed_jax.hf.files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
 
 HEADINGS = (
@@ -193,9 +193,9 @@ def _training(variant: Variant) -> str:
 
 
 def _data(variant: Variant) -> str:
-  columns = ("task_type", "rows", "n_languages", "licence", "source")
+  columns = ("task_type", "rows", "languages", "licence", "source")
   rows = [
-    (f"`{file}`", *(entry.get(column, "not recorded") for column in columns))
+    (f"`{file}`", *(_entry_value(entry, column) for column in columns))
     for file, entry in variant.run.datasets.items()
   ]
   text = _table(("file", *columns), rows)
@@ -203,6 +203,11 @@ def _data(variant: Variant) -> str:
     listed = ", ".join(f"{code} {count:,}" for code, count in languages.items())
     text += f"\n\nTraining rows by language: {listed}."
   return text + "\n\nOverlap with public test sets was not checked."
+
+
+def _entry_value(entry: Mapping[str, Any], column: str) -> Any:
+  value = entry.get(column, "not recorded")
+  return len(value) if column == "languages" and isinstance(value, Mapping) else value
 
 
 def _results(variant: Variant, evaluation: Mapping[str, Any] | None) -> str:

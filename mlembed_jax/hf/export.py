@@ -31,7 +31,7 @@ from mlembed_jax.hf.files import ExportError, Variant
 from mlembed_jax.hf.load import FACTORS, INDEX, WEIGHTS, load_folder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.workdir import Run, write_json, write_text
+from mlembed_jax.workdir import Run, replace_folder, write_json, write_text
 
 OURS = "mlembed.json"  # marks a folder as written here
 PARITY = "parity.json"
@@ -92,12 +92,12 @@ def export_folder(
   out = out.absolute()
   variant = _variant(run, step, cut, name, force)
   spec = files.tokenizer_spec(tokenizer, run.config.model)
-  _check_target(out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.with_name(f".{out.name}.{os.getpid()}")
+  check_target(out)
+  temporary = out.with_name(f".{out.name}.new")
+  shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
   try:
     _write(temporary, variant, params, tokenizer, spec, evaluation)
-    _replace(out, temporary)
+    replace_folder(temporary, out)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   return out
@@ -118,27 +118,29 @@ def _variant(run: Run, step: int, cut: Slice, name: str | None, force: bool) -> 
   return variant
 
 
-def _check_target(out: pathlib.Path) -> None:
-  """Raises unless `out` is free, empty, or holds nothing but a previous export."""
-  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-    return
-  if not (out / OURS).is_file():
-    raise ExportError(f"--out: {out} exists and is not an export of ours; choose another folder")
-  ours = {OURS, *json.loads((out / OURS).read_text(encoding="utf-8"))["files"]}
-  found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-  if foreign := sorted(found - ours):
+def check_target(out: pathlib.Path) -> None:
+  """Makes the parent of `out`.
+
+  Raises:
+    ExportError: `out` is neither free nor empty nor a previous export alone, or is not writable.
+  """
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+      raise PermissionError(f"{out.parent} is not writable")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+      return
+    ours = {OURS, *json.loads((out / OURS).read_text(encoding="utf-8"))["files"]}
+  except FileNotFoundError as error:
+    raise ExportError(f"{out} exists and is not an export of ours; choose another") from error
+  except (OSError, ValueError, KeyError) as error:
+    raise ExportError(f"{out}: {error}; choose another --out") from error
+  files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+  if foreign := sorted(files - ours):
     raise ExportError(
-      f"--out: {out} is an export of ours, but {foreign[0]} was added to it and would be lost; "
-      "choose another folder"
+      f"{out}: an export of ours, but {foreign[0]} was added to it and would be lost; "
+      "choose another --out"
     )
-
-
-def _replace(out: pathlib.Path, new: pathlib.Path) -> None:
-  old = new.with_name(new.name + ".old")
-  if out.exists():
-    out.rename(old)
-  new.rename(out)
-  shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(

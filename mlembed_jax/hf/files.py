@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mlembed_jax.config import Config, ModelConfig, flatten
+from mlembed_jax.config import REFERENCE, Config, ModelConfig, flatten
 from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
 from mlembed_jax.hf import names
 from mlembed_jax.matryoshka import Matryoshka, plan
@@ -28,12 +28,6 @@ MTEB_TYPES = {
   "bitext": ("BitextMining",),
   "classification": ("Classification",),
   "clustering": ("Clustering", "Classification"),
-}
-# Fields in which our default departs from the published recipe, with the values of that recipe.
-REFERENCE = {
-  "losses.inbatch_passage_grad": False,
-  "losses.mask_duplicates": False,
-  "data.pooled_token": "<|im_end|>",
 }
 
 

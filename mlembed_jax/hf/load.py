@@ -87,12 +87,29 @@ def load_folder(path: pathlib.Path, model: ModelConfig) -> Params:
     LoadError: config.json is not that of `model`; a tensor is missing, unexpected, not finite or
       of another shape; a file is absent or unreadable.
   """
+  expected, stored = _checked(path, model)
+  return _read(path, model, expected, stored)
+
+
+def check_folder(path: pathlib.Path, model: ModelConfig, tokens: int) -> None:
+  """Raises LoadError where `load_folder` would, or the table lacks rows; reads headers only."""
+  _checked(path, model)
+  if (rows := _read_json(path / "config.json")["vocab_size"]) < tokens:
+    raise LoadError(
+      f"E106 tokenizer: {tokens} ids but the table of {path} has {rows} rows. "
+      "Take the tokenizer.json of that folder."
+    )
+
+
+def _checked(
+  path: pathlib.Path, model: ModelConfig
+) -> tuple[Sequence[names.Tensor], dict[str, Stored]]:
   config = _read_json(path / "config.json")
   _raise(path, _config_problems(config, model))
   stored = _without_prefix(path, _open(path))
   expected = names.tensors(dataclasses.replace(model, vocab=config["vocab_size"]))
   _raise(path, _tensor_problems(expected, stored))
-  return _read(path, model, expected, stored)
+  return expected, stored
 
 
 def _raise(path: pathlib.Path, problems: Sequence[str]) -> None:

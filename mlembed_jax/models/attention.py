@@ -1,5 +1,6 @@
 """Causal grouped-query attention within segments. Takes arrays only."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -26,8 +27,7 @@ def attention(
   )
   seen_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & jnp.tri(T, dtype=bool)[None]
   scores_BGHTS = jnp.where(seen_BTS[:, None, None], scores_BGHTS * K**-0.5, MASKED)
-  weights_BGHTS = jnp.exp(scores_BGHTS - jnp.max(scores_BGHTS, axis=-1, keepdims=True))
-  weights_BGHTS /= jnp.sum(weights_BGHTS, axis=-1, keepdims=True)
+  weights_BGHTS = jax.nn.softmax(scores_BGHTS, axis=-1)
   out_BTGHK = jnp.einsum("BGHTS,BSGK->BTGHK", weights_BGHTS.astype(v_BTGK.dtype), v_BTGK)
   return out_BTGHK.reshape(B, T, N, K)
 

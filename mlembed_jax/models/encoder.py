@@ -27,9 +27,19 @@ def weight(
   axes: tuple[str | None, ...],
   init: nn.initializers.Initializer,
 ) -> Array:
-  """Returns parameter `name` in the compute dtype; `axes` names each dimension of `shape`."""
-  param = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-  return param.astype(module.config.dtype)
+  """Returns float32 parameter `name` in the compute dtype; `axes` names each dimension."""
+  return master(module, name, shape, axes, init).astype(module.config.dtype)
+
+
+def master(
+  module: Any,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  init: nn.initializers.Initializer,
+) -> Array:
+  """Returns parameter `name` as it is stored, in float32."""
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 def normal(fan_in: int) -> nn.initializers.Initializer:
@@ -150,15 +160,18 @@ class Encoder(nn.Module):
   def _embed(self, tokens_BT: Array, rank_mask_R: Array | None) -> Array:
     c = self.config
     std = nn.initializers.normal(0.02)
+    # Rows are cast after the look-up: the gradient of a token is summed over all its places, and
+    # in bfloat16 a sum of equal terms stops growing at 256 of them.
     if not c.rank:
-      return weight(self, "table", (c.vocab, c.width), ("vocab", "embed"), std)[tokens_BT]
-    table_VR = weight(self, "table", (c.vocab, c.rank), ("vocab", "rank"), std)
+      table_VD = master(self, "table", (c.vocab, c.width), ("vocab", "embed"), std)
+      return table_VD[tokens_BT].astype(c.dtype)
+    table_VR = master(self, "table", (c.vocab, c.rank), ("vocab", "rank"), std)
     # The second factor keeps the deviation 0.02 of a full table. Its columns stay whole: it is
     # small, and two dimensions on one mesh axis are not possible.
     up_RD = weight(self, "up", (c.rank, c.width), ("rank", None), normal(c.rank))
     if rank_mask_R is not None:
       up_RD = up_RD * rank_mask_R.astype(up_RD.dtype)[:, None]
-    return project(table_VR[tokens_BT], up_RD)
+    return project(table_VR[tokens_BT].astype(c.dtype), up_RD)
 
   def _layers(self) -> Any:
     c = self.config

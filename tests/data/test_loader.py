@@ -9,7 +9,7 @@ import pytest
 
 import mlembed_jax.data
 from mlembed_jax.data import loader, sources
-from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.data.tokenizer import DataError, Tokenizer
 from tests.material import pairs
 
 
@@ -81,10 +81,15 @@ def test_iteration_from_any_step_equals_random_access(make):
     assert batch.step == n and same(batch, batches[n])
 
 
-def test_counts_of_tokens(make):
+def test_tokens_are_counted_without_padding(make):
   batch = make()[0]
-  assert batch.real_tokens == batch.lengths.sum()
-  assert batch.padding_share == pytest.approx(1 - batch.lengths.sum() / batch.tokens.size)
+  assert batch.real_tokens == batch.lengths.sum() < batch.tokens.size
+
+
+def test_a_file_without_anything_to_learn_from_is_refused(make):
+  none = {"retrieval": 0, "bitext": 0, "clustering": 0, "classification": 1}
+  with pytest.raises(DataError, match=r"train/topics\.parquet: clustering learns from hard"):
+    make(negatives=none)
 
 
 def test_data_modules_do_not_import_jax():

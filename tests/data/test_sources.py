@@ -103,6 +103,7 @@ def test_a_pattern_without_a_file_is_refused(manifest):
   ("changes", "message"),
   [
     ({"task_type": "sts"}, "task_type: 'sts' is unknown; known: retrieval, bitext"),
+    ({"negatives": -1}, "negatives: must not be negative"),
     ({"negatives": "4"}, "negatives: expected int, found '4'"),
     ({"query_has_instruction": None}, "query_has_instruction: expected bool, found None"),
   ],

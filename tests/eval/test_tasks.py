@@ -65,7 +65,7 @@ def test_classification_uses_english_centroids_and_scores_the_others(tmp_path):
     (
       "bitext",
       {"lang": ["de", "de"], "text": ["a", "b"], "en": [None, "x"]},
-      "nulls in en; held-out files must be whole",
+      "null or empty texts in en; held-out files must be whole",
     ),
     (
       "classification",

@@ -140,6 +140,21 @@ def test_bfloat16_is_close_and_returns_float32(tiny, params, batch, states):
   assert cosine.min() > 0.995
 
 
+@pytest.mark.parametrize("rank", [0, 24])
+def test_bfloat16_sums_a_frequent_tokens_gradient_in_float32(tiny, rank):
+  """4096 equal texts teach their token 4096 times as much as one; a bfloat16 sum stops at 256."""
+  model = dataclasses.replace(tiny.model, dtype="bfloat16", rank=rank, layers=1)
+  params = random_params(model)
+
+  def token_gradient(rows):
+    tokens, lengths = np.full((rows, 1), 7), np.ones(rows, np.int32)
+    loss = lambda p: jnp.sum(Encoder(model).apply({"params": p}, tokens, lengths))  # noqa: E731
+    return np.asarray(jax.jit(jax.grad(loss))(params)["table"])[7]
+
+  ratio = token_gradient(4096) / token_gradient(1)
+  np.testing.assert_allclose(np.median(ratio), 4096, rtol=0.02)
+
+
 @pytest.mark.parametrize("policy", ["full", "dots"])
 def test_remat_changes_no_gradient(tiny, params, batch, policy):
   def grads(remat):
