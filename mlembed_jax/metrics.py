@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -110,7 +111,12 @@ class Recorder:
     self._writer, self._window = Writer(workdir, start), Window()
     self._total, self._every = total, every
     self._bar = tqdm.tqdm(
-      initial=start, total=total, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5
+      initial=start,
+      total=total,
+      desc="training",
+      unit="step",
+      dynamic_ncols=True,
+      mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )
 
   def __enter__(self) -> "Recorder":

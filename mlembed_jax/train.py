@@ -1,7 +1,7 @@
 """Trains an encoder: python -m mlembed_jax.train --config configs/8b.py --workdir DIR.
 
 The same command with the same workdir goes on from the newest checkpoint, bit for bit as if the
-run had never stopped. SIGTERM saves a checkpoint before the program ends (status 143).
+run had never stopped. SIGTERM during training saves a checkpoint first and ends with status 143.
 """
 
 import contextlib

@@ -55,9 +55,11 @@ PARAPHRASE = 0.85  # English similarity above which a negative may be a true pos
 NAMES_PER_LANGUAGE = 200  # makes `names` about as large as `messages`
 NAMES_PER_KIND = 10  # and language, in `name_kinds`
 
-BITEXT = "bitext", "Retrieve translations of the following text."
-INTENTS = "Given a request to a home assistant, retrieve requests with the same intent."
-NAME_KINDS = "Decide what kind of thing this is the name of."
+# Instructions are short: most names are three tokens, and a small model must first learn to look
+# past the instruction.
+BITEXT = "bitext", "Translate."
+INTENTS = "Find the intent."
+NAME_KINDS = "Name the kind."
 FILES = {  # task type, instruction, packages
   "train/messages.parquet": (*BITEXT, ["django", "django-allauth"]),
   "train/names.parquet": (*BITEXT, ["babel"]),
