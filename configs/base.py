@@ -78,14 +78,14 @@ def get_config(variant: str = "") -> ConfigDict:
         "epochs": 2.0,  # in passes over the training files; one of the two is 0
         "seed": 0,  # of weights, data order, drawn negatives and drawn ranks
         "log_every": 10,  # steps per line of metrics.jsonl
-        "checkpoint_every": 500,
-        "keep_checkpoints": 3,
+        "checkpoint_every": 500,  # steps
+        "keep_checkpoints": 3,  # the newest ones
       },
       "eval": {
-        "batch_size": 512,
+        "batch_size": 512,  # texts encoded at a time, over all devices
       },
       "export": {
-        "name": "mlembed-0.6b",
+        "name": "mlembed-0.6b",  # of the model; cuts add -d, -l and -r to it
         "at_end": False,  # also write the folder WORKDIR/export when training ends
         "dtype": "bfloat16",  # of the stored weights: bfloat16 | float32
         "max_seq_length": 8192,  # tokens a user of the folder may encode

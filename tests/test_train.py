@@ -91,27 +91,27 @@ def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(data, twenty, tmp_path)
   assert untimed[0] == untimed[1]
 
 
-LONG = {"train.steps": 600, "train.checkpoint_every": 200}
+LONG = {"train.steps": 90, "train.checkpoint_every": 30}
 
 
 @pytest.fixture(scope="module")
-def six_hundred(data, tmp_path_factory):
+def ninety(data, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("long")
   assert run(data, workdir, **LONG).returncode == 0
   return workdir
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_run_that_was_killed_goes_on_exactly(data, six_hundred, tmp_path, sent, status):
+def test_a_run_that_was_killed_goes_on_exactly(data, ninety, tmp_path, sent, status):
   process = start(data, tmp_path, **LONG)
-  wait_for_step(tmp_path, 230)
+  wait_for_step(tmp_path, 35)
   process.send_signal(sent)
   assert process.wait(60) == status
   reached = lines(tmp_path)[-1]["step"]
-  assert 230 <= reached < 600
+  assert 35 <= reached < 90
   assert run(data, tmp_path, **LONG).returncode == 0
-  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 601))
-  assert_same_state(six_hundred, tmp_path, 600)
+  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 91))
+  assert_same_state(ninety, tmp_path, 90)
 
 
 def test_metrics_lines_are_complete(twenty):
@@ -146,7 +146,7 @@ def test_scores_of_a_run_that_never_saved_are_not_taken_over(data, tmp_path):
   (tmp_path / "eval").mkdir()
   (tmp_path / "eval/step_0.json").write_text('{"step": 0, "scores": []}')
   assert run(data, tmp_path, **{"train.steps": 1}).returncode == 0
-  assert (tmp_path / "eval/step_0.json").read_text() != '{"step": 0, "scores": []}'
+  assert not (tmp_path / "eval/step_0.json").exists()  # nothing was held out
 
 
 def test_a_run_goes_on_on_another_mesh(data, twenty, tmp_path):
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_other_data_is_refused(data, twenty, tmp_path):
     ({"data.manifest": "/absent.json"}, "error: data.manifest: /absent.json does not exist"),
     ({"data.train": "('nothing/*',)"}, "error: data.train: 'nothing/*' matches no file"),
     ({"data.tokenizer": "/absent.json"}, "error: data.tokenizer: /absent.json does not exist"),
-    ({"data.global_batch": 128}, "64 usable rows are fewer than data.global_batch = 128"),
+    ({"data.global_batch": 128}, "usable rows are fewer than data.global_batch = 128"),
     ({"model.vocab": 500}, "error: model.vocab: 500 rows are fewer than the"),
     ({"mesh.fsdp": 3}, "error: mesh: {'data': 1, 'fsdp': 3"),
     ({"model.heads": 3}, "error: model.heads: 3 is not a multiple of model.kv_heads = 2"),
