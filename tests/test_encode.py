@@ -13,7 +13,8 @@ from mlembed_jax.sharding import batch_sharding, make_mesh
 @pytest.fixture(scope="module")
 def ids():
   generator = np.random.default_rng(0)
-  return [generator.integers(0, 600, size).tolist() for size in generator.permutation(range(1, 64, 3))]
+  sizes = generator.permutation(range(1, 64, 3))
+  return [generator.integers(0, 600, size).tolist() for size in sizes]
 
 
 def run(tiny, params, ids, **options):
