@@ -70,6 +70,7 @@ def load_inputs(config: Config, workdir: pathlib.Path) -> Inputs:
   manifest, tokenizer = pathlib.Path(data.manifest), pathlib.Path(data.tokenizer)
   if data.builder == "quickstart":
     folder = workdir / "data"
+    print(f"collecting the text of installed packages in {folder}", flush=True)
     quickstart.build(folder, vocab_size=config.model.vocab, seed=config.train.seed)
     manifest, tokenizer = folder / "manifest.json", folder / "tokenizer.json"
   opened = Tokenizer(tokenizer, data.pooled_token)
@@ -185,6 +186,7 @@ def evaluate(
   step = int(state.step)
   scores = read_evaluation(workdir, step)
   if {score["task"] for score in scores} != {task.name for task in inputs.tasks}:
+    print(f"scoring every slice on {len(inputs.tasks)} held-out files, step {step}", flush=True)
     scores = grid.evaluate(config, state.params, inputs.tasks, inputs.tokenizer, mesh)
     write_json(evaluation_path(workdir, step), {"step": step, "scores": scores})
   return scores
@@ -222,7 +224,7 @@ def usage(folder: pathlib.Path) -> str:
   return (
     "  from sentence_transformers import SentenceTransformer\n"
     f'  model = SentenceTransformer("{folder}")\n'
-    '  vectors = model.encode(["How are you?", "¿Cómo estás?"], prompt_name="BitextMining")\n'
+    '  vectors = model.encode(["How are you?", "¿Cómo estás?"], prompt_name="query")\n'
   )
 
 

@@ -139,7 +139,8 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
     scores = json.loads((tmp_path / f"work/eval/step_{step}.json").read_text())["scores"]
     assert len(scores) == 2 * 3 * 3 * 3
   again = run(data, tmp_path / "work", **flags)
-  assert again.returncode == 0 and again.stdout == result.stdout
+  assert again.returncode == 0
+  assert again.stdout in result.stdout  # nothing is scored again
 
 
 def test_scores_of_a_run_that_never_saved_are_not_taken_over(data, tmp_path):
