@@ -47,8 +47,19 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
-    """Returns the state of a step, laid out as `abstract` says."""
-    state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    """Returns the state of a step, laid out as `abstract` says.
+
+    Raises:
+      ConfigError: the checkpoint is damaged.
+    """
+    try:
+      state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:  # tensorstore's errors have no class of their own
+      folder = self._manager.directory / str(step)
+      raise ConfigError(
+        f"{folder} cannot be read; delete it to go on from the checkpoint before: "
+        f"{str(error).splitlines()[0]}"
+      ) from error
     return state
 
   def close(self) -> None:

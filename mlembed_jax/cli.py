@@ -42,7 +42,9 @@ def _parse(argv: list[str]) -> Any:
   except (AttributeError, KeyError) as error:  # how ml_collections reports an override
     if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
       raise  # an error inside the configuration file
-    sys.exit(f"error: --config: unknown field {error.args[0]}")
+    reason = error.args[0]
+    reason = reason.args[0] if isinstance(reason, Exception) else reason
+    sys.exit(f"error: --config: unknown field {reason}")
   except (LookupError, OSError, SyntaxError) as error:
     sys.exit(f"error: --config: {error}")
 

@@ -303,6 +303,8 @@ def _check_data_and_length(config: Config) -> None:
     )
   if config.export.max_seq_length > config.export.max_positions:
     raise ConfigError("export.max_seq_length: must not be above export.max_positions")
+  if "/" in config.export.name:
+    raise ConfigError(f"export.name: {config.export.name!r} is a name, not a path")
   if data.builder and (data.manifest or data.tokenizer):
     raise ConfigError("data.builder: it writes its own data.manifest and data.tokenizer; drop them")
   if not data.builder and not (data.manifest and data.tokenizer):

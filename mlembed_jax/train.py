@@ -1,7 +1,7 @@
 """Trains an encoder: python -m mlembed_jax.train --config configs/8b.py --workdir DIR.
 
 The same command with the same workdir goes on from the newest checkpoint, bit for bit as if the
-run had never stopped. SIGTERM during training saves a checkpoint first and ends with status 143.
+run had never stopped. SIGTERM and Ctrl-C during training save a checkpoint first.
 """
 
 import contextlib
@@ -50,8 +50,6 @@ WORKDIR = flags.DEFINE_string(
   "Folder of the run: checkpoints, metrics, export. Made if it does not exist.",
   required=True,
 )
-
-PREEMPTED = 128 + signal.SIGTERM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +132,21 @@ def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoin
   return state
 
 
-class StopOnTerm(contextlib.AbstractContextManager["StopOnTerm"]):
-  """Turns SIGTERM, which preempted machines get, into a flag read between steps."""
+class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
+  """Turns SIGTERM, which preempted machines get, and Ctrl-C into a flag read between steps."""
 
   def __init__(self) -> None:
-    self.requested = False
-    self._previous = signal.signal(signal.SIGTERM, self._request)
+    self.received = 0
+    stopping = (signal.SIGTERM, signal.SIGINT)
+    self._previous = {number: signal.signal(number, self._receive) for number in stopping}
 
-  def _request(self, *_: Any) -> None:
-    self.requested = True
+  def _receive(self, number: int, _: Any) -> None:
+    self.received = number
+    self.__exit__()  # a second one ends the program at once
 
   def __exit__(self, *_: Any) -> None:
-    signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
 
 def fit(
@@ -156,26 +157,30 @@ def fit(
   checkpoints: Checkpoints,
   recorder: metrics.Recorder,
 ) -> TrainState:
-  """Returns the state after the last step, or after the step in which SIGTERM came; saves both.
+  """Returns the state after the last step.
+
+  A stop signal ends the program after its step (status 128 + signal). Both states are saved.
 
   The device is never waited for: the numbers of a step are read while the next one runs.
   """
   step = train_step.make(config, len(batches), mesh)
   pending, start = None, int(state.step)
-  with StopOnTerm() as stop, jax.transfer_guard("disallow"):
+  with StopSignals() as stop, jax.transfer_guard("disallow"):
     for batch in loader.iterate(batches, start):
       inbatch = batch.task_type in sources.INBATCH_TASKS
       state, values = step(state, put_batch(batch.arrays(), mesh), inbatch=inbatch)
       if pending:
         recorder.record(*pending)
       pending = batch, values
-      done, stopping = batch.step + 1, stop.requested
+      done, stopping = batch.step + 1, stop.received
       if done % config.train.checkpoint_every == 0 or done == len(batches) or stopping:
         recorder.record(*pending)  # a diverged state is noticed here, before it is saved
         pending = None
         checkpoints.save(done, state)
       if stopping:
-        break
+        checkpoints.close()
+        print(f"stopped by signal {stopping}; step {done} is saved, the same command goes on")
+        sys.exit(128 + stopping)
   return state
 
 
@@ -233,13 +238,18 @@ def train(config: Config, workdir: pathlib.Path) -> None:
 
   Raises:
     ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
-    SystemExit: with status 143 after SIGTERM; the checkpoint is written.
+    SystemExit: after SIGTERM (143) or Ctrl-C (130); the checkpoint is written.
   """
   if jax.process_count() > 1:
     raise ConfigError("this version trains on one host; start it on a single process")
   mesh = make_mesh(config)
   inputs = load_inputs(config, workdir)
   run, batches = describe(config, inputs), make_batches(config, inputs)
+  if config.optimizer.warmup_steps > len(batches):
+    raise ConfigError(
+      f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is longer than the run, "
+      f"{len(batches)} steps"
+    )
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
   if checkpoints.latest() is not None:
     check_same_run(Run.load(workdir), run, workdir)
@@ -256,9 +266,6 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     with metrics.Recorder(workdir, int(state.step), len(batches), config.train.log_every) as rec:
       state = fit(config, state, batches, mesh, checkpoints, rec)
     checkpoints.close()
-    if int(state.step) < len(batches):
-      print(f"stopped by SIGTERM; step {int(state.step)} is saved, the same command goes on")
-      sys.exit(PREEMPTED)
     evaluate(config, state, inputs, mesh, workdir)
   report(config, inputs, state, workdir)
 

@@ -101,6 +101,7 @@ BAD = [
   ("data.lengths", (64, 2048), "data.lengths: 2048 is above export.max_positions = 1024"),
   ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate: must be finite"),
   ("optimizer.beta2", 1.0, "optimizer.beta2: must be below 1, found 1.0"),
+  ("export.name", "a/b", "export.name: 'a/b' is a name, not a path"),
   ("optimizer.schedule", "linear", "optimizer.schedule: 'linear' is not one of"),
   ("train.epochs", 1.0, "train.steps, train.epochs: set exactly one"),
   ("train.steps", 0, "train.steps, train.epochs: set exactly one"),

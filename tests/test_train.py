@@ -101,7 +101,10 @@ def ninety(data, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+
+
+@pytest.mark.parametrize(("sent", "status"), STOPS)
 def test_a_run_that_was_killed_goes_on_exactly(data, ninety, tmp_path, sent, status):
   process = start(data, tmp_path, **LONG)
   wait_for_step(tmp_path, 35)
@@ -146,7 +149,8 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
 def test_scores_of_a_run_that_never_saved_are_not_taken_over(data, tmp_path):
   (tmp_path / "eval").mkdir()
   (tmp_path / "eval/step_0.json").write_text('{"step": 0, "scores": []}')
-  assert run(data, tmp_path, **{"train.steps": 1}).returncode == 0
+  short = {"train.steps": 1, "optimizer.warmup_steps": 0}
+  assert run(data, tmp_path, **short).returncode == 0
   assert not (tmp_path / "eval/step_0.json").exists()  # nothing was held out
 
 
@@ -162,6 +166,17 @@ def test_a_run_goes_on_on_another_mesh(data, twenty, tmp_path):
   assert result.returncode == 0, result.stderr
   losses = [[line["loss"] for line in lines(workdir)] for workdir in (twenty, tmp_path)]
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_a_damaged_checkpoint_is_named(data, twenty, tmp_path):
+  shutil.copytree(twenty, tmp_path, dirs_exist_ok=True)
+  largest = max((tmp_path / "checkpoints/20").rglob("*"), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:100])
+  result = run(data, tmp_path)
+  assert result.returncode == 1
+  assert f"error: {tmp_path}/checkpoints/20 cannot be read; delete it to go on" in result.stderr
+  shutil.rmtree(tmp_path / "checkpoints/20")
+  assert run(data, tmp_path).returncode == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(data, tmp_path):
@@ -208,7 +223,8 @@ def test_a_checkpoint_of_other_data_is_refused(data, twenty, tmp_path):
     ({"model.vocab": 500}, "error: model.vocab: 500 rows are fewer than the"),
     ({"mesh.fsdp": 3}, "error: mesh: {'data': 1, 'fsdp': 3"),
     ({"model.heads": 3}, "error: model.heads: 3 is not a multiple of model.kv_heads = 2"),
-    ({"model.widht": 3}, "widht"),
+    ({"optimizer.warmup_steps": 21}, "error: optimizer.warmup_steps: 21 is longer than the run"),
+    ({"model.widht": 3}, "error: --config: unknown field 'widht'"),
     ({"model.width": "wide"}, "model.width"),
     ({"train.init_from": "/absent"}, "/absent"),
   ],
@@ -304,7 +320,7 @@ def test_help_is_short_and_complete():
 def test_training_starts_from_an_exported_folder(data, twenty, tmp_path):
   """The first update has rate 0, so one step leaves the imported parameters as they were."""
   assert export("--checkpoint", twenty, "--out", tmp_path / "folder").returncode == 0
-  start = {"train.init_from": tmp_path / "folder", "train.steps": 1}
+  start = {"train.init_from": tmp_path / "folder", "train.steps": 1, "optimizer.warmup_steps": 0}
   assert run(data, tmp_path / "work", **start).returncode == 0
   model = Run.load(twenty).config.model
   (_, expected), (step, found) = (load_params(w, model) for w in (twenty, tmp_path / "work"))

@@ -96,6 +96,10 @@ def export_folder(
   temporary = out.with_name(f".{out.name}.new")
   shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
   try:
+    temporary.mkdir()
+  except OSError as error:
+    raise ExportError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
+  try:
     _write(temporary, variant, params, tokenizer, spec, evaluation)
     replace_folder(temporary, out)
   finally:
@@ -151,7 +155,6 @@ def _write(
   spec: Mapping[str, Any],
   evaluation: Mapping[str, Any] | None,
 ) -> None:
-  folder.mkdir()
   cut = Slice(rank=variant.rank or None, depth=variant.depth)
   _write_weights(folder, variant, matryoshka.slice_params(params, cut))
   prompts = files.prompts(variant.run.datasets)
