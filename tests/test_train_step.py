@@ -59,7 +59,7 @@ MESHES = {
   "data 8": (8, 1, 1),
   "fsdp 8": (1, 8, 1),
   "fsdp 4 x tensor 2": (1, 4, 2),
-  "all": (2, 2, 2),
+  "data 2 x fsdp 2 x tensor 2": (2, 2, 2),
 }
 
 
