@@ -26,20 +26,14 @@ def weight(
   shape: tuple[int, ...],
   axes: tuple[str | None, ...],
   init: nn.initializers.Initializer,
+  dtype: str | None = None,
 ) -> Array:
-  """Returns float32 parameter `name` in the compute dtype; `axes` names each dimension."""
-  return master(module, name, shape, axes, init).astype(module.config.dtype)
+  """Returns parameter `name`, stored in float32, in `dtype` (default: the compute dtype).
 
-
-def master(
-  module: Any,
-  name: str,
-  shape: tuple[int, ...],
-  axes: tuple[str | None, ...],
-  init: nn.initializers.Initializer,
-) -> Array:
-  """Returns parameter `name` as it is stored, in float32."""
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+  `axes` names each dimension of `shape`.
+  """
+  param = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+  return param.astype(dtype or module.config.dtype)
 
 
 def normal(fan_in: int) -> nn.initializers.Initializer:
@@ -66,12 +60,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Returns the normed `x` in the compute dtype."""
-    scale: Any = self.param(
-      "scale",
-      nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-      x.shape[-1:],
-      jnp.float32,
-    )
+    scale = weight(self, "scale", x.shape[-1:], ("norm",), nn.initializers.ones, "float32")
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
     return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
@@ -163,9 +152,9 @@ class Encoder(nn.Module):
     # Rows are cast after the look-up: the gradient of a token is summed over all its places, and
     # in bfloat16 a sum of equal terms stops growing at 256 of them.
     if not c.rank:
-      table_VD = master(self, "table", (c.vocab, c.width), ("vocab", "embed"), std)
+      table_VD = weight(self, "table", (c.vocab, c.width), ("vocab", "embed"), std, "float32")
       return table_VD[tokens_BT].astype(c.dtype)
-    table_VR = master(self, "table", (c.vocab, c.rank), ("vocab", "rank"), std)
+    table_VR = weight(self, "table", (c.vocab, c.rank), ("vocab", "rank"), std, "float32")
     # The second factor keeps the deviation 0.02 of a full table. Its columns stay whole: it is
     # small, and two dimensions on one mesh axis are not possible.
     up_RD = weight(self, "up", (c.rank, c.width), ("rank", None), normal(c.rank))
