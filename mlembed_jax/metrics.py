@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -14,6 +13,7 @@ import tensorboardX
 import tqdm
 
 from mlembed_jax.data.loader import Batch
+from mlembed_jax.workdir import write_text
 
 # Numbers of a step that a line gives as their mean over the steps since the line before.
 AVERAGED = ("loss", "hard_loss", "inbatch_loss", "gradient_norm")
@@ -87,9 +87,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
   if not path.exists():
     return
   lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-  temporary.replace(path)
+  write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _step(line: str) -> float:
