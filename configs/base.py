@@ -11,6 +11,18 @@ from mlembed_jax.config import REFERENCE
 VARIANTS = {"": {}, "reference": REFERENCE}
 
 
+def task(negatives: int, inbatch: bool = False, symmetric: bool = False) -> dict:
+  """Returns what the contrastive terms do with one task type."""
+  return {
+    "temperature": 0.05,  # cosines are divided by it
+    "final_temperature": 0.05,  # reached linearly over the run; the same number: fixed
+    "negatives": negatives,  # hard ones used per row and step, drawn from those stored (fewer
+    #                          where fewer are)
+    "inbatch": inbatch,  # positives of the other rows of the global batch are negatives too
+    "symmetric": symmetric,  # in the batch: mean of query to passage and passage to query
+  }
+
+
 def get_config(variant: str = "") -> ConfigDict:
   """Returns the 0.6B-shaped defaults, changed by a named variant."""
   config = ConfigDict(
@@ -36,14 +48,39 @@ def get_config(variant: str = "") -> ConfigDict:
         "exits": (),  # layer counts; default 1, 2, 4, 8, 16, 24, 32, ... and all layers
         "ranks": (),  # one drawn per step, by size; default 64, 128, 256, ... and the rank
       },
-      # Cross-entropies over cosines: own positive against own hard negatives, plus (retrieval and
-      # bitext) own positive against every positive of the global batch.
+      # Cross-entropies over cosines: own positive against own hard negatives, plus (inbatch) own
+      # positive against the positives of the other rows of the global batch.
       "losses": {
-        "temperature": 0.05,
+        "retrieval": task(negatives=7, inbatch=True),
+        "bitext": task(negatives=7, inbatch=True, symmetric=True),
+        "clustering": task(negatives=9),
+        "classification": task(negatives=1),
+        # Pairs with a score in [0, 1]: higher scores shall have higher cosines (CoSENT).
+        "scored_pairs": {"temperature": 0.05, "final_temperature": 0.05},
+        "learn_temperature": False,  # True: one per task type, from `temperature` on
+        "softmax": "separate",  # hard and in-batch negatives: two cross-entropies | joint: one
+        "inbatch_negatives": False,  # True: stored negatives of other rows are candidates too
         "inbatch_passage_grad": True,  # False: the in-batch term teaches queries only
         "mask_duplicates": True,  # identical texts are never each other's negatives
-        # Hard negatives used per row and step, drawn from those stored (fewer where fewer are).
-        "negatives": {"retrieval": 7, "bitext": 7, "clustering": 9, "classification": 1},
+        # A candidate of another row is no negative if its cosine with the query is this much above
+        # the positive's, by the score of the full model itself (own) or the teacher's; 2: no limit.
+        "false_negative_margin": 2.0,
+        "false_negative_score": "own",
+        # Weights of further terms; 0: off.
+        "self_distillation": 0.0,  # KL of each exit and dim to the full model's choice
+        "spread_out": 0.0,  # pairs of texts as orthogonal as on an even sphere (GOR)
+        "int8": 0.0,  # the contrastive terms over vectors rounded to int8
+        "binary": 0.0,  # ... and to one bit per coordinate
+      },
+      # Learning from a teacher's final-norm states. Every exit learns from the teacher's exit at
+      # the nearest fraction of depth, its d coordinates from the teacher's first d.
+      "kd": {
+        "teacher": "",  # workdir or exported folder of an encoder with the same tokenizer |
+        #                 stored: vectors beside the data, named by the manifest | empty: none
+        "exits": (),  # layer counts at which the teacher is an encoder; (): as its folder says
+        "match": "depth_fraction",  # | index: by position from the deepest exit
+        "space": "raw",  # mean squared error of states | unit: squared distance of unit vectors
+        "weight": 1.0,
       },
       "data": {
         "builder": "",  # quickstart: write manifest, text and tokenizer into WORKDIR/data first
@@ -53,6 +90,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "tokenizer": "",  # path of a tokenizer.json
         "pooled_token": "<|endoftext|>",  # ends every text; its state is the embedding
         "global_batch": 512,  # rows per step over all devices, all from one dataset
+        "micro_batch": 0,  # rows encoded at a time over all devices, which changes memory and
+        #                    nothing else (GradCache); 0: as many as the compiler says fit
         "lengths": (64, 128, 256, 512, 1024),  # a batch is padded to the first that holds it; the
         #                                        last one truncates
         "max_dropped_share": 0.01,  # rows with null or empty text are dropped; above this: error

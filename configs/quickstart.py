@@ -23,8 +23,11 @@ def get_config(variant: str = "") -> ConfigDict:
   config.model.update(rank=128, rope_theta=10_000.0, dtype="float32", remat="full")
   config.matryoshka.update(dims=(16, 32, 64, 128), exits=(1, 2, 3), ranks=(32, 64, 128))
   # On two cores a larger batch teaches more than hard negatives of its translations do.
-  config.losses.negatives.update(retrieval=0, bitext=0, clustering=1, classification=1)
-  config.data.update(builder="quickstart", heldout=("heldout/*",), global_batch=512)
+  config.losses.bitext.update(negatives=0)
+  config.losses.clustering.update(negatives=1)
+  config.data.update(
+    builder="quickstart", heldout=("heldout/*",), global_batch=512, micro_batch=512
+  )
   config.data.lengths = (24,)  # nine in ten texts are shorter
   config.optimizer.update(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=20)
   config.train.update(steps=300, epochs=0.0, checkpoint_every=100)

@@ -22,6 +22,7 @@ FREE = (
   "data.manifest",
   "data.heldout",
   "data.tokenizer",
+  "data.micro_batch",
 )
 FREE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
 

@@ -47,23 +47,65 @@ class MatryoshkaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class NegativesConfig:
-  """Hard negatives used per row and step, by task type."""
+class TaskConfig:
+  """What the contrastive terms do with one task type."""
 
-  retrieval: int
-  bitext: int
-  clustering: int
-  classification: int
+  temperature: float
+  final_temperature: float
+  negatives: int
+  inbatch: bool
+  symmetric: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredConfig:
+  """What the ranking term does with scored pairs."""
+
+  temperature: float
+  final_temperature: float
 
 
 @dataclasses.dataclass(frozen=True)
 class LossesConfig:
-  """The contrastive objective."""
+  """The objective."""
 
-  temperature: float
+  retrieval: TaskConfig
+  bitext: TaskConfig
+  clustering: TaskConfig
+  classification: TaskConfig
+  scored_pairs: ScoredConfig
+  learn_temperature: bool
+  softmax: str
+  inbatch_negatives: bool
   inbatch_passage_grad: bool
   mask_duplicates: bool
-  negatives: NegativesConfig
+  false_negative_margin: float
+  false_negative_score: str
+  self_distillation: float
+  spread_out: float
+  int8: float
+  binary: float
+
+  def task(self, kind: str) -> TaskConfig | None:
+    """Returns the settings of a contrastive task type, None for scored pairs."""
+    settings = getattr(self, kind)
+    return settings if isinstance(settings, TaskConfig) else None
+
+  def contrastive_tasks(self) -> dict[str, TaskConfig]:
+    """Returns {task type: settings} without scored pairs."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {name: value for name, value in values.items() if isinstance(value, TaskConfig)}
+
+
+@dataclasses.dataclass(frozen=True)
+class KdConfig:
+  """Learning from a teacher's states."""
+
+  teacher: str
+  exits: tuple[int, ...]
+  match: str
+  space: str
+  weight: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +119,7 @@ class DataConfig:
   tokenizer: str
   pooled_token: str
   global_batch: int
+  micro_batch: int
   lengths: tuple[int, ...]
   max_dropped_share: float
 
@@ -143,6 +186,7 @@ class Config:
   model: ModelConfig
   matryoshka: MatryoshkaConfig
   losses: LossesConfig
+  kd: KdConfig
   data: DataConfig
   optimizer: OptimizerConfig
   mesh: MeshConfig
@@ -155,26 +199,39 @@ class Config:
 # values of that recipe. On several devices its code passes no gradient to in-batch passages, and
 # it knows nothing of repeated texts.
 REFERENCE = {
+  "losses.bitext.symmetric": False,
   "losses.inbatch_passage_grad": False,
   "losses.mask_duplicates": False,
+  "kd.match": "index",
   "data.pooled_token": "<|im_end|>",
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "model.dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "dots"),
+  "losses.softmax": ("separate", "joint"),
+  "losses.false_negative_score": ("own", "teacher"),
+  "kd.match": ("depth_fraction", "index"),
+  "kd.space": ("raw", "unit"),
   "data.builder": ("", "quickstart"),
   "optimizer.schedule": ("cosine", "constant"),
   "export.dtype": ("float32", "bfloat16"),
 }
 BELOW = {"optimizer.beta1": 1, "optimizer.beta2": 1, "data.max_dropped_share": 1}
-# Numbers are positive, these may be zero. The mesh has its own rule.
+# Numbers are positive, these may be zero. The mesh has its own rule, and so has
+# losses.false_negative_margin, a difference of cosines.
+OWN_RULE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "losses.false_negative_margin"}
 MAY_BE_ZERO = {
   "model.rank",
-  "losses.negatives.retrieval",
-  "losses.negatives.bitext",
-  "losses.negatives.clustering",
-  "losses.negatives.classification",
+  "losses.retrieval.negatives",
+  "losses.bitext.negatives",
+  "losses.clustering.negatives",
+  "losses.classification.negatives",
+  "losses.self_distillation",
+  "losses.spread_out",
+  "losses.int8",
+  "losses.binary",
+  "data.micro_batch",
   "data.max_dropped_share",
   "optimizer.min_learning_rate",
   "optimizer.warmup_steps",
@@ -208,6 +265,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   _check_values(config)
   _check_model(config.model)
   _check_matryoshka(config)
+  _check_losses(config)
   _check_data_and_length(config)
   return config
 
@@ -257,7 +315,7 @@ def _check_values(config: Config) -> None:
     if flat[name] not in allowed:
       raise ConfigError(f"{name}: {flat[name]!r} is not one of {', '.join(map(repr, allowed))}")
   for name, value in flat.items():
-    if type(value) not in (int, float) or name.startswith("mesh."):
+    if type(value) not in (int, float) or name in OWN_RULE:
       continue
     if not math.isfinite(value) or value >= BELOW.get(name, math.inf):
       bound = f"below {BELOW[name]}" if name in BELOW else "finite"
@@ -292,6 +350,29 @@ def _check_matryoshka(config: Config) -> None:
       raise ConfigError(f"{name}: the full model must be trained too: end with {limit} = {full}")
 
 
+def _check_losses(config: Config) -> None:
+  losses = config.losses
+  if not -2.0 <= losses.false_negative_margin <= 2.0:
+    raise ConfigError(
+      f"losses.false_negative_margin: {losses.false_negative_margin} is no difference of two "
+      "cosines; between -2 and 2, where 2 is no limit"
+    )
+  for kind, task in losses.contrastive_tasks().items():
+    if task.symmetric and not task.inbatch:
+      raise ConfigError(f"losses.{kind}.symmetric: without inbatch there is no other direction")
+  for kind in (*losses.contrastive_tasks(), "scored_pairs"):
+    settings = getattr(losses, kind)
+    if losses.learn_temperature and settings.temperature != settings.final_temperature:
+      raise ConfigError(
+        f"losses.{kind}.final_temperature: learned temperatures have no schedule; set it to "
+        f"losses.{kind}.temperature, or losses.learn_temperature to False"
+      )
+  if losses.false_negative_score == "teacher" and not config.kd.teacher:
+    raise ConfigError("losses.false_negative_score: there is no teacher; name one in kd.teacher")
+  if list(config.kd.exits) != sorted(set(config.kd.exits)) or min(config.kd.exits, default=1) < 1:
+    raise ConfigError(f"kd.exits: {config.kd.exits} must be positive and ascending")
+
+
 def _check_data_and_length(config: Config) -> None:
   data, train = config.data, config.train
   if not data.lengths or list(data.lengths) != sorted(set(data.lengths)) or data.lengths[0] < 2:
@@ -310,6 +391,11 @@ def _check_data_and_length(config: Config) -> None:
   if not data.builder and not (data.manifest and data.tokenizer):
     missing = "data.tokenizer" if data.manifest else "data.manifest"
     raise ConfigError(f"{missing}: give a path, e.g. --config.{missing}=/data/...")
+  if data.micro_batch and data.global_batch % data.micro_batch:
+    raise ConfigError(
+      f"data.micro_batch: {data.global_batch} rows (data.global_batch) are no multiple of "
+      f"{data.micro_batch}"
+    )
   if not data.train:
     raise ConfigError("data.train: name at least one pattern of training files")
   if bool(train.steps) == bool(train.epochs):
@@ -343,6 +429,7 @@ def _check_split(config: Config, shape: Mapping[str, int]) -> None:
   replicas = shape["data"] * shape["fsdp"]
   for name, size in (
     ("data.global_batch", config.data.global_batch),
+    ("data.micro_batch", config.data.micro_batch),
     ("eval.batch_size", config.eval.batch_size),
   ):
     if size % replicas:

@@ -20,7 +20,8 @@ def _program(model: ModelConfig, exits: tuple[int, ...]) -> Callable[..., Any]:
 
   @jax.jit
   def run(params: Any, tokens: Any, lengths: Any) -> Any:
-    return Encoder(model).apply({"params": params}, tokens, lengths)[rows]
+    states: Any = Encoder(model).apply({"params": params}, tokens, lengths)
+    return states[rows].astype(jnp.float32)
 
   return run
 

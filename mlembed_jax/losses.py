@@ -1,136 +1,193 @@
-"""The contrastive objective of ML-Embed over all exits and output dims. Takes arrays only.
+"""The objective of ML-Embed over all exits and output dims, and the terms beside it. Arrays only.
 
-Letters: E exits, B rows of the global batch, C texts per row (query, positive, negatives...),
-D width, M an output dim. Arrays are global: the compiler adds the gathers between devices and
-differentiates them, so passages learn from the queries of every device.
+Letters: E exits, B rows of the global batch, C texts per row (query, P positives, K negatives),
+D width, M output dims.
+
+Cross-entropies are written as softplus(l - s): s is the logit of the positive, l the log-sum-exp
+over its negatives alone. A row without negatives has l = EMPTY and loss 0, not a NaN.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Float
 
-from mlembed_jax.matryoshka import truncate
+from mlembed_jax import regularizers, streaming
+from mlembed_jax.config import KdConfig, LossesConfig
+from mlembed_jax.contrast import (
+  Contrast,
+  Keys,
+  batch_keys,
+  contrast,
+  flat,
+  make_views,
+  text_ids,
+)
+from mlembed_jax.distillation import by_exit, self_distillation
+from mlembed_jax.matryoshka import Matryoshka, truncate
+from mlembed_jax.similarity import own_logits
+from mlembed_jax.streaming import EMPTY
+
+NO_LIMIT = 2.0  # no two cosines are further apart
+
+Terms = dict[str, Float[Array, "E M"]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The loss and its two parts at each exit, summed over dims with their weights."""
+  """The loss, and its parts."""
 
   loss: Float[Array, ""]
-  hard_E: Float[Array, "E"]
-  inbatch_E: Float[Array, "E"]
+  terms: dict[str, Float[Array, "E"]]  # with their weights, summed over dims
+  negatives: Float[Array, ""]  # candidates beside the positive, mean over rows
+  empty_rows: Float[Array, ""]  # rows with nothing to tell their positive from
 
 
-def cosines(equation: str, *vectors: Array) -> Array:
-  """Returns the einsum in full float32; on TPU the default would round its inputs to bfloat16."""
-  return jnp.einsum(equation, *vectors, precision=jax.lax.Precision.HIGHEST)
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is static of a batch."""
+
+  kind: str  # task type
+  positives: int = 1  # per row
 
 
-def cross_entropy(logits: Float[Array, "E B C"], keep: Bool[Array, "B C"], target: Array) -> Array:
-  """Returns the cross-entropy of each row, [E, B]; candidates with keep=False leave the softmax."""
-  logits = jnp.where(keep[None], logits, -jnp.inf)
-  chosen = jnp.take_along_axis(logits, target[None, :, None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits, axis=-1) - chosen
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Teachers:
+  """States that the batch learns from; no gradient reaches them."""
 
-
-def hard_rows(
-  q_EBM: Float[Array, "E B M"],
-  docs_EBCM: Float[Array, "E B C M"],
-  keep_BC: Bool[Array, "B C"],
-  temperature: float,
-) -> Float[Array, "E B"]:
-  """Returns each row's loss of choosing its positive (document 0) among its own documents."""
-  logits_EBC = cosines("EBM,EBCM->EBC", q_EBM, docs_EBCM) / temperature
-  return cross_entropy(logits_EBC, keep_BC, jnp.zeros(keep_BC.shape[0], jnp.int32))
-
-
-def inbatch_rows(
-  q_EBM: Float[Array, "E B M"],
-  p_EBM: Float[Array, "E B M"],
-  keep_BB: Bool[Array, "B B"],
-  temperature: float,
-) -> Float[Array, "E B"]:
-  """Returns each row's loss of choosing its positive among the positives of the global batch."""
-  logits_EBB = cosines("EBM,ECM->EBC", q_EBM, p_EBM) / temperature
-  return cross_entropy(logits_EBB, keep_BB, jnp.arange(keep_BB.shape[0]))
-
-
-def duplicate_masks(
-  hashes_BC2: UInt32[Array, "B C 2"], masked: bool
-) -> tuple[Bool[Array, "B K"], Bool[Array, "B B"]]:
-  """Returns which own documents and which positives of the batch may be candidates of each row.
-
-  A candidate that is not the row's own positive is left out where its text equals the row's
-  positive or query, and a positive also where its row has the same query. With masked=False
-  everything is a candidate.
-  """
-  B, C, _ = hashes_BC2.shape
-  if not masked:
-    return jnp.ones((B, C - 1), bool), jnp.ones((B, B), bool)
-  query_B2, docs_BK2, positive_B2 = hashes_BC2[:, 0], hashes_BC2[:, 1:], hashes_BC2[:, 1]
-  hard_same = _same(docs_BK2, positive_B2[:, None]) | _same(docs_BK2, query_B2[:, None])
-  candidate_1B2 = positive_B2[None]
-  inbatch_same = (
-    _same(candidate_1B2, positive_B2[:, None])
-    | _same(candidate_1B2, query_B2[:, None])
-    | _same(query_B2[None], query_B2[:, None])
-  )
-  own_BK = jnp.broadcast_to(jnp.arange(C - 1)[None] == 0, (B, C - 1))
-  return ~hard_same | own_BK, ~inbatch_same | jnp.eye(B, dtype=bool)
-
-
-def _same(a: Array, b: Array) -> Array:
-  return jnp.all(a == b, axis=-1)
+  exits: Float[Array, "E B C D"] | None = None  # of the teacher, per student exit or one for all
+  full: Float[Array, "1 B C D"] | None = None  # of the student, deepest exit at full rank
 
 
 def objective(
   states_EBCD: Float[Array, "E B C D"],
-  hashes_BC2: UInt32[Array, "B C 2"],
+  batch: Mapping[str, Array],
   *,
-  dims: Sequence[int],
-  dim_weights: Sequence[float],
-  temperature: float,
-  inbatch: bool,
-  inbatch_passage_grad: bool,
-  mask_duplicates: bool,
+  task: Task,
+  axes: Matryoshka,
+  config: LossesConfig,
+  kd: KdConfig,
+  temperature: Any,
+  teachers: Teachers,
 ) -> Objective:
-  """Returns mean over exits of (hard + in-batch), each a weighted sum over output dims.
+  """Returns the mean over exits of the sum of all terms, each a weighted sum over output dims.
 
-  `states` are final-norm states, not normalised. `inbatch=False` (clustering, classification)
-  leaves the hard term alone; without stored negatives the hard term is zero.
+  `states` are final-norm states, not normalised. `batch` holds `hashes` [B, C, 2], and `scores`
+  [B] for scored pairs.
   """
-  hard_keep_BK, inbatch_keep_BB = duplicate_masks(hashes_BC2, mask_duplicates)
-  hard_E = inbatch_E = jnp.zeros(states_EBCD.shape[0])
-  for dim, weight in zip(dims, dim_weights, strict=True):
-    unit_EBCM = truncate(states_EBCD, dim)
-    q_EBM, docs_EBKM = unit_EBCM[:, :, 0], unit_EBCM[:, :, 1:]
-    rows_EB = hard_rows(q_EBM, docs_EBKM, hard_keep_BK, temperature)
-    hard_E += weight * jnp.mean(rows_EB, axis=-1)
-    if inbatch:
-      p_EBM = docs_EBKM[:, :, 0]
-      p_EBM = p_EBM if inbatch_passage_grad else jax.lax.stop_gradient(p_EBM)
-      rows_EB = inbatch_rows(q_EBM, p_EBM, inbatch_keep_BB, temperature)
-      inbatch_E += weight * jnp.mean(rows_EB, axis=-1)
-  return Objective(jnp.mean(hard_E + inbatch_E), hard_E, inbatch_E)
+  ids_BC = text_ids(batch["hashes"], config.mask_duplicates)
+  keys = _keys(states_EBCD, ids_BC, task, config, teachers)
+
+  def contrasted(states: Array, dims: Sequence[int]) -> Contrast:
+    views = make_views(states, dims, task.positives, temperature)
+    met = config.inbatch_negatives, config.inbatch_passage_grad
+    return contrast(views, ids_BC, keys and keys[0], *met)
+
+  c = contrasted(states_EBCD, axes.dims)
+  terms = _main_terms(c, batch, keys, task, config)
+  for name, quantize in regularizers.QUANTIZERS.items():
+    if weight := getattr(config, name):
+      quantized = contrasted(quantize(states_EBCD), axes.dims)
+      terms[name] = weight * sum(_main_terms(quantized, batch, keys, task, config).values())
+  if config.spread_out:
+    columns = [
+      regularizers.spread_out(states_EBCD[:, :, i], ids_BC[:, i], axes.dims) for i in (0, 1)
+    ]
+    terms["spread_out"] = config.spread_out * (columns[0] + columns[1]) / 2
+  if config.self_distillation:
+    full = states_EBCD[-1:] if teachers.full is None else teachers.full
+    divergence = self_distillation(c, contrasted(full, axes.dims[-1:]))
+    terms["self_distillation"] = config.self_distillation * divergence
+  return _summed(terms, c, axes, _distillation(states_EBCD, task, kd, teachers))
 
 
-def distillation(student: Sequence[Any], teacher: Sequence[Any], space: str) -> Float[Array, ""]:
-  """Returns the distance of student states [..., d] to the teacher's first d columns.
+def _keys(
+  states_EBCD: Array, ids_BC: Array, task: Task, config: LossesConfig, teachers: Teachers
+) -> tuple[Keys, Keys] | None:
+  """Returns who meets whom in both directions; None where rows learn from their own texts alone."""
+  if not (settings := config.task(task.kind)) or not settings.inbatch:
+    return None
+  used = ids_BC.shape[1] if config.inbatch_negatives else 1 + task.positives
+  guide = None
+  if config.false_negative_margin < NO_LIMIT:
+    judge = states_EBCD if config.false_negative_score == "own" else teachers.exits
+    # A file without stored teacher vectors is trained without a limit.
+    guide = None if judge is None else truncate(jax.lax.stop_gradient(judge[-1]), None)
+  return batch_keys(ids_BC, task.positives, used, guide, config.false_negative_margin)
 
-  `student` and `teacher` are matching lists (queries, positives, negatives); their terms are
-  added. Space `raw` is the mean squared error of un-normalised states, `unit` the mean squared
-  distance of the normalised ones.
+
+def _main_terms(
+  c: Contrast,
+  batch: Mapping[str, Array],
+  keys: tuple[Keys, Keys] | None,
+  task: Task,
+  config: LossesConfig,
+) -> Terms:
+  if not (settings := config.task(task.kind)):
+    return {"scored": cosent(c.own[:, :, 0], batch["scores"])}
+  if not keys:
+    return {"hard": _cross_entropy(c.hard, c.own)}
+  return contrastive(c, keys[1] if settings.symmetric else None, config)
+
+
+def _distillation(
+  states_EBCD: Array, task: Task, kd: KdConfig, teachers: Teachers
+) -> dict[str, Float[Array, "E"]]:
+  if teachers.exits is None:
+    return {}
+  return {
+    "distillation": kd.weight * by_exit(states_EBCD, teachers.exits, task.positives, kd.space)
+  }
+
+
+def _summed(
+  terms: Terms, c: Contrast, axes: Matryoshka, others: dict[str, Float[Array, "E"]]
+) -> Objective:
+  weights_1M = jnp.array(axes.dim_weights)[None]
+  parts = {name: jnp.sum(term * weights_1M, axis=1) for name, term in terms.items()} | others
+  loss = jnp.mean(sum(parts.values(), jnp.zeros(len(axes.exits))))
+  return Objective(loss, parts, jnp.mean(c.count), jnp.sum(c.count == 0))
+
+
+def _cross_entropy(negatives_EBM: Array, own_EBPM: Array) -> Float[Array, "E M"]:
+  """Returns the mean over rows and positives."""
+  return jnp.mean(jax.nn.softplus(negatives_EBM[:, :, None] - own_EBPM), axis=(1, 2))
+
+
+def contrastive(c: Contrast, backward: Keys | None, config: LossesConfig) -> Terms:
+  """Returns the terms `hard` and `inbatch`; a joint softmax counts as `inbatch`.
+
+  `backward` asks for the mean of both directions, query to passage and passage to query.
   """
-  total = jnp.zeros(())
-  for s, t in zip(student, teacher, strict=True):
-    t = t[..., : s.shape[-1]]
-    if space == "unit":
-      total += jnp.mean(jnp.sum((truncate(s, None) - truncate(t, None)) ** 2, axis=-1))
-    else:
-      total += jnp.mean((s - t) ** 2)
-  return total
+  positives, own = c.views.positives, c.own
+  if not config.inbatch_passage_grad:
+    positives = jax.lax.stop_gradient(positives)
+    own = own_logits(c.views.query, positives)
+  if config.softmax == "joint":
+    terms = {"inbatch": _cross_entropy(jnp.logaddexp(c.hard, c.inbatch), c.own)}
+  else:
+    terms = {"hard": _cross_entropy(c.hard, c.own), "inbatch": _cross_entropy(c.inbatch, own)}
+  if backward:
+    others, _ = streaming.log_sum_exp(flat(positives), c.views.query, *backward)
+    back = jnp.mean(jax.nn.softplus(others.reshape(own.shape) - own), axis=(1, 2))
+    terms["inbatch"] = (terms["inbatch"] + back) / 2
+  return terms
+
+
+def cosent(logits_EBM: Float[Array, "E B M"], scores_B: Float[Array, "B"]) -> Float[Array, "E M"]:
+  """Returns log(1 + sum of exp(logit_j - logit_i)) over all pairs of rows with score_i > score_j.
+
+  After sorting by score the sum over j is a cumulative one, so no pair is ever written down.
+  Source: CoSENT (kexue.fm/archives/8847).
+  """
+  order = jnp.argsort(scores_B)
+  x, scores = logits_EBM[:, order], scores_B[order]
+  lower = jnp.searchsorted(scores, scores, side="left")  # rows with a strictly lower score
+  sums = jax.lax.cumlogsumexp(x, axis=1)[:, jnp.maximum(lower - 1, 0)]
+  pairs = jnp.where((lower > 0)[None, :, None], sums - x, streaming.MASKED)
+  return jax.nn.softplus(jnp.maximum(jax.nn.logsumexp(pairs, axis=1), EMPTY))

@@ -13,10 +13,14 @@ import tensorboardX
 import tqdm
 
 from mlembed_jax.data.loader import Batch
-from mlembed_jax.workdir import write_text
+from mlembed_jax.workdir import write_json, write_text
 
-# Numbers of a step that a line gives as their mean over the steps since the line before.
-AVERAGED = ("loss", "hard_loss", "inbatch_loss", "gradient_norm")
+# Numbers of a step that a line gives as their mean over the steps since the line before; so are
+# all terms of the loss, of which a step has those of its task type.
+AVERAGED = ("loss", "gradient_norm", "negatives")
+
+
+ROWS_SHOWN = 8  # of the batch that made the loss infinite
 
 
 class Window:
@@ -36,8 +40,9 @@ class Window:
   def summary(self) -> dict[str, Any]:
     """Returns one line, and starts anew.
 
-    Losses and gradient norm are means, learning rate and rank those of the last step. Tokens are
-    real ones; padding is not work.
+    Losses, gradient norm and negatives per row are means; learning rate, temperature and rank
+    those of the last step; rows without any negative are counted. Tokens are real ones; padding
+    is not work.
     """
     real = sum(batch.real_tokens for batch, _ in self._steps)
     padded = sum(batch.tokens.size for batch, _ in self._steps)
@@ -47,15 +52,22 @@ class Window:
     last_batch, last = self._steps[-1]
     line = {
       "step": last_batch.step + 1,
-      **{name: statistics.fmean(m[name] for _, m in self._steps) for name in AVERAGED},
+      **self._means(),
       "loss_by_dataset": {name: statistics.fmean(v) for name, v in sorted(by_dataset.items())},
       "learning_rate": last["learning_rate"],
+      "temperature": last["temperature"],
       "rank": last["rank"],
+      "empty_rows": int(sum(m["empty_rows"] for _, m in self._steps)),
       "tokens_per_second": real / (time.perf_counter() - self._start),
       "padding_share": 1.0 - real / padded,
     }
     self._reset()
     return line
+
+  def _means(self) -> dict[str, float]:
+    seen = dict.fromkeys(name for _, m in self._steps for name in m)
+    names = [name for name in seen if name in AVERAGED or name.endswith("_loss")]
+    return {name: statistics.fmean(m[name] for _, m in self._steps if name in m) for name in names}
 
 
 class Writer:
@@ -106,6 +118,7 @@ class Recorder:
 
   def __init__(self, workdir: pathlib.Path, start: int, total: int, every: int):
     """`start` and `total` count updates of the whole run."""
+    self._workdir, self._warned = workdir, False
     self._writer, self._window = Writer(workdir, start), Window()
     self._total, self._every = total, every
     self._bar = tqdm.tqdm(
@@ -133,11 +146,9 @@ class Recorder:
     values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
     step = batch.step + 1
     if not math.isfinite(values["loss"] + values["gradient_norm"]):
-      raise TrainingError(
-        f"step {step} ({batch.dataset}): the loss is {values['loss']}, its gradient norm "
-        f"{values['gradient_norm']}. Lower optimizer.learning_rate and start "
-        "again in a new --workdir, or look at that file"
-      )
+      raise TrainingError(self._diverged(batch, values))
+    if values["empty_rows"] == batch.rows.size * jax.process_count():
+      self._without_negatives(batch)
     self._window.add(batch, values)
     if step % self._every == 0 or step == self._total:
       line = self._window.summary()
@@ -148,3 +159,24 @@ class Recorder:
         refresh=False,
       )
     self._bar.update()
+
+  def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
+    rows = batch.rows.tolist()
+    path = self._workdir / "diverged.json"
+    write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
+    shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (" ..." if len(rows) > ROWS_SHOWN else "")
+    return (
+      f"step {batch.step + 1} ({batch.dataset}, rows {shown}): the loss is {values['loss']}, its "
+      f"gradient norm {values['gradient_norm']}. All rows are in {path}. Lower "
+      "optimizer.learning_rate and start again in a new --workdir, or look at those rows"
+    )
+
+  def _without_negatives(self, batch: Batch) -> None:
+    """Warns of the first such step; the others are counted in `empty_rows`."""
+    if not self._warned:
+      self._bar.write(
+        f"warning: step {batch.step + 1} ({batch.dataset}) taught nothing: every negative of every "
+        "row has the text of its query or positive. metrics.jsonl counts such rows as empty_rows",
+        file=sys.stderr,
+      )
+    self._warned = True

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -32,9 +33,23 @@ def schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Returns clipping by global norm, then AdamW with decay on every parameter."""
+  """Returns clipping by global norm, then AdamW with decay on every parameter of the encoder."""
   c = config
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),
-    optax.adamw(schedule(c, steps), b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=c.weight_decay),
+    optax.adamw(
+      schedule(c, steps),
+      b1=c.beta1,
+      b2=c.beta2,
+      eps=c.eps,
+      weight_decay=c.weight_decay,
+      mask=_decays,
+    ),
+  )
+
+
+def _decays(tree: Any) -> Any:
+  """Returns whether each leaf decays; decay would pull a learned temperature towards 1."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "log_temperature" not in jax.tree_util.keystr(path), tree
   )

@@ -90,3 +90,12 @@ def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
   return {
     name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()
   }
+
+
+def abstract_batch(shapes: Mapping[str, tuple[Sequence[int], Any]], mesh: Mesh) -> dict[str, Any]:
+  """Returns what `put_batch` returns as shapes, from {name: (global shape, dtype)}."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for name, (shape, dtype) in shapes.items()
+  }

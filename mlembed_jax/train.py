@@ -18,7 +18,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from mlembed_jax import cli, metrics, optimizer, train_state, train_step
+from mlembed_jax import cli, memory, metrics, optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints, check_same_run
 from mlembed_jax.config import Config, ConfigError
 from mlembed_jax.data import batching, loader, quickstart, sources
@@ -26,8 +26,10 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import grid, tasks
 from mlembed_jax.hf.export import check_target, export_folder
 from mlembed_jax.hf.load import check_folder, load_params
+from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.sharding import logical_rules, make_mesh, put_batch
+from mlembed_jax.teacher import STORED, Teacher, check_stored, open_teacher
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import (
   Run,
@@ -60,6 +62,7 @@ class Inputs:
   entries: dict[str, dict[str, Any]]
   tokenizer: Tokenizer
   tasks: list[tasks.Task]
+  teacher: Teacher | None
 
 
 def load_inputs(config: Config, workdir: pathlib.Path) -> Inputs:
@@ -74,17 +77,21 @@ def load_inputs(config: Config, workdir: pathlib.Path) -> Inputs:
   opened = Tokenizer(tokenizer, data.pooled_token)
   if config.train.init_from:
     check_folder(pathlib.Path(config.train.init_from), config.model, opened.size)
+  teacher = open_teacher(config, opened)
   entries = sources.select(manifest, data.train, "data.train")
   heldout = sources.select(manifest, data.heldout, "data.heldout")
+  stored = config.kd.teacher == STORED
   datasets = [
-    sources.load(manifest.parent, name, entry, data.max_dropped_share)
+    sources.load(manifest.parent, name, entry, data.max_dropped_share, vectors=stored)
     for name, entry in entries.items()
   ]
+  if stored:
+    check_stored(config, datasets)
   for d in datasets:
     if d.dropped:
-      print(f"{d.name}: left out {d.dropped} of {d.dropped + len(d)} rows, null or empty text")
+      print(f"{d.name}: left out {d.dropped} of {d.dropped + len(d)} rows, null or empty field")
   evaluated = [tasks.load(manifest.parent, name, entry) for name, entry in heldout.items()]
-  return Inputs(datasets, entries, opened, evaluated)
+  return Inputs(datasets, entries, opened, evaluated, teacher)
 
 
 def describe(config: Config, inputs: Inputs) -> Run:
@@ -105,11 +112,13 @@ def describe(config: Config, inputs: Inputs) -> Run:
 def make_batches(config: Config, inputs: Inputs) -> loader.Batches:
   """Returns this host's part of every batch of the run."""
   sizes = {d.name: len(d) for d in inputs.datasets}
+  contrastive = config.losses.contrastive_tasks()
   per_epoch = batching.steps_per_epoch(sizes, config.data.global_batch)
   return loader.Batches(
     inputs.datasets,
     inputs.tokenizer,
-    negatives=dataclasses.asdict(config.losses.negatives),
+    negatives={kind: settings.negatives for kind, settings in contrastive.items()},
+    inbatch={kind: settings.inbatch for kind, settings in contrastive.items()},
     lengths=config.data.lengths,
     batch_size=config.data.global_batch,
     seed=config.train.seed,
@@ -123,8 +132,8 @@ def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoin
   """Returns the state to go on from: newest checkpoint, else `train.init_from`, else random."""
   tx = optimizer.make(config.optimizer, steps)
   if (latest := checkpoints.latest()) is not None:
-    return checkpoints.restore(latest, train_state.abstract(config.model, tx, mesh))
-  state = train_state.create(config.model, tx, mesh, config.train.seed)
+    return checkpoints.restore(latest, train_state.abstract(config, tx, mesh))
+  state = train_state.create(config, tx, mesh)
   if config.train.init_from:
     params = load_params(pathlib.Path(config.train.init_from), config.model)
     layout = jax.tree.map(lambda x: x.sharding, state.params)
@@ -154,6 +163,7 @@ def fit(
   state: TrainState,
   batches: loader.Batches,
   mesh: Mesh,
+  teacher: Teacher | None,
   checkpoints: Checkpoints,
   recorder: metrics.Recorder,
 ) -> TrainState:
@@ -163,12 +173,13 @@ def fit(
 
   The device is never waited for: the numbers of a step are read while the next one runs.
   """
-  step = train_step.make(config, len(batches), mesh)
+  step = train_step.make(config, len(batches), mesh, teacher.shape if teacher else None)
+  teacher_params = teacher.params(mesh) if teacher else None
   pending, start = None, int(state.step)
   with StopSignals() as stop, jax.transfer_guard("disallow"):
     for batch in loader.iterate(batches, start):
-      inbatch = batch.task_type in sources.INBATCH_TASKS
-      state, values = step(state, put_batch(batch.arrays(), mesh), inbatch=inbatch)
+      task = Task(batch.task_type, batch.positives)
+      state, values = step(state, put_batch(batch.arrays(), mesh), teacher_params, task=task)
       if pending:
         recorder.record(*pending)
       pending = batch, values
@@ -260,11 +271,12 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   run.save(workdir)
   copy_file(inputs.tokenizer.path, workdir / "tokenizer.json")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+    config = memory.with_micro_batch(config, inputs.datasets, len(batches), mesh, inputs.teacher)
     state = initial_state(config, len(batches), mesh, checkpoints)
     if int(state.step) == 0:
       evaluate(config, state, inputs, mesh, workdir)
     with metrics.Recorder(workdir, int(state.step), len(batches), config.train.log_every) as rec:
-      state = fit(config, state, batches, mesh, checkpoints, rec)
+      state = fit(config, state, batches, mesh, inputs.teacher, checkpoints, rec)
     checkpoints.close()
     evaluate(config, state, inputs, mesh, workdir)
   report(config, inputs, state, workdir)

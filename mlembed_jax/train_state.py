@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mlembed_jax.config import ModelConfig
+from mlembed_jax.config import Config
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.sharding import shardings
 
@@ -20,32 +20,48 @@ class TrainState(flax.struct.PyTreeNode):
 
   step: Any  # updates done, int32
   params: Any
+  log_temperature: Any  # {task type: scalar}; empty unless temperatures are learned
   opt_state: Any
 
 
-def _init(
-  model: ModelConfig, tx: optax.GradientTransformation, unbox: Any, key: jax.Array
-) -> TrainState:
+def trained(params: Any, log_temperature: Any) -> dict[str, Any]:
+  """Returns the tree that the optimiser updates."""
+  return {"params": params, "log_temperature": log_temperature}
+
+
+def _init(config: Config, tx: optax.GradientTransformation, unbox: Any, key: Any) -> TrainState:
   tokens, lengths = jnp.zeros((1, 2), jnp.int32), jnp.ones((1,), jnp.int32)
-  params = unbox(Encoder(model).init(key, tokens, lengths)["params"])
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+  params = unbox(Encoder(config.model).init(key, tokens, lengths)["params"])
+  logs = initial_log_temperature(config)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    log_temperature=logs,
+    opt_state=tx.init(trained(params, logs)),
+  )
 
 
-def abstract(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def initial_log_temperature(config: Config) -> dict[str, jax.Array]:
+  """Returns the logarithm of each task type's temperature where they are learned."""
+  if not config.losses.learn_temperature:
+    return {}
+  kinds = (*config.losses.contrastive_tasks(), "scored_pairs")
+  return {kind: jnp.log(getattr(config.losses, kind).temperature) for kind in kinds}
+
+
+def abstract(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Returns the state as shapes with shardings; nothing is computed."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   # The boxes with axis names pass through tx.init, so moments follow their parameters.
-  boxed = jax.eval_shape(functools.partial(_init, model, tx, lambda x: x), key)
-  plain = jax.eval_shape(functools.partial(_init, model, tx, nn.unbox), key)
+  boxed = jax.eval_shape(functools.partial(_init, config, tx, lambda x: x), key)
+  plain = jax.eval_shape(functools.partial(_init, config, tx, nn.unbox), key)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings(boxed, mesh)
   )
 
 
-def create(
-  model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
+def create(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Returns a new state, made where it will live: no host ever holds the whole model."""
-  out = jax.tree.map(lambda x: x.sharding, abstract(model, tx, mesh))
-  init = jax.jit(functools.partial(_init, model, tx, nn.unbox), out_shardings=out)
-  return init(jax.random.key(seed))
+  out = jax.tree.map(lambda x: x.sharding, abstract(config, tx, mesh))
+  init = jax.jit(functools.partial(_init, config, tx, nn.unbox), out_shardings=out)
+  return init(jax.random.key(config.train.seed))

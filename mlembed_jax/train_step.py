@@ -1,5 +1,6 @@
 """One update: encode every text of the batch at every exit, the 3-D objective, AdamW."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +9,28 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
-from mlembed_jax import losses, optimizer, train_state
-from mlembed_jax.config import Config
+from mlembed_jax import gradcache, losses, optimizer, train_state
+from mlembed_jax.config import Config, LossesConfig, ModelConfig
+from mlembed_jax.losses import Task, Teachers
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.train_state import TrainState
 
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 RANK_STREAM = 0x52414E4B  # separates the draw of ranks from every other use of the seed
+LOWEST_TEMPERATURE = 0.01  # of learned ones, as in CLIP: below it training becomes unstable
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherShape:
+  """What is static of an online teacher."""
+
+  model: ModelConfig
+  exits: tuple[int, ...]  # one per exit of the student
 
 
 def draw_rank(axes: Matryoshka, seed: int, step: Any) -> jax.Array:
@@ -32,63 +45,126 @@ def rank_mask(rank: jax.Array, full: int) -> jax.Array:
   return (jnp.arange(full) < rank).astype(jnp.float32)
 
 
-def objective(
+def temperature_at(
+  config: LossesConfig, kind: str, log_temperature: dict[str, Any], progress: Any
+) -> Any:
+  """Returns the temperature of a task type after a share of the run (0 to 1)."""
+  if config.learn_temperature:
+    return jnp.maximum(jnp.exp(log_temperature[kind]), LOWEST_TEMPERATURE)
+  settings = getattr(config, kind)
+  return settings.temperature + progress * (settings.final_temperature - settings.temperature)
+
+
+def encode(
+  model: ModelConfig, exits: tuple[int, ...], params: Any, rows: Batch, mask: Any = None
+) -> Float[Array, "E B C D"]:
+  """Returns the state of every text of `rows` (tokens [B, C, T], lengths [B, C]) at the exits."""
+  B, C, T = rows["tokens"].shape
+  states: Any = Encoder(model).apply(
+    {"params": params}, rows["tokens"].reshape(B * C, T), rows["lengths"].reshape(B * C), mask
+  )
+  return states[jnp.array(exits) - 1].reshape(len(exits), B, C, -1)
+
+
+def value_and_grad(
   config: Config,
-  axes: Matryoshka,
   params: Any,
-  batch: dict[str, jax.Array],
-  rank: jax.Array | None,
-  inbatch: bool,
-) -> losses.Objective:
-  """Returns the objective of one batch (tokens [B, C, T], lengths [B, C], hashes [B, C, 2])."""
-  B, C, T = batch["tokens"].shape
+  log_temperature: dict[str, Any],
+  batch: Batch,
+  *,
+  task: Task,
+  rank: Any,
+  progress: Any,
+  teacher: TeacherShape | None = None,
+  teacher_params: Any = None,
+) -> tuple[losses.Objective, tuple[Any, Any]]:
+  """Returns the objective of a batch and its gradients to `params` and `log_temperature`.
+
+  `rank` None: a full token table.
+  """
+  axes = plan(config.model, config.matryoshka)
   mask = None if rank is None else rank_mask(rank, config.model.rank)
-  states_LND: Any = Encoder(config.model).apply(
-    {"params": params}, batch["tokens"].reshape(B * C, T), batch["lengths"].reshape(B * C), mask
+
+  def watch(rows: Batch) -> Teachers:
+    exits = full = None
+    if teacher:
+      exits = encode(teacher.model, teacher.exits, teacher_params, rows)[..., : config.model.width]
+    if config.losses.self_distillation and len(axes.ranks) > 1:
+      full = encode(config.model, axes.exits[-1:], params, rows)
+    return jax.lax.stop_gradient(Teachers(exits, full))
+
+  def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
+    if "teacher" in batch:
+      teachers = dataclasses.replace(teachers, exits=batch["teacher"][None])
+    temperature = temperature_at(config.losses, task.kind, logs, progress)
+    result = losses.objective(
+      states,
+      batch,
+      task=task,
+      axes=axes,
+      config=config.losses,
+      kd=config.kd,
+      temperature=temperature,
+      teachers=teachers,
+    )
+    return result.loss, result
+
+  (_, result), grads = gradcache.value_and_grad(
+    lambda p, rows: encode(config.model, axes.exits, p, rows, mask),
+    watch,
+    loss,
+    params,
+    log_temperature,
+    {name: batch[name] for name in ("tokens", "lengths")},
+    batch["tokens"].shape[0] // min(config.data.micro_batch, batch["tokens"].shape[0]),
   )
-  states_END = states_LND[jnp.array(axes.exits) - 1]
-  return losses.objective(
-    states_END.reshape(len(axes.exits), B, C, -1),
-    batch["hashes"],
-    dims=axes.dims,
-    dim_weights=axes.dim_weights,
-    temperature=config.losses.temperature,
-    inbatch=inbatch,
-    inbatch_passage_grad=config.losses.inbatch_passage_grad,
-    mask_duplicates=config.losses.mask_duplicates,
-  )
+  return result, grads
 
 
-def make(config: Config, steps: int, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns `step(state, batch, inbatch=...)`, jitted; the old state's memory is reused."""
+def make(
+  config: Config, steps: int, mesh: Mesh, teacher: TeacherShape | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns `step(state, batch, teacher_params, task=...)`, jitted; the old state is reused."""
   axes = plan(config.model, config.matryoshka)
   tx = optimizer.make(config.optimizer, steps)
   rate = optimizer.schedule(config.optimizer, steps)
-  layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config.model, tx, mesh))
+  layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config, tx, mesh))
 
   @functools.partial(
-    jax.jit, donate_argnames="state", static_argnames="inbatch", out_shardings=(layout, None)
+    jax.jit, donate_argnames="state", static_argnames="task", out_shardings=(layout, None)
   )
   def step(
-    state: TrainState, batch: dict[str, jax.Array], inbatch: bool
+    state: TrainState, batch: Batch, teacher_params: Any, task: Task
   ) -> tuple[TrainState, Metrics]:
     rank = draw_rank(axes, config.train.seed, state.step) if axes.ranks else None
-
-    def loss(params: Any) -> tuple[jax.Array, losses.Objective]:
-      result = objective(config, axes, params, batch, rank, inbatch)
-      return result.loss, result
-
-    (_, result), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    progress = state.step / steps
+    result, grads = value_and_grad(
+      config,
+      state.params,
+      state.log_temperature,
+      batch,
+      task=task,
+      rank=rank,
+      progress=progress,
+      teacher=teacher,
+      teacher_params=teacher_params,
+    )
+    trained = train_state.trained(state.params, state.log_temperature)
+    grads = train_state.trained(*grads)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    trained: Any = optax.apply_updates(trained, updates)
     metrics = {
       "loss": result.loss,
-      "hard_loss": jnp.mean(result.hard_E),
-      "inbatch_loss": jnp.mean(result.inbatch_E),
+      **{f"{name}_loss": jnp.mean(term) for name, term in result.terms.items()},
       "gradient_norm": optax.tree.norm(grads),
       "learning_rate": rate(state.step),
       "rank": jnp.zeros((), jnp.int32) if rank is None else rank,
+      "temperature": jnp.asarray(
+        temperature_at(config.losses, task.kind, state.log_temperature, progress)
+      ),
+      "negatives": result.negatives,
+      "empty_rows": result.empty_rows,
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(step=state.step + 1, opt_state=opt_state, **trained), metrics
 
   return step

@@ -14,6 +14,8 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 
 from mlembed_jax.config import ModelConfig, load_module
+from mlembed_jax.data import loader, sources
+from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.models.encoder import Encoder
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -130,7 +132,7 @@ def config_dict(data: pathlib.Path | None = None, **overrides: Any) -> Any:
   config.model.update(vocab=640, width=48, layers=3, ffn=64, heads=4, kv_heads=2, head_dim=16)
   config.model.update(rank=24, rope_theta=5e3, dtype="float32", remat="none")
   config.matryoshka.update(dims=(8, 16, 48), exits=(1, 2, 3), ranks=(8, 16, 24))
-  config.data.update(global_batch=16, lengths=(32, 64), heldout=("heldout/*",))
+  config.data.update(global_batch=16, micro_batch=16, lengths=(32, 64), heldout=("heldout/*",))
   config.optimizer.update(learning_rate=1e-3, warmup_steps=4)
   config.train.update(steps=20, epochs=0.0, log_every=1, checkpoint_every=10)
   config.eval.batch_size = 64
@@ -163,3 +165,59 @@ def random_batch(vocab: int, rows: int, size: int, seed: int = 0) -> tuple[np.nd
   lengths = generator.integers(1, size + 1, rows).astype(np.int32)
   lengths[0] = size
   return tokens, lengths
+
+
+def with_positives(columns: dict[str, Any], positives: int) -> dict[str, Any]:
+  """Returns columns of `pairs` and passage_2, ...: the passage in languages not of the query."""
+  index = {text: i for i, text in enumerate(sentences("en"))}
+  rows = [
+    (index[text], OTHERS.index(lang))
+    for text, lang in zip(columns["passage"], columns["lang"], strict=True)
+  ]
+  more = {
+    f"passage_{k + 1}": [sentences(OTHERS[(lang + k) % len(OTHERS)])[i] for i, lang in rows]
+    for k in range(1, positives)
+  }
+  return columns | more
+
+
+def scored(rows: int) -> dict[str, Any]:
+  """Returns columns of scored pairs: the score is the share of words in common."""
+  english = sentences("en")
+  columns = pairs(rows, 0)
+  shifted = [(i + (1 + 7 * (i // 4)) * (i % 4)) % len(english) for i in range(rows)]
+  columns["passage"] = [english[k] for k in shifted]
+  common = (set(english[i].split()) & set(english[k].split()) for i, k in enumerate(shifted))
+  return columns | {"score": [len(words) / 3 for words in common]}
+
+
+def write_vectors(
+  folder: pathlib.Path,
+  name: str,
+  shapes: dict[str, tuple[int, ...]],
+  dtype: Any = np.float32,
+  seed: int = 0,
+) -> dict[str, str]:
+  """Writes random unit vectors to NAME.KEY.npy; returns a manifest's `teacher_vectors`."""
+  generator = np.random.default_rng(seed)
+  for key, shape in shapes.items():
+    vectors = generator.normal(size=shape)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    np.save(folder / f"{name}.{key}.npy", vectors.astype(dtype))
+  return {key: f"{name}.{key}.npy" for key in shapes}
+
+
+def make_batches(
+  folder: pathlib.Path, datasets: list[sources.Dataset], **changes: Any
+) -> loader.Batches:
+  """Returns batches of 16 rows, texts cut by the folder's tokenizer; `changes` of the options."""
+  options: dict[str, Any] = {
+    "negatives": {"retrieval": 7, "bitext": 7, "clustering": 9, "classification": 1},
+    "inbatch": {"retrieval": True, "bitext": True, "clustering": False, "classification": False},
+    "lengths": (32, 64),
+    "batch_size": 16,
+    "seed": 0,
+    "steps": 40,
+  }
+  tokenizer = Tokenizer(folder / "tokenizer.json", "<|endoftext|>")
+  return loader.Batches(datasets, tokenizer, **(options | changes))

@@ -58,6 +58,7 @@ def test_parameter_counts_of_cuts_of_the_0_6b():
 def test_reference_variant_sets_the_published_switches():
   config = load("140m", "reference")
   assert not config.losses.inbatch_passage_grad and not config.losses.mask_duplicates
+  assert not config.losses.bitext.symmetric and config.kd.match == "index"
   assert config.data.pooled_token == "<|im_end|>"
 
 
@@ -76,7 +77,7 @@ def test_every_field_is_explained_in_base():
       for i, line in enumerate(lines)
       if f'"{field}":' in line or (f'"{group}": {{' in line and f'"{field}"' in line)
     ]
-    own_group = next(i for i, line in enumerate(lines) if f'"{group}": {{' in line)
+    own_group = next(i for i, line in enumerate(lines) if f'"{group}": ' in line)
     assert any(explained) or lines[own_group - 1].strip().startswith("#"), name
 
 
@@ -92,8 +93,17 @@ BAD = [
   ("matryoshka.dims", (16, 8, 48), "matryoshka.dims: (16, 8, 48) must be positive, ascending"),
   ("matryoshka.dims", (8, 64), "matryoshka.dims: 64 is beyond the model (model.width = 48)"),
   ("matryoshka.ranks", (8, 32), "matryoshka.ranks: 32 is beyond the model (model.rank = 24)"),
-  ("losses.temperature", 0.0, "losses.temperature: must be positive, found 0.0"),
-  ("losses.negatives.retrieval", -1, "losses.negatives.retrieval: must not be negative"),
+  ("losses.bitext.temperature", 0.0, "losses.bitext.temperature: must be positive, found 0.0"),
+  ("losses.retrieval.negatives", -1, "losses.retrieval.negatives: must not be negative"),
+  ("losses.false_negative_margin", 3.0, "losses.false_negative_margin: 3.0 is no difference"),
+  ("losses.clustering.symmetric", True, "losses.clustering.symmetric: without inbatch"),
+  ("losses.false_negative_score", "teacher", "losses.false_negative_score: there is no teacher"),
+  ("losses.softmax", "both", "losses.softmax: 'both' is not one of 'separate', 'joint'"),
+  ("losses.int8", -0.1, "losses.int8: must not be negative"),
+  ("kd.exits", (4, 2), "kd.exits: (4, 2) must be positive and ascending"),
+  ("kd.match", "depth", "kd.match: 'depth' is not one of"),
+  ("kd.weight", 0.0, "kd.weight: must be positive"),
+  ("data.micro_batch", 5, "data.micro_batch: 16 rows (data.global_batch) are no multiple of 5"),
   ("data.builder", "quickstart", "data.builder: it writes its own data.manifest"),
   ("data.manifest", "", "data.manifest: give a path"),
   ("data.train", (), "data.train: name at least one pattern"),
@@ -139,7 +149,7 @@ def test_missing_field_is_refused():
     ("model", "width", True, "model.width: expected int, found True"),
     ("losses", "mask_duplicates", 1, "losses.mask_duplicates: expected bool, found 1"),
     ("matryoshka", "dims", (8, "x"), "matryoshka.dims[1]: expected int, found 'x'"),
-    ("losses", "negatives", 7, "losses.negatives: expected a group of fields, found 7"),
+    ("losses", "bitext", 7, "losses.bitext: expected a group of fields, found 7"),
   ],
 )
 def test_wrong_types_are_refused_by_name(group, field, value, message):
@@ -173,7 +183,13 @@ def test_impossible_meshes_are_refused(sizes, message):
   assert message in str(error.value)
 
 
+def test_learned_temperatures_have_no_schedule():
+  fields = {"losses.learn_temperature": True, "losses.bitext.final_temperature": 0.02}
+  with pytest.raises(ConfigError, match=r"losses.bitext.final_temperature: learned temperatures"):
+    from_mapping(config_dict(**fields))
+
+
 def test_a_batch_that_the_mesh_cannot_split_is_refused():
-  config = from_mapping(config_dict(**{"data.global_batch": 12}))
+  config = from_mapping(config_dict(**{"data.global_batch": 12, "data.micro_batch": 12}))
   with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):
     mesh_shape(config, 8)

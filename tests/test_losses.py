@@ -1,11 +1,18 @@
-"""Worked examples of the objective, and a plain numpy formula over random inputs."""
+"""The objective: worked examples, and a plain float64 formula over random inputs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
-from mlembed_jax import losses
+from mlembed_jax import contrast
+from mlembed_jax.losses import Teachers
+from mlembed_jax.matryoshka import default_dims, dim_weights
+from mlembed_jax.similarity import tile_keep
+from tests import reference
+from tests.reference import distinct_hashes, ours, random_states, repeated_hashes
 
 Q_A, P_A, N_A = (
   [[3.0, 1, 0, 1], [2, 2, 1, 0]],
@@ -19,7 +26,7 @@ Q_B, P_B, N_B = (
 )
 # Logits reach 20, where float32 values are 2e-6 apart; the examples are printed to 1e-6.
 TOLERANCE = 2e-6
-DIMS, WEIGHTS = (4, 2), (1.0, 0.5**0.5 / 2)
+DIMS = (2, 4)
 
 
 def states(*exits):
@@ -27,44 +34,38 @@ def states(*exits):
   return jnp.stack([jnp.stack([jnp.array(texts) for texts in e], axis=1) for e in exits])
 
 
-def distinct(rows, texts):
-  """Returns hashes of texts that are all different."""
-  return jnp.arange(rows * texts * 2, dtype=jnp.uint32).reshape(rows, texts, 2)
-
-
-def objective(x, hashes=None, dims=DIMS, weights=WEIGHTS, **kwargs):
-  options = {"inbatch": True, "inbatch_passage_grad": True, "mask_duplicates": True} | kwargs
-  hashes = distinct(*x.shape[1:3]) if hashes is None else hashes
-  return losses.objective(x, hashes, dims=dims, dim_weights=weights, temperature=0.05, **options)
+def rows_of(x, hashes, masked=True):
+  """Returns the two cross-entropies of each row [E, B, M] before any mean."""
+  ids = contrast.text_ids(jnp.asarray(hashes), masked)
+  forward, _ = contrast.batch_keys(ids, 1, 2)
+  c = contrast.contrast(contrast.make_views(x, DIMS, 1, 0.05), ids, forward)
+  return jax.nn.softplus(c.hard - c.own[:, :, 0]), jax.nn.softplus(c.inbatch - c.own[:, :, 0])
 
 
 def test_worked_example_of_two_exits_and_two_dims():
-  result = objective(states((Q_A, P_A, N_A), (Q_B, P_B, N_B)))
-  np.testing.assert_allclose(result.hard_E, [0.725767, 0.585433], atol=TOLERANCE)
-  np.testing.assert_allclose(result.inbatch_E, [0.434610, 0.179030], atol=TOLERANCE)
+  result, _ = ours(states((Q_A, P_A, N_A), (Q_B, P_B, N_B)), distinct_hashes(2, 3), DIMS)
+  np.testing.assert_allclose(result.terms["hard"], [0.725767, 0.585433], atol=TOLERANCE)
+  np.testing.assert_allclose(result.terms["inbatch"], [0.434610, 0.179030], atol=TOLERANCE)
   assert result.loss == pytest.approx(0.962420, abs=TOLERANCE)
 
 
-def test_worked_example_without_the_inbatch_term():
-  result = objective(states((Q_A, P_A, N_A), (Q_B, P_B, N_B)), inbatch=False)
+@pytest.mark.parametrize("kind", ["clustering", "classification"])
+def test_worked_example_without_the_inbatch_term(kind):
+  x = states((Q_A, P_A, N_A), (Q_B, P_B, N_B))
+  result, _ = ours(x, distinct_hashes(2, 3), DIMS, kind=kind)
   assert result.loss == pytest.approx(0.655600, abs=TOLERANCE)
-  assert not np.any(result.inbatch_E)
+  assert set(result.terms) == {"hard"}
 
 
-@pytest.mark.parametrize(
-  ("dim", "hard", "inbatch"),
-  [
-    (4, [0.336884, 0.753358], [0.487602, 0.181550]),
-    (2, [0.597684, 0.424206], [0.401621, 0.164257]),
-  ],
-)
-def test_worked_example_row_by_row(dim, hard, inbatch):
-  unit = losses.truncate(states((Q_A, P_A, N_A)), dim)
-  keep = jnp.ones((2, 2), bool)
-  rows = losses.hard_rows(unit[:, :, 0], unit[:, :, 1:], keep, 0.05)
-  np.testing.assert_allclose(rows[0], hard, atol=TOLERANCE)
-  rows = losses.inbatch_rows(unit[:, :, 0], unit[:, :, 1], keep, 0.05)
-  np.testing.assert_allclose(rows[0], inbatch, atol=TOLERANCE)
+def test_worked_example_row_by_row():
+  hard, inbatch = rows_of(states((Q_A, P_A, N_A)), distinct_hashes(2, 3))
+  # Columns are the dims 2 and 4.
+  np.testing.assert_allclose(
+    hard[0].T, [[0.597684, 0.424206], [0.336884, 0.753358]], atol=TOLERANCE
+  )
+  np.testing.assert_allclose(
+    inbatch[0].T, [[0.401621, 0.164257], [0.487602, 0.181550]], atol=TOLERANCE
+  )
 
 
 D_POSITIVES = [
@@ -76,15 +77,17 @@ D_QUERIES = [[-0.112704, 0.365423, -0.035460, -0.027311], [0.113991, -0.129868, 
 
 @pytest.mark.parametrize("passage_grad", [True, False])
 def test_worked_example_of_the_gradient_switch(passage_grad):
-  def inbatch(x):
-    return objective(x, inbatch_passage_grad=passage_grad).inbatch_E[0]
-
-  grad = jax.grad(inbatch)(states((Q_A, P_A, N_A)))[0]
-  np.testing.assert_allclose(grad[:, 0], D_QUERIES, atol=TOLERANCE)
-  np.testing.assert_allclose(
-    grad[:, 1], D_POSITIVES if passage_grad else np.zeros((2, 4)), atol=1e-6
+  _, (gradient, _) = ours(
+    states((Q_A, P_A, N_A)),
+    distinct_hashes(2, 3),
+    DIMS,
+    value=lambda result: result.terms["inbatch"][0],
+    losses__inbatch_passage_grad=passage_grad,
   )
-  assert not np.any(grad[:, 2])
+  np.testing.assert_allclose(gradient[0, :, 0], D_QUERIES, atol=TOLERANCE)
+  expected = D_POSITIVES if passage_grad else np.zeros((2, 4))
+  np.testing.assert_allclose(gradient[0, :, 1], expected, atol=TOLERANCE if passage_grad else 0)
+  assert not np.any(gradient[0, :, 2])
 
 
 @pytest.mark.parametrize(
@@ -92,70 +95,239 @@ def test_worked_example_of_the_gradient_switch(passage_grad):
   [(False, [0.966378, 0.335149, 0.757271]), (True, [0.487602, 0.335149, 0.124382])],
 )
 def test_worked_example_of_a_repeated_positive(masked, rows):
-  q, p = [*Q_A, [3.0, 0, 1, 1]], [*P_A, P_A[0]]
-  hashes = distinct(3, 2).at[2, 1].set(distinct(3, 2)[0, 1])
-  _, keep = losses.duplicate_masks(hashes, masked)
-  unit = losses.truncate(states((q, p)), 4)
-  result = losses.inbatch_rows(unit[:, :, 0], unit[:, :, 1], keep, 0.05)[0]
-  np.testing.assert_allclose(result, rows, atol=TOLERANCE)
-  mean = objective(states((q, p)), hashes, (4,), (1.0,), mask_duplicates=masked).loss
-  assert mean == pytest.approx(np.mean(rows), abs=TOLERANCE)
+  x, hashes = states(([*Q_A, [3.0, 0, 1, 1]], [*P_A, P_A[0]])), distinct_hashes(3, 2)
+  hashes[2, 1] = hashes[0, 1]
+  np.testing.assert_allclose(rows_of(x, hashes, masked)[1][0, :, 1], rows, atol=TOLERANCE)
+  result, _ = ours(x, hashes, (4,), losses__mask_duplicates=masked)
+  assert result.loss == pytest.approx(np.mean(rows), abs=TOLERANCE)
 
 
 def test_masks_follow_the_texts():
   a, b, c, d, e = (jnp.array([i, 7], jnp.uint32) for i in range(5))
   # Row 0: a -> b, negatives c and b (its own positive). Row 1: a -> d (same query), negative a.
-  # Row 2: c -> a (row 0's query), negative e. Only one half of the 64 bits differs.
+  # Row 2: c -> a (row 0's query), negative e.
   hashes = jnp.stack([jnp.stack(row) for row in ([a, b, c, b], [a, d, a, e], [c, a, e, d])])
-  hard, inbatch = losses.duplicate_masks(hashes, True)
+  ids = contrast.text_ids(hashes, True)
+  np.testing.assert_array_equal(contrast.stored_keep(ids, 1), [[1, 0], [0, 1], [1, 1]])
+  forward, backward = contrast.batch_keys(ids, 1, 2)
+  np.testing.assert_array_equal(tile_keep(*forward), [[0, 0, 0], [0, 0, 0], [1, 1, 0]])
+  # Positives b, d, a meet queries a, a, c: a is rows 0 and 1's own query, and row 2's positive.
+  np.testing.assert_array_equal(tile_keep(*backward), [[0, 0, 1], [0, 0, 1], [0, 0, 0]])
+  forward, _ = contrast.batch_keys(ids, 1, 4)
   np.testing.assert_array_equal(
-    hard, [[True, True, False], [True, False, True], [True, True, True]]
-  )
-  np.testing.assert_array_equal(
-    inbatch, [[True, False, False], [False, True, False], [True, True, True]]
+    tile_keep(*forward),
+    [[0, 0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 0, 1, 0, 0, 0]],
   )
 
 
-def test_worked_example_of_distillation():
-  student = [
-    jnp.array(x, jnp.float32) for x in ([[1, 2], [0, 1]], [[1, 0], [2, 1]], [[0, 1], [1, 1]])
-  ]
-  teacher = [
-    jnp.array(x, jnp.float32)
-    for x in ([[1.5, 2, 9], [0, 2, 9]], [[1, 1, 9], [2, 2, 9]], [[1, 1, 9], [1, 3, 9]])
-  ]
-  each = [losses.distillation([s], [t], "raw") for s, t in zip(student, teacher, strict=True)]
-  np.testing.assert_allclose(each, [0.3125, 0.5, 1.25], atol=TOLERANCE)
-  assert losses.distillation(student, teacher, "raw") == pytest.approx(2.0625, abs=TOLERANCE)
-  each = [losses.distillation([s], [t], "unit") for s, t in zip(student, teacher, strict=True)]
-  np.testing.assert_allclose(each, [0.016130, 0.344210, 0.398466], atol=TOLERANCE)
-  assert losses.distillation(student, teacher, "unit") == pytest.approx(0.758806, abs=TOLERANCE)
+def test_hashes_that_differ_in_one_half_are_different_texts():
+  hashes = jnp.array([[[1, 2], [1, 3]], [[4, 2], [1, 2]], [[3, 1], [1, 3]]], jnp.uint32)
+  ids = contrast.text_ids(hashes, True).reshape(-1)
+  same = np.zeros((6, 6), bool)
+  same[[0, 3, 1, 5], [3, 0, 5, 1]] = True
+  np.testing.assert_array_equal(ids[:, None] == ids[None], same | np.eye(6, dtype=bool))
+  assert len(set(contrast.text_ids(hashes, False).reshape(-1).tolist())) == 6
 
 
-def numpy_objective(x, dims, weights, inbatch):
-  """Returns the loss in float64, one cross-entropy at a time."""
-  x, total = np.asarray(x, np.float64), 0.0
-  for exit_BCD in x:
-    for dim, weight in zip(dims, weights, strict=True):
-      v = exit_BCD[:, :, :dim] / np.linalg.norm(exit_BCD[:, :, :dim], axis=-1, keepdims=True)
-      for i in range(len(v)):
-        own = v[i, 1:] @ v[i, 0] / 0.05
-        total += weight * (np.log(np.exp(own).sum()) - own[0]) / len(v) / len(x)
-        if inbatch:
-          batch = v[:, 1] @ v[i, 0] / 0.05
-          total += weight * (np.log(np.exp(batch).sum()) - batch[i]) / len(v) / len(x)
-  return total
+def assert_agrees(
+  x, hashes, dims, settings, options, kind="retrieval", gradient=1e-5, loss=1e-6, **inputs
+):
+  """Compares with the plain formula; `settings` configure the package, `options` the formula."""
+  result, (d_states, d_temperature) = ours(
+    x,
+    hashes,
+    dims,
+    kind=kind,
+    positives=options.get("positives", 1),
+    value=lambda r: jnp.mean(sum(v for k, v in r.terms.items() if k in ("hard", "inbatch"))),
+    **inputs,
+    **settings,
+  )
+  expected = reference.objective(np.asarray(x, np.float32), hashes, dims, **options)
+  assert set(result.terms) - {"distillation"} == set(expected.terms)
+  for name, term in expected.terms.items():
+    np.testing.assert_allclose(result.terms[name], term, rtol=10 * loss)
+  assert np.mean(sum(result.terms.values())) == pytest.approx(result.loss, rel=1e-6)
+  if "distillation" not in result.terms:
+    assert result.loss == pytest.approx(expected.loss, rel=loss)
+  limit = gradient * np.abs(expected.gradient).max()
+  assert np.abs(np.asarray(d_states, np.float64) - expected.gradient).max() <= limit
+  assert d_temperature == pytest.approx(expected.temperature_gradient, rel=10 * loss)
+  assert result.negatives == pytest.approx(expected.negatives, rel=1e-6)
+  assert result.empty_rows == expected.empty_rows
+  return result, d_states
 
 
-@pytest.mark.parametrize("inbatch", [True, False])
-@pytest.mark.parametrize(("exits", "negatives"), [(1, 1), (3, 9)])
-def test_objective_equals_the_numpy_formula(inbatch, exits, negatives):
-  x = np.random.default_rng(exits).normal(size=(exits, 6, 2 + negatives, 48)).astype(np.float32)
-  dims, weights = (8, 16, 48), (0.2, 0.5, 1.0)
-  result = objective(jnp.array(x), None, dims, weights, inbatch=inbatch)
-  assert result.loss == pytest.approx(numpy_objective(x, dims, weights, inbatch), rel=1e-6)
+# Widths of the published family; every pair of values of two columns stands in some row.
+@pytest.mark.parametrize(
+  ("width", "matryoshka", "negatives", "exits", "masked"),
+  [
+    (48, True, 1, 1, True),
+    (48, True, 9, 8, False),
+    (48, False, 4, 8, True),
+    (320, True, 4, 1, False),
+    (320, False, 1, 8, False),
+    (320, False, 9, 1, True),
+    (640, True, 9, 8, True),
+    (640, False, 4, 1, False),
+    (640, False, 1, 8, True),
+    (1024, True, 1, 8, True),
+    (1024, False, 9, 1, False),
+    (1024, False, 4, 1, True),
+    (2560, True, 4, 8, True),
+    (2560, False, 1, 1, False),
+    (2560, False, 9, 8, False),
+  ],
+)
+def test_objective_equals_the_plain_formula(width, matryoshka, negatives, exits, masked):
+  x = random_states(exits, 8, 2 + negatives, width)
+  assert_agrees(
+    x,
+    repeated_hashes(8, 2 + negatives),
+    default_dims(width) if matryoshka else (width,),
+    {"losses__mask_duplicates": masked},
+    {"masked": masked},
+  )
 
 
-def test_rows_without_negatives_have_no_hard_loss():
-  x = jnp.array(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.float32)
-  assert not np.any(objective(x, None, (8,), (1.0,)).hard_E)
+SYMMETRIC, ALL_NEGATIVES, JOINT, CONSTANT_PASSAGES, MARGIN, WIDE_MARGIN, UNMASKED, ALONE = (
+  ({"losses__retrieval__symmetric": True}, {"symmetric": True}),
+  ({"losses__inbatch_negatives": True}, {"inbatch_negatives": True}),
+  ({"losses__softmax": "joint"}, {"joint": True}),
+  ({"losses__inbatch_passage_grad": False}, {"passage_grad": False}),
+  ({"losses__false_negative_margin": -0.05}, {"margin": -0.05}),
+  ({"losses__false_negative_margin": 0.1}, {"margin": 0.1}),
+  ({"losses__mask_duplicates": False}, {"masked": False}),
+  ({"losses__retrieval__inbatch": False}, {"inbatch": False}),
+)
+
+
+@pytest.mark.parametrize(
+  ("positives", "changes"),
+  [
+    (1, [JOINT]),
+    (1, [ALL_NEGATIVES]),
+    (1, [SYMMETRIC]),
+    (2, [ALONE]),
+    (2, [SYMMETRIC, UNMASKED]),
+    (2, [ALL_NEGATIVES, MARGIN]),
+    (1, [WIDE_MARGIN, SYMMETRIC]),
+    (1, [CONSTANT_PASSAGES, SYMMETRIC]),
+    (2, [CONSTANT_PASSAGES, JOINT, ALL_NEGATIVES]),
+    (2, [JOINT, SYMMETRIC, ALL_NEGATIVES, WIDE_MARGIN]),
+  ],
+)
+def test_options_equal_the_plain_formula(positives, changes):
+  texts = 4 + positives
+  settings = {name: value for ours, _ in changes for name, value in ours.items()}
+  options = {name: value for _, plain in changes for name, value in plain.items()}
+  assert_agrees(
+    random_states(2, 8, texts, 48, seed=positives),
+    repeated_hashes(8, texts, positives),
+    (8, 16, 48),
+    settings,
+    options | {"positives": positives},
+  )
+
+
+BY_TEACHER = {"losses__false_negative_score": "teacher", "kd__teacher": "stored"}
+
+
+def test_margin_by_the_score_of_a_teacher():
+  # Wider than the student, two exits: the deepest judges. It is a constant, as all teachers are.
+  teacher = random_states(2, 8, 5, 64, seed=1)
+  settings = BY_TEACHER | MARGIN[0] | SYMMETRIC[0] | ALL_NEGATIVES[0]
+  options = MARGIN[1] | SYMMETRIC[1] | ALL_NEGATIVES[1] | {"guide": teacher[-1]}
+  x, hashes, dims = random_states(2, 8, 5, 48), repeated_hashes(8, 5), (8, 48)
+  result, _ = assert_agrees(
+    x, hashes, dims, settings, options, teachers=Teachers(jnp.asarray(teacher))
+  )
+  assert result.negatives < reference.objective(x, hashes, dims, **ALL_NEGATIVES[1]).negatives
+
+
+def test_without_stored_teacher_vectors_there_is_no_limit():
+  settings = BY_TEACHER | MARGIN[0]
+  assert_agrees(random_states(1, 8, 3, 48), repeated_hashes(8, 3), (48,), settings, {})
+
+
+@pytest.mark.parametrize("change", [JOINT, SYMMETRIC])
+def test_constant_passages_leave_the_gradient_of_queries(change):
+  x, hashes = random_states(1, 8, 3, 48), repeated_hashes(8, 3)
+
+  def gradient(passage_grad):
+    settings = change[0] | {"losses__inbatch_passage_grad": passage_grad}
+    taught = lambda result: jnp.sum(result.terms["inbatch"])  # noqa: E731
+    return ours(x, hashes, (8, 48), value=taught, **settings)[1][0][0]
+
+  constant, learned = gradient(False), gradient(True)
+  np.testing.assert_allclose(constant[:, 0], learned[:, 0], atol=1e-6)
+  assert np.any(learned[:, 1])
+  # A joint softmax holds the row's own texts too, and they go on learning.
+  assert np.any(constant[:, 1:]) == (change is JOINT)
+
+
+def test_a_batch_of_one_repeated_pair_has_no_loss():
+  hashes = np.broadcast_to(distinct_hashes(1, 2), (8, 2, 2)).copy()
+  x = random_states(2, 8, 2, 48)
+  for settings in ({}, SYMMETRIC[0] | JOINT[0]):
+    result, gradients = ours(x, hashes, (8, 48), **settings)
+    assert result.loss == 0
+    assert not np.any(gradients[0])
+    assert gradients[1] == 0
+    assert result.empty_rows == 8
+    assert result.negatives == 0
+
+
+def test_rows_whose_stored_negatives_are_all_masked_have_no_loss():
+  hashes = distinct_hashes(8, 4)
+  hashes[:, 2], hashes[:, 3] = hashes[:, 1], hashes[:, 0]
+  result, (gradient, _) = ours(random_states(1, 8, 4, 48), hashes, (8, 48), kind="clustering")
+  assert result.loss == 0
+  assert not np.any(gradient)
+  assert result.empty_rows == 8
+
+
+def test_a_zero_state_has_a_finite_gradient():
+  x = random_states(1, 8, 3, 48)
+  x[0, 0, 0] = x[0, 1, 1] = x[0, 2, 2] = 0
+  result, gradients = ours(x, distinct_hashes(8, 3), (8, 48), **SYMMETRIC[0])
+  assert np.isfinite(result.loss)
+  assert all(np.all(np.isfinite(g)) for g in gradients)
+
+
+def test_bfloat16_states_lose_nothing_in_the_loss():
+  # Products of bfloat16 numbers are exact in float32; the gradient is rounded to bfloat16.
+  x = jnp.asarray(random_states(2, 8, 5, 320), jnp.bfloat16)
+  settings = SYMMETRIC[0] | ALL_NEGATIVES[0]
+  options = SYMMETRIC[1] | ALL_NEGATIVES[1]
+  _, gradient = assert_agrees(
+    x, repeated_hashes(8, 5), default_dims(320), settings, options, gradient=2e-2, loss=1e-5
+  )
+  assert gradient.dtype == jnp.bfloat16
+
+
+def cosent(x, scores, dims, temperature=0.05):
+  """Returns the weighted loss of sentence-transformers, mean over exits, and its gradient."""
+  x = torch.tensor(np.asarray(x, np.float64), requires_grad=True)
+  loss, labels = CoSENTLoss(None, scale=1 / temperature), torch.tensor(scores)
+  total = sum(
+    weight * loss.compute_loss_from_embeddings([e[:, 0, :dim], e[:, 1, :dim]], labels)
+    for e in x
+    for dim, weight in zip(dims, dim_weights(dims), strict=True)
+  ) / len(x)
+  total.backward()
+  return total.item(), x.grad.numpy()
+
+
+@pytest.mark.parametrize(
+  "scores", [np.linspace(1, 0, 12), np.arange(12) % 4 / 3, np.full(12, 0.5)], ids=str
+)
+def test_scored_pairs_equal_cosent(scores):
+  x, scores, dims = random_states(2, 12, 2, 48), scores.astype(np.float32), (8, 16, 48)
+  result, (gradient, _) = ours(x, distinct_hashes(12, 2), dims, kind="scored_pairs", scores=scores)
+  expected, expected_gradient = cosent(x, scores, dims)
+  assert result.loss == pytest.approx(expected, rel=1e-6)
+  assert np.abs(gradient - expected_gradient).max() <= 1e-5 * np.abs(expected_gradient).max()
+  assert set(result.terms) == {"scored"}
+  if len(set(scores)) == 1:
+    assert result.loss == 0

@@ -12,6 +12,7 @@ import pytest
 
 from mlembed_jax import optimizer, train_state, train_step
 from mlembed_jax.config import flatten, from_mapping
+from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, shardings
@@ -36,23 +37,27 @@ def on_mesh(mesh):
   return stack
 
 
-def loss_and_grads(config, devices, inbatch):
+RETRIEVAL, CLUSTERING = Task("retrieval"), Task("clustering")
+
+
+def loss_and_grads(config, devices, task):
   mesh = make_mesh(config, devices)
-  axes = plan(config.model, config.matryoshka)
   boxed = abstract_params(config.model)
   with on_mesh(mesh):
     params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
 
-    def loss(p, batch, rank):
-      return train_step.objective(config, axes, p, batch, rank, inbatch).loss
+    def run(params, batch, rank):
+      return train_step.value_and_grad(
+        config, params, {}, batch, task=task, rank=rank, progress=0.0
+      )
 
-    run = jax.jit(jax.value_and_grad(loss))
-    return jax.device_get(run(params, put_batch(batch_of(), mesh), np.int32(16)))
+    result, (grads, _) = jax.jit(run)(params, put_batch(batch_of(), mesh), np.int32(16))
+    return jax.device_get((result.loss, grads))
 
 
 @functools.cache
-def one_device(inbatch):
-  return loss_and_grads(from_mapping(config_dict()), jax.devices()[:1], inbatch)
+def one_device(task):
+  return loss_and_grads(from_mapping(config_dict()), jax.devices()[:1], task)
 
 
 MESHES = {
@@ -63,13 +68,13 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("inbatch", [True, False])
+@pytest.mark.parametrize("task", [RETRIEVAL, CLUSTERING], ids=lambda task: task.kind)
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_eight_devices_equal_one(sizes, inbatch):
+def test_eight_devices_equal_one(sizes, task):
   names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
   config = from_mapping(config_dict(**dict(zip(names, sizes, strict=True))))
-  loss, grads = loss_and_grads(config, None, inbatch)
-  expected, expected_grads = one_device(inbatch)
+  loss, grads = loss_and_grads(config, None, task)
+  expected, expected_grads = one_device(task)
   assert loss == pytest.approx(expected, rel=1e-5)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
@@ -83,16 +88,16 @@ def trainer(tiny):
 
 
 def new_state(config, mesh):
-  return train_state.create(config.model, optimizer.make(config.optimizer, 20), mesh, 0)
+  return train_state.create(config, optimizer.make(config.optimizer, 20), mesh)
 
 
 def test_compiles_once_per_shape(tiny, trainer):
   mesh, step = trainer
   state = new_state(tiny, mesh)
-  kinds = [(4, 32, True), (3, 32, False), (4, 64, True)]
+  kinds = [(4, 32, RETRIEVAL), (3, 32, CLUSTERING), (4, 64, RETRIEVAL)]
   for _ in range(3):
-    for texts, size, inbatch in kinds:
-      state, _ = step(state, put_batch(batch_of(16, texts, size), mesh), inbatch=inbatch)
+    for texts, size, task in kinds:
+      state, _ = step(state, put_batch(batch_of(16, texts, size), mesh), None, task=task)
   assert step._cache_size() == len(kinds)
   assert int(state.step) == 9
 
@@ -101,7 +106,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
   mesh, step = trainer
   state, losses = new_state(tiny, mesh), []
   for _ in range(8):
-    state, metrics = step(state, put_batch(batch_of(), mesh), inbatch=True)
+    state, metrics = step(state, put_batch(batch_of(), mesh), None, task=RETRIEVAL)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < losses[0]
   assert set(metrics) == {
@@ -111,6 +116,9 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
     "gradient_norm",
     "learning_rate",
     "rank",
+    "temperature",
+    "negatives",
+    "empty_rows",
   }
   assert float(metrics["loss"]) == pytest.approx(
     float(metrics["hard_loss"] + metrics["inbatch_loss"]), rel=1e-5
@@ -121,7 +129,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
 def test_the_old_state_is_donated(tiny, trainer):
   mesh, step = trainer
   state = new_state(tiny, mesh)
-  step(state, put_batch(batch_of(), mesh), inbatch=True)
+  step(state, put_batch(batch_of(), mesh), None, task=RETRIEVAL)
   assert state.params["table"].is_deleted()
 
 
@@ -138,9 +146,21 @@ def test_rank_draws_are_proportional_and_depend_on_seed_and_step_alone(tiny):
 
 
 OTHER = {
-  "losses.temperature": 0.1,
+  "losses.retrieval.temperature": 0.1,
+  "losses.retrieval.final_temperature": 0.1,
+  "losses.retrieval.inbatch": False,
+  "losses.retrieval.symmetric": True,
+  "losses.learn_temperature": True,
+  "losses.softmax": "joint",
+  "losses.inbatch_negatives": True,
   "losses.inbatch_passage_grad": False,
   "losses.mask_duplicates": False,
+  "losses.false_negative_margin": 0.1,
+  "losses.self_distillation": 0.5,
+  "losses.spread_out": 0.5,
+  "losses.int8": 0.5,
+  "losses.binary": 0.5,
+  "data.micro_batch": 8,
   "matryoshka.dims": (48,),
   "matryoshka.exits": (3,),
   "matryoshka.ranks": (24,),
@@ -155,40 +175,71 @@ OTHER = {
   "optimizer.clip_norm": 2.0,
   "train.seed": 1,
 }
+# Fields that act only beside others, with those.
+BESIDE = {
+  "losses.false_negative_score": ("teacher", {"losses.false_negative_margin": 0.1}),
+  "kd.space": ("unit", {}),
+  "kd.weight": (0.5, {}),
+}
 
 
-def program(config):
+def program(config, task=RETRIEVAL, vectors=False):
   mesh = make_mesh(config)
   tx = optimizer.make(config.optimizer, 20)
-  state = train_state.abstract(config.model, tx, mesh)
-  batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_of().items()}
+  state = train_state.abstract(config, tx, mesh)
+  arrays = batch_of()
+  if task.kind == "scored_pairs":
+    arrays |= {"scores": np.zeros(16, np.float32)}
+  if vectors:
+    arrays |= {"teacher": np.zeros((16, 4, 64), np.float32)}
+  batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in arrays.items()}
   with on_mesh(mesh):
     step = train_step.make(config, 20, mesh)
-    return str(step.trace(state, batch, inbatch=True).jaxpr)
+    return str(step.trace(state, batch, None, task=task).jaxpr)
 
 
 @functools.cache
-def tiny_program():
-  return program(from_mapping(config_dict()))
+def tiny_program(task=RETRIEVAL):
+  return program(from_mapping(config_dict()), task)
 
 
+KINDS = ("bitext", "clustering", "classification", "scored_pairs")
 # Fields of these groups that act outside the program of a step.
 ELSEWHERE = {
-  *("losses.negatives.retrieval", "losses.negatives.bitext", "losses.negatives.clustering"),
-  *("losses.negatives.classification", "train.init_from", "train.steps", "train.epochs"),
+  *("losses.retrieval.negatives", "train.init_from", "train.steps", "train.epochs"),
   *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+  *("kd.teacher", "kd.exits", "kd.match"),  # tests/test_teacher.py
 }
 
 
 def test_no_setting_is_forgotten():
-  groups = ("losses.", "matryoshka.", "optimizer.", "train.")
+  groups = ("losses.", "kd.", "data.micro_batch", "matryoshka.", "optimizer.", "train.")
   fields = {name for name in flatten(from_mapping(config_dict())) if name.startswith(groups)}
-  assert fields == {*OTHER, *ELSEWHERE}
+  other_kinds = {name for name in fields if name.split(".")[1] in KINDS}  # as retrieval, below
+  assert fields - other_kinds == {*OTHER, *BESIDE, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("field", OTHER)
 def test_every_setting_changes_the_program(field):
   assert program(from_mapping(config_dict(**{field: OTHER[field]}))) != tiny_program()
+
+
+@pytest.mark.parametrize("field", BESIDE)
+def test_settings_beside_others_change_the_program(field):
+  value, others = BESIDE[field]
+  base = {"kd.teacher": "stored", **others}
+  before, after = (
+    program(from_mapping(config_dict(**settings)), vectors=True)
+    for settings in (base, base | {field: value})
+  )
+  assert before != after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_type_reads_its_own_settings(kind):
+  own, other = f"losses.{kind}.temperature", "losses.retrieval.temperature"
+  assert program(from_mapping(config_dict(**{own: 0.1})), Task(kind)) != tiny_program(Task(kind))
+  assert program(from_mapping(config_dict(**{other: 0.1})), Task(kind)) == tiny_program(Task(kind))
 
 
 def test_the_program_is_the_same_for_the_same_settings():

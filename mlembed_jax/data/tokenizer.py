@@ -46,7 +46,12 @@ class Tokenizer:
   @property
   def size(self) -> int:
     """One more than the largest id, i.e. the smallest table that holds every token."""
-    return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(self.vocabulary.values()) + 1
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Id of every token."""
+    return self._tokenizer.get_vocab(with_added_tokens=True)
 
   @property
   def fingerprint(self) -> str:

@@ -176,7 +176,6 @@ def _training(variant: Variant) -> str:
     "optimizer.learning_rate",
     "optimizer.schedule",
     "optimizer.warmup_steps",
-    "losses.temperature",
     "model.dtype",
     "train.seed",
   )
@@ -187,9 +186,15 @@ def _training(variant: Variant) -> str:
     ("switches that differ from the reference", "; ".join(changed) or "nothing"),
     ("steps", variant.step),
     *((field, flat[field]) for field in fields),
+    *((field, flat[field]) for field in _temperatures(variant)),
     ("fingerprint of the data order", f"`{variant.run.fingerprint}`"),
   )
   return _table(("", ""), facts)
+
+
+def _temperatures(variant: Variant) -> list[str]:
+  kinds = sorted({entry["task_type"] for entry in variant.run.datasets.values()})
+  return [f"losses.{kind}.temperature" for kind in kinds]
 
 
 def _data(variant: Variant) -> str:

@@ -124,6 +124,22 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     raise LoadError(f"E104 file: {path} cannot be read as JSON: {error}") from error
 
 
+def read_model(path: pathlib.Path) -> ModelConfig:
+  """Returns the shape that config.json states, with a full token table, in float32.
+
+  Raises:
+    LoadError: the file is absent, or lacks a field.
+  """
+  config = _read_json(path / "config.json")
+  theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
+  shape: dict[str, Any] = {f: config.get(key) for f, key in names.CONFIG_KEYS.items()}
+  shape["rope_theta"] = theta
+  if absent := [field for field, value in shape.items() if value is None]:
+    key = names.CONFIG_KEYS.get(absent[0], absent[0])
+    raise LoadError(f"E105 config: {path}/config.json has no {key}")
+  return ModelConfig(**shape, rank=0, dtype="float32", remat="none")
+
+
 def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
   lines = []
   if config.get("model_type") != "qwen3":

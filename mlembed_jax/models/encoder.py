@@ -135,7 +135,7 @@ class Encoder(nn.Module):
     lengths_B: Int[Array, "B"],
     rank_mask_R: Float[Array, "R"] | None = None,
   ) -> Float[Array, "L B D"]:
-    """Returns the final-norm state of each row's last token after every layer, float32.
+    """Returns the final-norm state of each row's last token after every layer.
 
     Rows are padded on the right. `rank_mask_R` (1 for used columns of the token table) gives the
     vectors of a smaller rank without a new program; `slice_params` gives the same ones.
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
     positions_BT, segments_BT, last_B = right_padded(lengths_B, tokens_BT.shape[1])
     x_BTD = self._embed(tokens_BT, rank_mask_R)
     _, pooled_LBD = self._layers()(c, name="layers")(x_BTD, positions_BT, segments_BT, last_B)
-    return RMSNorm(c, name="final_norm")(pooled_LBD).astype(jnp.float32)
+    return RMSNorm(c, name="final_norm")(pooled_LBD)
 
   def _embed(self, tokens_BT: Array, rank_mask_R: Array | None) -> Array:
     c = self.config

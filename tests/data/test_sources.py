@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from mlembed_jax.data import sources
 from mlembed_jax.data.tokenizer import DataError
-from tests.material import entry, pairs, write_parquet
+from tests.material import entry, pairs, with_positives, write_parquet
 
 BITEXT = entry("bitext", 2, "Translate.")
 
@@ -35,6 +36,26 @@ def test_an_instruction_in_the_file_is_kept_once_and_left_out_of_the_hashed_text
   assert queries == columns["query"][:2] and bare == texts[:2]
 
 
+def test_several_positives_are_read_before_the_negatives(tmp_path):
+  columns = with_positives(pairs(20, 2), 3)
+  dataset = write(tmp_path, columns, positives=3)
+  assert dataset.positives == 3
+  names = ("passage", "passage_2", "passage_3", "negative_2", "negative_1")
+  _, _, documents = dataset.read([7, 3], [1, 0])
+  assert documents == [[columns[name][i] for name in names] for i in (7, 3)]
+  assert write(tmp_path, columns).positives == 1
+
+
+def test_a_row_without_one_of_its_positives_is_dropped(tmp_path):
+  columns = with_positives(pairs(40, 2), 3)
+  columns["passage_2"][3], columns["passage_3"][5] = None, " "
+  dataset = write(tmp_path, columns, positives=3)
+  assert dataset.dropped == 2 and len(write(tmp_path, columns)) == 40
+  np.testing.assert_array_equal(dataset.rows, [i for i in range(40) if i not in (3, 5)])
+  with pytest.raises(DataError, match=r"a\.parquet: column passage_4 is missing"):
+    write(tmp_path, columns, positives=4)
+
+
 def test_unusable_rows_are_dropped_and_counted(tmp_path):
   columns = pairs(40, 2)
   columns["passage"][3], columns["query"][5], columns["negative_2"][7] = None, "", " \n"
@@ -42,6 +63,7 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path):
   assert (len(dataset), dataset.dropped) == (37, 3)
   _, bare, _ = dataset.read(range(37), [])
   assert bare == [q for i, q in enumerate(columns["query"]) if i not in (3, 5, 7)]
+  assert [columns["query"][row] for row in dataset.rows] == bare and dataset.rows.dtype == np.int64
 
 
 def test_too_many_unusable_rows_are_refused_with_counts(tmp_path):
@@ -106,6 +128,26 @@ def test_a_pattern_without_a_file_is_refused(manifest):
     ({"negatives": -1}, "negatives: must not be negative"),
     ({"negatives": "4"}, "negatives: expected int, found '4'"),
     ({"query_has_instruction": None}, "query_has_instruction: expected bool, found None"),
+    ({"positives": 0}, "positives: must be at least 1, found 0"),
+    ({"positives": True}, "positives: expected int, found True"),
+    ({"positives": None}, "positives: expected int, found None"),
+    ({"task_type": "scored_pairs"}, r"negatives: must be 0 for scored_pairs .*, found 4"),
+    (
+      {"task_type": "scored_pairs", "negatives": 0, "positives": 2},
+      r"positives: must be 1 for scored_pairs .*, found 2",
+    ),
+    ({"teacher_vectors": "a.npy"}, r"teacher_vectors: expected dict, found 'a\.npy'"),
+    ({"teacher_vectors": {"passage": "p.npy"}}, r"teacher_vectors\.query: expected .* nothing"),
+    ({"teacher_vectors": {"query": "q.npy"}}, r"teacher_vectors\.passage: expected .* nothing"),
+    ({"teacher_vectors": {"query": 1, "passage": "p"}}, r"teacher_vectors\.query: .* found 1"),
+    (
+      {"teacher_vectors": {"query": "q", "passage": "p", "negatives": None}},
+      r"teacher_vectors\.negatives: expected the path of an \.npy file, found None",
+    ),
+    (
+      {"teacher_vectors": {"query": "q", "passage": "p", "negative": "n"}},
+      "teacher_vectors: 'negative' is unknown; known: query, passage, negatives",
+    ),
   ],
 )
 def test_bad_entries_are_refused_by_file_and_field(manifest, changes, message):
@@ -131,15 +173,17 @@ def test_fingerprint_follows_what_the_order_depends_on(tmp_path):
   def fingerprint(columns, *parts, **changes):
     return sources.fingerprint([write(tmp_path, columns, **changes)], *parts)
 
-  same = fingerprint(pairs(20, 2), "tokenizer")
-  assert fingerprint(pairs(20, 2), "tokenizer") == same
+  columns = with_positives(pairs(20, 2), 2)
+  same = fingerprint(columns, "tokenizer")
+  assert fingerprint(columns, "tokenizer") == same
   others = [
     fingerprint(pairs(21, 2), "tokenizer"),
-    fingerprint(pairs(20, 2), "other"),
-    fingerprint(pairs(20, 2), "tokenizer", instruction="Other."),
-    fingerprint(pairs(20, 2), "tokenizer", negatives=1),
+    fingerprint(columns, "other"),
+    fingerprint(columns, "tokenizer", instruction="Other."),
+    fingerprint(columns, "tokenizer", negatives=1),
+    fingerprint(columns, "tokenizer", positives=2),
   ]
-  assert len({same, *others}) == 5
+  assert len({same, *others}) == 6
 
 
 def test_reads_what_pyarrow_wrote_in_several_row_groups(tmp_path):

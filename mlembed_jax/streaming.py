@@ -1,0 +1,294 @@
+"""Reductions over all (anchor, candidate) pairs of the global batch in bounded memory.
+
+Pairs are visited tile by tile: memory holds the logits of one tile at a time, in the backward pass
+too, where a tile is computed anew. On a mesh each device keeps its own anchors and sees the
+candidates of all devices, one gathered chunk at a time. Arrays only; letters as in similarity.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from mlembed_jax.similarity import (
+  Anchors,
+  Candidates,
+  Texts,
+  tile_keep,
+  tile_logits,
+  tile_pull,
+)
+
+# Anchors and candidates of one tile. On CPU a 512 x 512 tile of one dim is 1 MB and stays in a
+# core's cache. Accelerators like longer products and fewer steps: 512 x 4096 x 10 dims are 84 MB.
+TILE_ROWS = 512
+TILE_COLUMNS = {"cpu": 512}
+LARGE_TILE_COLUMNS = 4096
+# Logarithm of an empty sum, and what takes a logit out of one. Both are finite, and so far apart
+# that exp(MASKED - EMPTY) is zero.
+EMPTY = -1e29
+MASKED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftTargets:
+  """A teacher's softmax over candidates, in the form of the texts it comes from."""
+
+  anchors: Texts  # one dim, no exits; scale includes 1 / temperature
+  candidates: Texts
+  log_total: Float[Array, "A"]  # log of the sum of its exponentials, the own positives included
+
+
+def _tile(rows: int, target: int) -> int:
+  """Returns the divisor of `rows` that is nearest to `target` as a ratio."""
+  divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+  return min(divisors, key=lambda n: abs(math.log(n / target)))
+
+
+def _split(tree: Any, target: int) -> Any:
+  """Returns the arrays [N, ...] as [tiles, N / tiles, ...]."""
+  size = _tile(jax.tree.leaves(tree)[0].shape[0], target)
+  return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+
+
+def _join(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Devices:
+  """The mesh axes that the rows are split over, none on a single device."""
+
+  axes: tuple[str, ...]
+  count: int
+  platform: str
+
+  def gather(self, tree: Any) -> Any:
+    """Returns the arrays [n, ...] of all devices as one."""
+    if not self.axes:
+      return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axes, tiled=True), tree)
+
+  def scatter(self, tree: Any) -> Any:
+    """Returns this device's rows of the sum over devices: the transpose of `gather`."""
+    if not self.axes:
+      return tree
+    return jax.tree.map(lambda x: jax.lax.psum_scatter(x, self.axes, tiled=True), tree)
+
+  def chunks(self, candidates: Any) -> Any:
+    """Returns this device's part of each tile of candidates."""
+    columns = TILE_COLUMNS.get(self.platform, LARGE_TILE_COLUMNS)
+    return _split(candidates, max(1, columns // self.count))
+
+
+def _sweep(update: Callable[..., Any], start: Any, anchors: Any, candidates: Any, on: _Devices):
+  """Returns `start` (arrays [A, ...]) after `update(state, anchors, candidates)` of every tile."""
+  rows = _split(anchors, TILE_ROWS)
+
+  def chunk(state: Any, c: Any) -> tuple[Any, None]:
+    gathered = on.gather(c)
+    tile = lambda _, x: (None, update(x[0], x[1], gathered))  # noqa: E731
+    return jax.lax.scan(tile, None, (state, rows))[1], None
+
+  state, _ = jax.lax.scan(chunk, _split(start, TILE_ROWS), on.chunks(candidates))
+  return _join(state)
+
+
+def _sweep_back(
+  weights: Callable[..., Any], state: Any, anchors: Any, candidates: Any, on: _Devices
+):
+  """Returns the cotangents of both `Texts`; `weights(state, anchors, candidates)` are those of the
+  logits of a tile."""
+  rows, states = _split(anchors, TILE_ROWS), _split(state, TILE_ROWS)
+
+  def chunk(total: Any, c: Any) -> tuple[Any, Any]:
+    gathered = on.gather(c)
+
+    def tile(d_c: Any, x: Any) -> tuple[Any, Any]:
+      d_a, d_tile = tile_pull(weights(*x, gathered), x[1][0], gathered[0])
+      return jax.tree.map(jnp.add, d_c, d_tile), d_a
+
+    zeros = (
+      [jnp.zeros(x.shape[::-1]) for x in gathered[0].blocks],
+      jnp.zeros(gathered[0].scale.shape),
+    )
+    (blocks, scale), d_a = jax.lax.scan(tile, zeros, (states, rows))
+    d_c = on.scatter(([x.T for x in blocks], scale))
+    return jax.tree.map(jnp.add, total, d_a), d_c
+
+  like = jax.tree.map(lambda x: jnp.zeros(x.shape), (list(rows[0].blocks), rows[0].scale))
+  d_a, d_c = jax.lax.scan(chunk, like, on.chunks(candidates))
+  return _cotangent(_join(d_a), anchors[0]), _cotangent(_join(d_c), candidates[0])
+
+
+def _cotangent(d: tuple[list[Array], Array], like: Texts) -> Texts:
+  blocks = tuple(x.astype(y.dtype) for x, y in zip(d[0], like.blocks, strict=True))
+  return Texts(blocks, d[1])
+
+
+def _devices() -> _Devices:
+  """Returns the devices that the rows of the batch are split over, from the mesh of the context."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return _Devices((), 1, jax.default_backend())
+  spec: Any = nn.logical_to_mesh_axes(("batch",))
+  names = (spec[0],) if isinstance(spec[0], str) else tuple(spec[0] or ())
+  axes = tuple(axis for axis in names if mesh.shape[axis] > 1)
+  # The mesh knows what is compiled for; the backend here may be another one.
+  platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
+  return _Devices(axes, math.prod(mesh.shape[axis] for axis in axes), platform)
+
+
+def _on_devices(per_exit: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `per_exit(vectors, fixed, on)` for all exits, on the mesh of the context.
+
+  `vectors` are arrays [E, rows, ...], `fixed` arrays [rows, ...]; the results are as `vectors`.
+  """
+
+  def run(vectors: Any, fixed: Any) -> Any:
+    on = _devices()
+
+    def local(vectors: Any, fixed: Any) -> Any:
+      return jax.lax.map(lambda v: per_exit(v, fixed, on), vectors)
+
+    if not on.axes:
+      return local(vectors, fixed)
+    rows, by_exit = PartitionSpec(on.axes), PartitionSpec(None, on.axes)
+    # Without check_vma: carries start as constants, which would have to be marked as varying.
+    return jax.shard_map(local, in_specs=(by_exit, rows), out_specs=by_exit, check_vma=False)(
+      vectors, fixed
+    )
+
+  return run
+
+
+@jax.custom_vjp
+def log_sum_exp(
+  anchors: Texts,  # [E, A, ...], scale includes 1 / temperature
+  candidates: Texts,  # [E, N, ...]
+  anchor_keys: Anchors,
+  candidate_keys: Candidates,
+) -> tuple[Float[Array, "E A M"], Float[Array, "E A"]]:
+  """Returns the log of the sum of exp(logit) over each anchor's negatives, and their number.
+
+  Without any negative the first is EMPTY. Differentiable in the texts; exact, with the rounding of
+  float32 sums.
+  """
+  return _on_devices(_log_sum_exp)((anchors, candidates), (anchor_keys, candidate_keys))
+
+
+def _masked(values: list[Array], allowed: Array) -> list[Array]:
+  # Written to memory once: otherwise XLA compares the keys again for every use of every dim.
+  bias = jax.lax.optimization_barrier(jnp.where(allowed, 0.0, MASKED))
+  return [x + bias for x in values]
+
+
+def _log_sum_exp(vectors: Any, keys: Any, on: _Devices) -> tuple[Array, Array]:
+  (anchors, candidates), (A, M) = vectors, vectors[0].scale.shape
+  start = (jnp.full((A, M), EMPTY), jnp.zeros((A, M)), jnp.zeros(A))
+
+  def update(state: Any, a: Any, c: Any) -> Any:
+    top, total, count = state
+    allowed = tile_keep(a[1], c[1])
+    values = _masked(tile_logits(a[0], c[0]), allowed)
+    new_top = jnp.maximum(top, jnp.stack([jnp.max(x, axis=1) for x in values], axis=-1))
+    parts = [jnp.sum(jnp.exp(x - new_top[:, m, None]), axis=1) for m, x in enumerate(values)]
+    total = total * jnp.exp(top - new_top) + jnp.stack(parts, axis=-1)
+    return new_top, total, count + jnp.sum(allowed, axis=1, dtype=jnp.float32)
+
+  top, total, count = _sweep(update, start, (anchors, keys[0]), (candidates, keys[1]), on)
+  return jnp.maximum(top + jnp.log(total), EMPTY), count
+
+
+def _log_sum_exp_fwd(*args: Any) -> Any:
+  out = log_sum_exp(*args)
+  return out, (args, out[0])
+
+
+def _log_sum_exp_bwd(saved: Any, cotangents: Any) -> Any:
+  (anchors, candidates, *keys), value = saved
+
+  def per_exit(vectors: Any, keys: Any, on: _Devices) -> Any:
+    anchors, candidates, value, d_value = vectors
+
+    def weights(state: Any, a: Any, c: Any) -> list[Array]:
+      value, d_value = state
+      values = _masked(tile_logits(a[0], c[0]), tile_keep(a[1], c[1]))
+      return [jnp.exp(x - value[:, m, None]) * d_value[:, m, None] for m, x in enumerate(values)]
+
+    return _sweep_back(weights, (value, d_value), (anchors, keys[0]), (candidates, keys[1]), on)
+
+  vectors = (anchors, candidates, value, cotangents[0])
+  return *_on_devices(per_exit)(vectors, tuple(keys)), None, None
+
+
+log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
+
+
+@jax.custom_vjp
+def expected_logits(
+  anchors: Texts,  # [E, A, ...], scale includes 1 / temperature
+  candidates: Texts,  # [E, N, ...]
+  anchor_keys: Anchors,
+  candidate_keys: Candidates,
+  teacher: SoftTargets,
+) -> Float[Array, "E A M"]:
+  """Returns the sum over each anchor's negatives of teacher probability x logit.
+
+  Differentiable in the texts, not in the teacher.
+  """
+  fixed = _with_teacher(anchor_keys, candidate_keys, teacher)
+  return _on_devices(_expected_logits)((anchors, candidates), fixed)
+
+
+def _with_teacher(anchor_keys: Anchors, candidate_keys: Candidates, t: SoftTargets) -> Any:
+  return (anchor_keys, t.anchors, t.log_total), (candidate_keys, t.candidates)
+
+
+def _targets(a: Any, c: Any) -> Float[Array, "a n"]:
+  """Returns the teacher's probabilities of one tile; zero where the candidate is no negative."""
+  (keys, texts_a, log_total), (candidate_keys, texts_c) = a, c
+  chance = jnp.exp(tile_logits(texts_a, texts_c)[0] - log_total[:, None])
+  return jnp.where(tile_keep(keys, candidate_keys), chance, 0.0)
+
+
+def _expected_logits(vectors: Any, fixed: Any, on: _Devices) -> Array:
+  anchors, candidates = vectors
+
+  def update(state: Array, a: Any, c: Any) -> Array:
+    targets = _targets(a[1], c[1])
+    parts = [jnp.sum(targets * x, axis=1) for x in tile_logits(a[0], c[0])]
+    return state + jnp.stack(parts, axis=-1)
+
+  start = jnp.zeros(anchors.scale.shape)
+  return _sweep(update, start, (anchors, fixed[0]), (candidates, fixed[1]), on)
+
+
+def _expected_logits_fwd(*args: Any) -> Any:
+  return expected_logits(*args), args
+
+
+def _expected_logits_bwd(args: Any, d_value: Array) -> Any:
+  anchors, candidates, *rest = args
+
+  def per_exit(vectors: Any, fixed: Any, on: _Devices) -> Any:
+    anchors, candidates, d_value = vectors
+
+    def weights(d: Array, a: Any, c: Any) -> list[Array]:
+      targets = _targets(a[1], c[1])
+      return [targets * d[:, m, None] for m in range(d.shape[1])]
+
+    return _sweep_back(weights, d_value, (anchors, fixed[0]), (candidates, fixed[1]), on)
+
+  d_texts = _on_devices(per_exit)((anchors, candidates, d_value), _with_teacher(*rest))
+  return *d_texts, None, None, None
+
+
+expected_logits.defvjp(_expected_logits_fwd, _expected_logits_bwd)
