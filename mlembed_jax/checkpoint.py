@@ -3,13 +3,12 @@
 import pathlib
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from mlembed_jax.config import ConfigError, ModelConfig, flatten
-from mlembed_jax.models.encoder import abstract_params
+from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import Run
 
@@ -99,7 +98,7 @@ def load_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
     step = manager.latest_step()
     if step is None:
       raise ConfigError(f"{workdir}: no finished checkpoint yet")
-    shapes = {"params": nn.unbox(abstract_params(model))}
+    shapes = {"params": parameter_shapes(model)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
     return step, manager.restore(step, args=restore)["params"]

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -18,7 +17,7 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.distillation import match_exits
 from mlembed_jax.hf.load import load_params, read_model
 from mlembed_jax.matryoshka import plan
-from mlembed_jax.models.encoder import abstract_params
+from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.sharding import shardings
 from mlembed_jax.train_step import TeacherShape
 from mlembed_jax.workdir import Run
@@ -39,11 +38,11 @@ class Teacher:
 
     They are held in the compute dtype, for they are never updated, and split like any others.
     """
-    boxed = abstract_params(self.shape.model)
+    model = self.shape.model
     return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, self.shape.model.dtype, sharding=s),
-      nn.unbox(boxed),
-      shardings(boxed, mesh),
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s),
+      parameter_shapes(model),
+      shardings(abstract_params(model), mesh),
     )
 
   def params(self, mesh: Mesh) -> Any:

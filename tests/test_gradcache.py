@@ -51,9 +51,7 @@ def value_and_grad(config, task, mesh):
     logs = jax.tree.map(jnp.asarray, train_state.initial_log_temperature(config))
     rank = np.int32(16) if config.model.rank else None
     teacher_params = random_params(TEACHER, 3) if online else None
-    return jax.device_get(
-      jax.jit(run)(params, logs, put_batch(arrays, mesh), rank, teacher_params)
-    )
+    return jax.device_get(jax.jit(run)(params, logs, put_batch(arrays, mesh), rank, teacher_params))
 
 
 def assert_equal(found, expected):

@@ -120,9 +120,10 @@ def test_a_run_that_was_killed_goes_on_exactly(data, ninety, tmp_path, sent, sta
 def test_metrics_lines_are_complete(twenty):
   assert [line["step"] for line in lines(twenty)] == list(range(1, 21))
   for line in lines(twenty):
-    assert set(line) == {
-      *("step", "loss", "hard_loss", "inbatch_loss", "loss_by_dataset", "learning_rate"),
-      *("gradient_norm", "rank", "tokens_per_second", "padding_share"),
+    inbatch = {"inbatch_loss"} if "train/bitext.parquet" in line["loss_by_dataset"] else set()
+    assert set(line) == inbatch | {
+      *("step", "loss", "hard_loss", "loss_by_dataset", "learning_rate", "temperature"),
+      *("gradient_norm", "rank", "negatives", "empty_rows", "tokens_per_second", "padding_share"),
     }
     assert line["loss"] > 0 and line["tokens_per_second"] > 0 and 0 <= line["padding_share"] < 1
     assert line["rank"] in (8, 16, 24)
@@ -180,10 +181,19 @@ def test_a_damaged_checkpoint_is_named(data, twenty, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(data, tmp_path):
-  result = run(data, tmp_path, **{"losses.temperature": 1e-39})
+  kinds = ("bitext", "clustering", "classification")
+  for_all = {
+    f"losses.{kind}.{name}": 1e-39
+    for kind in kinds
+    for name in ("temperature", "final_temperature")
+  }
+  result = run(data, tmp_path, **for_all)
   assert result.returncode == 1 and "error: step " in result.stderr
   assert "Traceback" not in result.stderr
   assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+  found = json.loads((tmp_path / "diverged.json").read_text())
+  assert f"({found['dataset']}, rows {found['rows'][0]}, {found['rows'][1]}, " in result.stderr
+  assert len(set(found["rows"])) == 16
 
 
 def test_tensorboard_files_are_written(twenty):

@@ -186,7 +186,12 @@ def abstract_params(config: ModelConfig) -> Any:
   return jax.eval_shape(Encoder(config).init, key, tokens, lengths)["params"]
 
 
+def parameter_shapes(config: ModelConfig) -> Any:
+  """Returns the tree of parameter shapes."""
+  # Outside eval_shape, unboxing under a mesh would place arrays that do not exist.
+  return jax.eval_shape(nn.unbox, abstract_params(config))
+
+
 def parameter_count(config: ModelConfig) -> int:
   """Returns the number of parameters of the encoder."""
-  params = nn.unbox(abstract_params(config))
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))

@@ -131,10 +131,10 @@ def test_full_table_equals_the_product_of_its_factors(tiny, params, batch, state
   np.testing.assert_allclose(result, states, atol=5e-5)
 
 
-def test_bfloat16_is_close_and_returns_float32(tiny, params, batch, states):
+def test_bfloat16_is_close_and_returns_bfloat16(tiny, params, batch, states):
   model = dataclasses.replace(tiny.model, dtype="bfloat16")
   result = jax.jit(Encoder(model).apply)({"params": params}, *batch)
-  assert result.dtype == jnp.float32
+  assert result.dtype == jnp.bfloat16
   a, b = np.asarray(result).reshape(-1, 48), states.reshape(-1, 48)
   cosine = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
   assert cosine.min() > 0.995

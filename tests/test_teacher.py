@@ -1,0 +1,174 @@
+"""Teachers: opened from what a run wrote, matched exit by exit, refused where they cannot teach."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mlembed_jax import optimizer, train_state, train_step
+from mlembed_jax.checkpoint import Checkpoints
+from mlembed_jax.config import ConfigError, from_mapping
+from mlembed_jax.data import sources
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.hf.export import export_folder
+from mlembed_jax.losses import Task
+from mlembed_jax.matryoshka import Slice
+from mlembed_jax.sharding import make_mesh, put_batch
+from mlembed_jax.teacher import check_stored, open_teacher
+from mlembed_jax.workdir import Run, copy_file
+from tests.material import config_dict, entry, scored, train_tokenizer, write_parquet, write_vectors
+from tests.test_train_step import batch_of, on_mesh
+
+WIDE = {"model.layers": 4, "model.width": 64, "matryoshka.dims": (64,)}
+WIDE |= {"matryoshka.exits": (1, 2, 4), "kd.teacher": ""}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+  return Tokenizer(data / "tokenizer.json", "<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def workdir(data, tokenizer, tmp_path_factory):
+  """What a run of a deeper and wider encoder leaves."""
+  folder = tmp_path_factory.mktemp("teacher")
+  config = from_mapping(config_dict(data, **WIDE))
+  mesh = make_mesh(config)
+  with on_mesh(mesh):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(7, train_state.create(config, optimizer.make(config.optimizer, 20), mesh))
+    checkpoints.close()
+  Run(config, {}, "fingerprint").save(folder)
+  copy_file(tokenizer.path, folder / "tokenizer.json")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tokenizer, tmp_path_factory):
+  config = Run.load(workdir).config
+  mesh = make_mesh(config)
+  with on_mesh(mesh):
+    teacher = open_teacher(student(workdir, **WIDE_STUDENT), tokenizer)
+    params = jax.device_get(teacher.params(mesh))
+  return export_folder(
+    tmp_path_factory.mktemp("exported") / "folder",
+    run=Run.load(workdir),
+    params=params,
+    tokenizer=tokenizer,
+    step=7,
+    cut=Slice(depth=2),
+    evaluation=None,
+  )
+
+
+WIDE_STUDENT = {name: value for name, value in WIDE.items() if name != "kd.teacher"}
+
+
+def student(teacher, **fields):
+  return from_mapping(config_dict(**{"kd.teacher": str(teacher), **fields}))
+
+
+def test_exits_of_a_workdir_are_matched_by_depth(workdir, tokenizer):
+  assert open_teacher(student(workdir), tokenizer).shape.exits == (1, 2, 4)
+  by_position = student(workdir, **{"kd.match": "index", "matryoshka.exits": (1, 3)})
+  assert open_teacher(by_position, tokenizer).shape.exits == (2, 4)
+  chosen = student(workdir, **{"kd.exits": (4,)})
+  assert open_teacher(chosen, tokenizer).shape.exits == (4, 4, 4)
+
+
+def test_an_exported_cut_teaches_with_the_exits_it_still_has(exported, tokenizer):
+  teacher = open_teacher(student(exported), tokenizer)
+  assert teacher.shape.model.layers == 2 and teacher.shape.model.rank == 0
+  assert teacher.shape.exits == (1, 1, 2)  # 1/3, 2/3, 3/3 of the depth; 2/3 is nearest to 1/2
+
+
+def test_a_folder_of_others_teaches_with_its_last_layer(exported, tokenizer):
+  (exported / "mlembed.json").rename(exported / "moved")
+  try:
+    assert open_teacher(student(exported), tokenizer).shape.exits == (2, 2, 2)
+  finally:
+    (exported / "moved").rename(exported / "mlembed.json")
+
+
+def distillation_of(config, teacher, params, mesh):
+  def run(params, batch, teacher_params):
+    result, _ = train_step.value_and_grad(
+      config,
+      params,
+      {},
+      batch,
+      task=Task("retrieval"),
+      rank=np.int32(24),
+      progress=0.0,
+      teacher=teacher.shape,
+      teacher_params=teacher_params,
+    )
+    return result.terms["distillation"]
+
+  with on_mesh(mesh):
+    return jax.jit(run)(params, put_batch(batch_of(), mesh), teacher.params(mesh))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_encoder_has_nothing_to_learn_from_itself(workdir, exported, tokenizer, cut):
+  fields = WIDE_STUDENT | ({"model.layers": 2, "matryoshka.exits": (1, 2)} if cut else {})
+  config = student(exported if cut else workdir, **fields)
+  teacher = open_teacher(config, tokenizer)
+  mesh = make_mesh(config)
+  with on_mesh(mesh):
+    own = open_teacher(student(workdir, **WIDE_STUDENT), tokenizer).params(mesh)
+  own["layers"] = jax.tree.map(lambda x: x[: config.model.layers], own["layers"])
+  assert np.all(distillation_of(config, teacher, own, mesh) < 1e-10)
+  other = jax.tree.map(lambda x: x * 1.1, own)
+  assert np.all(distillation_of(config, teacher, other, mesh) > 1e-6)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"kd.teacher": "/absent"}, "kd.teacher: /absent is no folder"),
+    ({"model.width": 96, "matryoshka.dims": (96,)}, "gives 64 dims, fewer than model.width = 96"),
+    ({"kd.exits": (2, 5)}, "kd.exits: 5 is beyond the teacher's 4 layers"),
+    ({"kd.exits": (4,), "kd.match": "index"}, "has 1 exits for the student's 3"),
+  ],
+)
+def test_teachers_that_cannot_teach_are_refused(workdir, tokenizer, fields, message):
+  with pytest.raises(ConfigError, match=message):
+    open_teacher(student(workdir, **fields), tokenizer)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(workdir, tmp_path):
+  other = train_tokenizer(400)
+  other.save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(ConfigError, match="is another vocabulary than"):
+    open_teacher(student(workdir), Tokenizer(tmp_path / "tokenizer.json", "<|endoftext|>"))
+
+
+def test_a_folder_that_is_no_encoder_is_refused(tmp_path, tokenizer):
+  (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
+  with pytest.raises(ValueError, match=r"config.json has no vocab_size"):
+    open_teacher(student(tmp_path), tokenizer)
+
+
+def stored(folder, width):
+  write_parquet(folder / "pairs.parquet", scored(16))
+  vectors = write_vectors(folder, "pairs", {"query": (16, width), "passage": (16, width)})
+  described = entry("scored_pairs", 0, "") | {"teacher_vectors": vectors}
+  return sources.load(folder, "pairs.parquet", described, 0.0, vectors=True)
+
+
+def test_stored_vectors_must_be_there_and_wide_enough(tmp_path):
+  config = student("stored")
+  check_stored(config, [stored(tmp_path, 48)])
+  with pytest.raises(ConfigError, match=r"gives 40 dims, fewer than model.width = 48"):
+    check_stored(config, [stored(tmp_path, 40)])
+  with pytest.raises(ConfigError, match="no training file has teacher_vectors"):
+    check_stored(config, [dataclasses.replace(stored(tmp_path, 48), vectors=None)])
+
+
+def test_a_teacher_that_judges_all_negatives_must_know_them(tmp_path):
+  fields = {"losses.false_negative_score": "teacher", "losses.inbatch_negatives": True}
+  with pytest.raises(ConfigError, match=r"teacher_vectors of pairs.parquet has no negatives"):
+    check_stored(student("stored", **fields), [stored(tmp_path, 48)])
