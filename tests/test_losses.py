@@ -124,7 +124,8 @@ def test_masks_follow_the_texts():
 
 
 def test_hashes_that_differ_in_one_half_are_different_texts():
-  hashes = jnp.array([[[1, 2], [1, 3]], [[4, 2], [1, 2]], [[3, 1], [1, 3]]], jnp.uint32)
+  # Sorted, (0, 2) (1, 2) (1, 3) stand side by side: either half alone would take two for one.
+  hashes = jnp.array([[[1, 2], [1, 3]], [[0, 2], [1, 2]], [[3, 1], [1, 3]]], jnp.uint32)
   ids = contrast.text_ids(hashes, True).reshape(-1)
   same = np.zeros((6, 6), bool)
   same[[0, 3, 1, 5], [3, 0, 5, 1]] = True
@@ -217,7 +218,7 @@ SYMMETRIC, ALL_NEGATIVES, JOINT, CONSTANT_PASSAGES, MARGIN, WIDE_MARGIN, UNMASKE
     (1, [WIDE_MARGIN, SYMMETRIC]),
     (1, [CONSTANT_PASSAGES, SYMMETRIC]),
     (2, [CONSTANT_PASSAGES, JOINT, ALL_NEGATIVES]),
-    (2, [JOINT, SYMMETRIC, ALL_NEGATIVES, WIDE_MARGIN]),
+    (2, [JOINT, SYMMETRIC, ALL_NEGATIVES]),
   ],
 )
 def test_options_equal_the_plain_formula(positives, changes):

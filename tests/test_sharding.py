@@ -35,7 +35,7 @@ def test_impossible_shardings_are_refused(mesh, shape, axes, message):
 
 def test_state_is_created_where_it_lives(tiny, mesh):
   tx = optimizer.make(tiny.optimizer, 10)
-  state = train_state.create(tiny.model, tx, mesh, seed=0)
+  state = train_state.create(tiny, tx, mesh)
   assert state.params["layers"]["mlp"]["gate"].sharding.spec == P(None, "fsdp", "tensor")
   assert state.params["table"].sharding.spec == P("tensor", "fsdp")
   moments = state.opt_state[1][0]
@@ -47,7 +47,7 @@ def test_state_is_created_where_it_lives(tiny, mesh):
 
 def test_only_small_arrays_stay_whole(tiny, mesh):
   """A weight that no rule splits would cost every device its full size."""
-  abstract = train_state.abstract(tiny.model, optimizer.make(tiny.optimizer, 10), mesh)
+  abstract = train_state.abstract(tiny, optimizer.make(tiny.optimizer, 10), mesh)
   whole = [x.shape for x in jax.tree.leaves(abstract) if x.sharding.is_fully_replicated]
   assert all(
     len(shape) < 2 or shape[-1] in (tiny.model.width, tiny.model.head_dim) for shape in whole
@@ -57,7 +57,7 @@ def test_only_small_arrays_stay_whole(tiny, mesh):
 def test_initial_state_does_not_depend_on_the_mesh(tiny, mesh):
   one = sharding.make_mesh(tiny, jax.devices()[:1])
   tx = optimizer.make(tiny.optimizer, 10)
-  states = [train_state.create(tiny.model, tx, m, seed=3) for m in (one, mesh)]
+  states = [train_state.create(tiny, tx, m) for m in (one, mesh)]
   for a, b in zip(*(jax.tree.leaves(jax.device_get(s)) for s in states), strict=True):
     assert (a == b).all()
 

@@ -130,7 +130,7 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=32, help="rows")
   parser.add_argument("--negatives", type=int, default=1, help="stored negatives per row")
   parser.add_argument("--tokens", type=int, default=64, help="per text")
-  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
   changes = {"model.dtype": args.dtype, "data.lengths": (args.tokens,)}
   changes |= {"data.global_batch": args.batch, "data.micro_batch": args.batch}

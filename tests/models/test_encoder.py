@@ -135,7 +135,7 @@ def test_bfloat16_is_close_and_returns_bfloat16(tiny, params, batch, states):
   model = dataclasses.replace(tiny.model, dtype="bfloat16")
   result = jax.jit(Encoder(model).apply)({"params": params}, *batch)
   assert result.dtype == jnp.bfloat16
-  a, b = np.asarray(result).reshape(-1, 48), states.reshape(-1, 48)
+  a, b = np.asarray(result, np.float32).reshape(-1, 48), states.reshape(-1, 48)
   cosine = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
   assert cosine.min() > 0.995
 
