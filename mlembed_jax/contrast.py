@@ -1,6 +1,6 @@
 """The logits of a batch: which texts are each other's negatives, and sums over them. Arrays only.
 
-Letters: E exits, B rows of the global batch, C texts per row (query, P positives, K negatives),
+Letters: B rows of the global batch, C texts per row (query, P positives, K negatives),
 D width, M output dims, N candidates. Arrays are global: passages learn from the queries of every
 device.
 """
@@ -96,45 +96,40 @@ def _rows(x: Array) -> Array:
 class Views:
   """The three kinds of text of a batch, cut at the dims; queries carry 1 / temperature."""
 
-  query: Texts  # [E, B, ...]
-  positives: Texts  # [E, B, P, ...]
-  negatives: Texts  # [E, B, K, ...]
+  query: Texts  # [B, ...]
+  positives: Texts  # [B, P, ...]
+  negatives: Texts  # [B, K, ...]
 
 
 def make_views(
-  states_EBCD: Float[Array, "E B C D"], dims: Sequence[int], positives: int, temperature: Any
+  states_BCD: Float[Array, "B C D"], dims: Sequence[int], positives: int, temperature: Any
 ) -> Views:
   """Returns the texts of a batch; `states` are not normalised."""
   # split, not slices: its transpose is one concatenation instead of a sum of padded arrays.
-  query, positive, negative = jnp.split(states_EBCD, (1, 1 + positives), axis=2)
+  query, positive, negative = jnp.split(states_BCD, (1, 1 + positives), axis=1)
   return Views(
-    divide(texts(query[:, :, 0], dims), temperature), texts(positive, dims), texts(negative, dims)
+    divide(texts(query[:, 0], dims), temperature), texts(positive, dims), texts(negative, dims)
   )
 
 
 def flat(*groups: Texts) -> Texts:
-  """Returns groups of texts [E, B, K, ...] as one, [E, B * sum of K, ...]."""
-
-  def join(*arrays: Array) -> Array:
-    x = jnp.concatenate(arrays, axis=2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-  return jax.tree.map(join, *groups)
+  """Returns groups of texts [B, K, ...] as one, [B * sum of K, ...]."""
+  return jax.tree.map(lambda *arrays: _rows(jnp.concatenate(arrays, axis=1)), *groups)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-  """Logits of a batch, those with other rows only as their log-sum."""
+  """Logits of a batch at one exit, those with other rows only as their log-sum."""
 
   views: Views
-  met: Texts  # candidates from other rows, [E, N, ...]
+  met: Texts  # candidates from other rows, [N, ...]
   keys: Keys | None  # None: no candidates from other rows
-  own: Float[Array, "E B P M"]  # logits of the positives
-  stored: Float[Array, "E B K M"]  # logits of the stored negatives
+  own: Float[Array, "B P M"]  # logits of the positives
+  stored: Float[Array, "B K M"]  # logits of the stored negatives
   keep: Bool[Array, "B K"]  # stored negatives that are negatives
-  hard: Float[Array, "E B M"]  # log-sum over those
-  inbatch: Float[Array, "E B M"]  # log-sum over the candidates from other rows
+  hard: Float[Array, "B M"]  # log-sum over those
+  inbatch: Float[Array, "B M"]  # log-sum over the candidates from other rows
   count: Float[Array, "B"]  # negatives of both kinds
 
 
@@ -151,15 +146,15 @@ def contrast(
   candidates from other rows are constants.
   """
   own, stored = (own_logits(views.query, t) for t in (views.positives, views.negatives))
-  keep = stored_keep(ids_BC, own.shape[2])
+  keep = stored_keep(ids_BC, own.shape[1])
   count = jnp.sum(keep, axis=1, dtype=jnp.float32)
-  hard = inbatch = jnp.full((*own.shape[:2], own.shape[3]), EMPTY)
+  hard = inbatch = jnp.full((own.shape[0], own.shape[2]), EMPTY)
   if keep.shape[1]:
-    masked = jnp.where(keep[None, :, :, None], stored, streaming.MASKED)
-    hard = jnp.maximum(jax.nn.logsumexp(masked, axis=2), EMPTY)
+    masked = jnp.where(keep[..., None], stored, streaming.MASKED)
+    hard = jnp.maximum(jax.nn.logsumexp(masked, axis=1), EMPTY)
   met = flat(views.positives, *([views.negatives] if others_negatives else []))
   met = met if passage_grad else jax.lax.stop_gradient(met)
   if keys:
     inbatch, seen = streaming.log_sum_exp(views.query, met, *keys)
-    count += seen[0]
+    count += seen
   return Contrast(views, met, keys, own, stored, keep, hard, inbatch, count)

@@ -3,6 +3,7 @@
 Letters as in contrast.py.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from mlembed_jax import streaming
 from mlembed_jax.contrast import Contrast
 from mlembed_jax.matryoshka import truncate
+from mlembed_jax.streaming import SoftTargets
 
 
 def match_exits(
@@ -57,52 +59,63 @@ def distillation(
   return total
 
 
-def by_exit(
-  states_EBCD: Float[Array, "E B C D"],
-  teacher_XBCD: Float[Array, "X B C D"],
-  positives: int,
-  space: str,
-) -> Float[Array, "E"]:
-  """Returns the distance of each exit to its teacher; X is E, or 1 for a teacher without exits.
+def from_teacher(
+  states_BCD: Float[Array, "B C D"], teacher_BCD: Float[Array, "B C D"], positives: int, space: str
+) -> Float[Array, ""]:
+  """Returns the distance of a batch's states at one exit to the teacher's.
 
   The teacher may know fewer texts of a row than there are: those stand first.
   """
-  known = teacher_XBCD.shape[2]
-  teacher = jnp.broadcast_to(teacher_XBCD, (len(states_EBCD), *teacher_XBCD.shape[1:]))
-
-  def one(s_BCD: Array, t_BCD: Array) -> Array:
-    student, teacher = (
-      [part for part in jnp.split(x, (1, 1 + positives), axis=1) if part.shape[1]]
-      for x in (s_BCD[:, :known], t_BCD)
-    )
-    return distillation(student, teacher, space)
-
-  return jax.vmap(one)(states_EBCD, jax.lax.stop_gradient(teacher))
+  known = states_BCD[:, : teacher_BCD.shape[1]]
+  student, teacher = (
+    [part for part in jnp.split(x, (1, 1 + positives), axis=1) if part.shape[1]]
+    for x in (known, jax.lax.stop_gradient(teacher_BCD))
+  )
+  return distillation(student, teacher, space)
 
 
-def _log_total(c: Contrast) -> Float[Array, "E B M"]:
+def _log_total(c: Contrast) -> Float[Array, "B M"]:
   """Returns the log-sum over positives and negatives of both kinds."""
-  return jnp.logaddexp(jnp.logaddexp(jax.nn.logsumexp(c.own, axis=2), c.hard), c.inbatch)
+  return jnp.logaddexp(jnp.logaddexp(jax.nn.logsumexp(c.own, axis=1), c.hard), c.inbatch)
 
 
-def self_distillation(student: Contrast, full: Contrast) -> Float[Array, "E M"]:
-  """Returns KL(full model || each exit and dim) of the choice among a row's candidates.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A model's choice among the candidates of each row: those of the contrastive terms together."""
 
-  Candidates are those of the contrastive terms together. `full` has one exit and one dim; no
-  gradient reaches it. Mean over rows.
+  own: Float[Array, "B P"]  # probabilities of the positives
+  stored: Float[Array, "B K"]
+  others: SoftTargets
+  entropy: Float[Array, "B"]
+
+
+def choice_of(full: Contrast) -> Choice:
+  """Returns the choice of a contrast at one dim."""
+  log_total = _log_total(full)[:, 0]
+  choice = Choice(
+    own=jnp.exp(full.own[..., 0] - log_total[:, None]),
+    stored=jnp.exp(full.stored[..., 0] - log_total[:, None]) * full.keep,
+    others=SoftTargets(full.views.query, full.met, log_total),
+    entropy=log_total,
+  )
+  return dataclasses.replace(choice, entropy=log_total - _expected(full, choice)[:, 0])
+
+
+def _expected(c: Contrast, choice: Choice) -> Float[Array, "B M"]:
+  """Returns the mean logit of a row's candidates under a choice."""
+  total = jnp.sum(choice.own[..., None] * c.own, axis=1)
+  total += jnp.sum(choice.stored[..., None] * c.stored, axis=1)
+  if c.keys:
+    total += streaming.expected_logits(c.views.query, c.met, *c.keys, choice.others)
+  return total
+
+
+def self_distillation(student: Contrast, full: Choice) -> Float[Array, "M"]:
+  """Returns KL(full model || each dim) of the choice of a candidate, mean over rows.
+
+  No gradient reaches the full model.
   """
   full = jax.lax.stop_gradient(full)
-  log_total = _log_total(full)[0, :, 0]
-  own_BP = jnp.exp(full.own[0, ..., 0] - log_total[:, None])
-  stored_BK = jnp.exp(full.stored[0, ..., 0] - log_total[:, None]) * full.keep
-
-  def expected(c: Contrast) -> Float[Array, "E B M"]:
-    total = jnp.sum(own_BP[None, :, :, None] * c.own, axis=2)
-    total += jnp.sum(stored_BK[None, :, :, None] * c.stored, axis=2)
-    if c.keys:
-      targets = streaming.SoftTargets(full.views.query[0], full.met[0], log_total)
-      total += streaming.expected_logits(c.views.query, c.met, *c.keys, targets)
-    return total
-
-  entropy = log_total - expected(full)[0, :, 0]
-  return jnp.mean(_log_total(student) - expected(student) - entropy[None, :, None], axis=1)
+  cross_entropy = _log_total(student) - _expected(student, full)
+  return jnp.mean(cross_entropy - full.entropy[:, None], axis=0)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mlembed_jax.matryoshka import truncate
+from mlembed_jax.similarity import product
 
 INT8_LEVELS = 127  # on each side of zero
 
 
 def spread_out(
-  x_EBD: Float[Array, "E B D"], ids_B: Int[Array, "B"], dims: Sequence[int]
-) -> Float[Array, "E M"]:
+  x_BD: Float[Array, "B D"], ids_B: Int[Array, "B"], dims: Sequence[int]
+) -> Float[Array, "M"]:
   """Returns mean(cos)^2 + max(0, mean(cos^2) - 1/dim) over all pairs of different texts.
 
   These are the moments of vectors spread evenly over the sphere (GOR, arXiv 1708.06320). Of equal
@@ -28,12 +29,12 @@ def spread_out(
   pairs = jnp.maximum(count * (count - 1), 1)
   terms = []
   for dim in dims:
-    unit = truncate(x_EBD, dim) * weight_B[None, :, None]
-    gram = jnp.einsum("EBM,EBN->EMN", unit, unit, precision=jax.lax.Precision.HIGHEST)
-    mean = (jnp.sum(jnp.square(jnp.sum(unit, axis=1)), axis=1) - count) / pairs
-    square = (jnp.sum(jnp.square(gram), axis=(1, 2)) - count) / pairs
+    unit = truncate(x_BD, dim) * weight_B[:, None]
+    gram = product("bm,bn->mn", unit, unit)
+    mean = (jnp.sum(jnp.square(jnp.sum(unit, axis=0))) - count) / pairs
+    square = (jnp.sum(jnp.square(gram)) - count) / pairs
     terms.append(jnp.square(mean) + jax.nn.relu(square - 1 / dim))
-  return jnp.stack(terms, axis=-1)
+  return jnp.stack(terms)
 
 
 def _is_first(ids_B: Int[Array, "B"]) -> Bool[Array, "B"]:
@@ -49,25 +50,25 @@ def _straight_through(x: Array, quantized: Array) -> Array:
   return jax.lax.stop_gradient(quantized.astype(x.dtype)) + (x - jax.lax.stop_gradient(x))
 
 
-def int8(states_EBCD: Float[Array, "E B C D"]) -> Float[Array, "E B C D"]:
+def int8(states_BCD: Float[Array, "B C D"]) -> Float[Array, "B C D"]:
   """Returns unit vectors rounded to 255 levels per coordinate, with a straight-through gradient.
 
   The range of a coordinate is that of the batch, as an index calibrates it. A prefix of the
   rounded vector is the rounded prefix.
   """
-  unit = truncate(states_EBCD, None)
-  step = jnp.max(jnp.abs(unit), axis=(1, 2), keepdims=True) / INT8_LEVELS
+  unit = truncate(states_BCD, None)
+  step = jnp.max(jnp.abs(unit), axis=(0, 1), keepdims=True) / INT8_LEVELS
   step = jax.lax.stop_gradient(jnp.maximum(step, 1e-12))
   return _straight_through(unit, jnp.round(unit / step) * step)
 
 
-def binary(states_EBCD: Float[Array, "E B C D"]) -> Float[Array, "E B C D"]:
+def binary(states_BCD: Float[Array, "B C D"]) -> Float[Array, "B C D"]:
   """Returns the signs, +1 or -1, with a straight-through gradient.
 
   Their cosine is 1 - 2 * (Hamming distance / dim). States after the final norm have coordinates of
   about 1, so a sign is a rounded state and the gradient keeps its size.
   """
-  return _straight_through(states_EBCD, jnp.where(states_EBCD < 0, -1.0, 1.0))
+  return _straight_through(states_BCD, jnp.where(states_BCD < 0, -1.0, 1.0))
 
 
 # Fields of LossesConfig that weigh the contrastive terms over quantised vectors.

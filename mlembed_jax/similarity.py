@@ -4,11 +4,12 @@ The dot product of a prefix is the one of the prefix before plus one block of co
 logits of all dims cost one product over the whole width, about half of what separate products
 cost. Arrays only.
 
-Letters: E exits, A anchors, N candidates (a and n in one tile), M output dims, W coordinates of
-one block.
+Letters: A anchors, N candidates (a and n in one tile), B rows, K documents per row, M output dims,
+W coordinates of one block.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,50 +70,37 @@ def divide(anchors: Texts, temperature: Any) -> Texts:
   return dataclasses.replace(anchors, scale=anchors.scale / temperature)
 
 
+# Products in float32: at the default precision accelerators would round float32 inputs to bfloat16
+# or TF32. Products of bfloat16 inputs are exact.
+product = functools.partial(
+  jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
+
+
 def own_logits(
-  anchors: Texts,  # [E, B, ...]
-  documents: Texts,  # [E, B, K, ...]
-) -> Float[Array, "E B K M"]:
+  anchors: Texts,  # [B, ...]
+  documents: Texts,  # [B, K, ...]
+) -> Float[Array, "B K M"]:
   """Returns the logits of each row's anchor with its own documents, all dims."""
   products = [
-    # A sum of elementwise products: K is small, so this reads memory and no matrix unit helps.
-    jnp.sum(a[:, :, None].astype(jnp.float32) * d.astype(jnp.float32), axis=-1)
-    for a, d in zip(anchors.blocks, documents.blocks, strict=True)
+    product("bw,bkw->bk", a, d) for a, d in zip(anchors.blocks, documents.blocks, strict=True)
   ]
   cumulated = jnp.cumsum(jnp.stack(products, axis=-1), axis=-1)
-  return cumulated * anchors.scale[:, :, None] * documents.scale
-
-
-def dot(a: Array, b: Array, i: int, j: int) -> Array:
-  """Returns the product over axis i of a and j of b, in float32.
-
-  At the default precision accelerators would round float32 inputs to bfloat16 or TF32. Products
-  of bfloat16 inputs are exact.
-  """
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((i,), (j,)), ((), ())),
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
+  return cumulated * anchors.scale[:, None] * documents.scale
 
 
 def tile_products(a: Texts, c: Texts) -> list[Float[Array, "a n"]]:
   """Returns the dot products of one tile for each dim, each the sum of the blocks so far."""
   out = []
   for x, y in zip(a.blocks, c.blocks, strict=True):
-    block = dot(x, y, 1, 1)
+    block = product("aw,nw->an", x, y)
     out.append(out[-1] + block if out else block)
   return out
 
 
 def tile_logits(a: Texts, c: Texts) -> list[Float[Array, "a n"]]:
   """Returns the logits of one tile for each dim."""
-  return [
-    product * a.scale[:, m, None] * c.scale[None, :, m]
-    for m, product in enumerate(tile_products(a, c))
-  ]
+  return [x * a.scale[:, m, None] * c.scale[None, :, m] for m, x in enumerate(tile_products(a, c))]
 
 
 def tile_keep(a: Anchors, c: Candidates) -> Bool[Array, "a n"]:
@@ -127,7 +115,7 @@ def tile_keep(a: Anchors, c: Candidates) -> Bool[Array, "a n"]:
   for anchor in c.anchors.T:
     keep &= a.text[:, None] != anchor[None]
   if a.guide is not None and a.limit is not None and c.guide is not None:
-    keep &= dot(a.guide, c.guide, 1, 1) <= a.limit[:, None]
+    keep &= product("ad,nd->an", a.guide, c.guide) <= a.limit[:, None]
   return keep
 
 
@@ -140,16 +128,18 @@ def tile_pull(
   transposed, not the tile.
   """
   d_scale_a, d_scale_c, d_products = [], [], []
-  for m, (d, product) in enumerate(zip(d_logits, tile_products(a, c), strict=True)):
-    scale_a, scale_c, weighted = a.scale[:, m, None], c.scale[None, :, m], d * product
-    d_scale_a.append(jnp.sum(weighted * scale_c, axis=1))
-    d_scale_c.append(jnp.sum(weighted * scale_a, axis=0))
-    d_products.append(d * scale_a * scale_c)
+  for m, (d, x) in enumerate(zip(d_logits, tile_products(a, c), strict=True)):
+    scale_a, scale_c = a.scale[:, m], c.scale[:, m]
+    # Written to memory once: otherwise XLA takes the exponentials again for each of the uses.
+    d = jax.lax.optimization_barrier(d * scale_a[:, None] * scale_c[None])
+    d_scale_a.append(jnp.sum(d * x, axis=1) / scale_a)
+    d_scale_c.append(jnp.sum(d * x, axis=0) / scale_c)
+    d_products.append(d)
   d_a, d_c, total = [], [], jnp.zeros(())
   # A block is part of its own dim and of all larger ones.
   for d, x, y in list(zip(d_products, a.blocks, c.blocks, strict=True))[::-1]:
     total = total + d
     rounded = total.astype(x.dtype)
-    d_a.append(dot(rounded, y, 1, 0))
-    d_c.append(dot(x, rounded, 0, 0))
+    d_a.append(product("an,nw->aw", rounded, y))
+    d_c.append(product("aw,an->wn", x, rounded))
   return (d_a[::-1], jnp.stack(d_scale_a, axis=-1)), (d_c[::-1], jnp.stack(d_scale_c, axis=-1))

@@ -6,6 +6,7 @@ candidates of all devices, one gathered chunk at a time. Arrays only; letters as
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ MASKED = -1e30
 class SoftTargets:
   """A teacher's softmax over candidates, in the form of the texts it comes from."""
 
-  anchors: Texts  # one dim, no exits; scale includes 1 / temperature
+  anchors: Texts  # one dim; scale includes 1 / temperature
   candidates: Texts
   log_total: Float[Array, "A"]  # log of the sum of its exponentials, the own positives included
 
@@ -146,42 +147,31 @@ def _devices() -> _Devices:
   return _Devices(axes, math.prod(mesh.shape[axis] for axis in axes), platform)
 
 
-def _on_devices(per_exit: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns `per_exit(vectors, fixed, on)` for all exits, on the mesh of the context.
-
-  `vectors` are arrays [E, rows, ...], `fixed` arrays [rows, ...]; the results are as `vectors`.
-  """
-
-  def run(vectors: Any, fixed: Any) -> Any:
-    on = _devices()
-
-    def local(vectors: Any, fixed: Any) -> Any:
-      return jax.lax.map(lambda v: per_exit(v, fixed, on), vectors)
-
-    if not on.axes:
-      return local(vectors, fixed)
-    rows, by_exit = PartitionSpec(on.axes), PartitionSpec(None, on.axes)
-    # Without check_vma: carries start as constants, which would have to be marked as varying.
-    return jax.shard_map(local, in_specs=(by_exit, rows), out_specs=by_exit, check_vma=False)(
-      vectors, fixed
-    )
-
-  return run
+def _on_devices(function: Callable[..., Any], *args: Any) -> Any:
+  """Returns `function(*args, on)` on the mesh of the context; all arrays are [rows, ...]."""
+  on = _devices()
+  if not on.axes:
+    return function(*args, on)
+  rows = PartitionSpec(on.axes)
+  # Without check_vma: carries start as constants, which would have to be marked as varying.
+  return jax.shard_map(
+    lambda *local: function(*local, on), in_specs=rows, out_specs=rows, check_vma=False
+  )(*args)
 
 
 @jax.custom_vjp
 def log_sum_exp(
-  anchors: Texts,  # [E, A, ...], scale includes 1 / temperature
-  candidates: Texts,  # [E, N, ...]
+  anchors: Texts,  # [A, ...], scale includes 1 / temperature
+  candidates: Texts,  # [N, ...]
   anchor_keys: Anchors,
   candidate_keys: Candidates,
-) -> tuple[Float[Array, "E A M"], Float[Array, "E A"]]:
+) -> tuple[Float[Array, "A M"], Float[Array, "A"]]:
   """Returns the log of the sum of exp(logit) over each anchor's negatives, and their number.
 
   Without any negative the first is EMPTY. Differentiable in the texts; exact, with the rounding of
   float32 sums.
   """
-  return _on_devices(_log_sum_exp)((anchors, candidates), (anchor_keys, candidate_keys))
+  return _on_devices(_log_sum_exp, anchors, candidates, anchor_keys, candidate_keys)
 
 
 def _masked(values: list[Array], allowed: Array) -> list[Array]:
@@ -190,8 +180,10 @@ def _masked(values: list[Array], allowed: Array) -> list[Array]:
   return [x + bias for x in values]
 
 
-def _log_sum_exp(vectors: Any, keys: Any, on: _Devices) -> tuple[Array, Array]:
-  (anchors, candidates), (A, M) = vectors, vectors[0].scale.shape
+def _log_sum_exp(
+  anchors: Texts, candidates: Texts, keys_a: Anchors, keys_c: Candidates, on: _Devices
+) -> tuple[Array, Array]:
+  A, M = anchors.scale.shape
   start = (jnp.full((A, M), EMPTY), jnp.zeros((A, M)), jnp.zeros(A))
 
   def update(state: Any, a: Any, c: Any) -> Any:
@@ -203,7 +195,7 @@ def _log_sum_exp(vectors: Any, keys: Any, on: _Devices) -> tuple[Array, Array]:
     total = total * jnp.exp(top - new_top) + jnp.stack(parts, axis=-1)
     return new_top, total, count + jnp.sum(allowed, axis=1, dtype=jnp.float32)
 
-  top, total, count = _sweep(update, start, (anchors, keys[0]), (candidates, keys[1]), on)
+  top, total, count = _sweep(update, start, (anchors, keys_a), (candidates, keys_c), on)
   return jnp.maximum(top + jnp.log(total), EMPTY), count
 
 
@@ -215,18 +207,13 @@ def _log_sum_exp_fwd(*args: Any) -> Any:
 def _log_sum_exp_bwd(saved: Any, cotangents: Any) -> Any:
   (anchors, candidates, *keys), value = saved
 
-  def per_exit(vectors: Any, keys: Any, on: _Devices) -> Any:
-    anchors, candidates, value, d_value = vectors
+  def weights(state: Any, a: Any, c: Any) -> list[Array]:
+    value, d_value = state
+    values = _masked(tile_logits(a[0], c[0]), tile_keep(a[1], c[1]))
+    return [jnp.exp(x - value[:, m, None]) * d_value[:, m, None] for m, x in enumerate(values)]
 
-    def weights(state: Any, a: Any, c: Any) -> list[Array]:
-      value, d_value = state
-      values = _masked(tile_logits(a[0], c[0]), tile_keep(a[1], c[1]))
-      return [jnp.exp(x - value[:, m, None]) * d_value[:, m, None] for m, x in enumerate(values)]
-
-    return _sweep_back(weights, (value, d_value), (anchors, keys[0]), (candidates, keys[1]), on)
-
-  vectors = (anchors, candidates, value, cotangents[0])
-  return *_on_devices(per_exit)(vectors, tuple(keys)), None, None
+  state, both = (value, cotangents[0]), ((anchors, keys[0]), (candidates, keys[1]))
+  return *_on_devices(functools.partial(_sweep_back, weights), state, *both), None, None
 
 
 log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
@@ -234,18 +221,18 @@ log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
 
 @jax.custom_vjp
 def expected_logits(
-  anchors: Texts,  # [E, A, ...], scale includes 1 / temperature
-  candidates: Texts,  # [E, N, ...]
+  anchors: Texts,  # [A, ...], scale includes 1 / temperature
+  candidates: Texts,  # [N, ...]
   anchor_keys: Anchors,
   candidate_keys: Candidates,
   teacher: SoftTargets,
-) -> Float[Array, "E A M"]:
+) -> Float[Array, "A M"]:
   """Returns the sum over each anchor's negatives of teacher probability x logit.
 
   Differentiable in the texts, not in the teacher.
   """
   fixed = _with_teacher(anchor_keys, candidate_keys, teacher)
-  return _on_devices(_expected_logits)((anchors, candidates), fixed)
+  return _on_devices(_expected_logits, (anchors, fixed[0]), (candidates, fixed[1]))
 
 
 def _with_teacher(anchor_keys: Anchors, candidate_keys: Candidates, t: SoftTargets) -> Any:
@@ -259,16 +246,13 @@ def _targets(a: Any, c: Any) -> Float[Array, "a n"]:
   return jnp.where(tile_keep(keys, candidate_keys), chance, 0.0)
 
 
-def _expected_logits(vectors: Any, fixed: Any, on: _Devices) -> Array:
-  anchors, candidates = vectors
-
+def _expected_logits(anchors: Any, candidates: Any, on: _Devices) -> Array:
   def update(state: Array, a: Any, c: Any) -> Array:
     targets = _targets(a[1], c[1])
     parts = [jnp.sum(targets * x, axis=1) for x in tile_logits(a[0], c[0])]
     return state + jnp.stack(parts, axis=-1)
 
-  start = jnp.zeros(anchors.scale.shape)
-  return _sweep(update, start, (anchors, fixed[0]), (candidates, fixed[1]), on)
+  return _sweep(update, jnp.zeros(anchors[0].scale.shape), anchors, candidates, on)
 
 
 def _expected_logits_fwd(*args: Any) -> Any:
@@ -277,18 +261,14 @@ def _expected_logits_fwd(*args: Any) -> Any:
 
 def _expected_logits_bwd(args: Any, d_value: Array) -> Any:
   anchors, candidates, *rest = args
+  fixed = _with_teacher(*rest)
 
-  def per_exit(vectors: Any, fixed: Any, on: _Devices) -> Any:
-    anchors, candidates, d_value = vectors
+  def weights(d: Array, a: Any, c: Any) -> list[Array]:
+    targets = _targets(a[1], c[1])
+    return [targets * d[:, m, None] for m in range(d.shape[1])]
 
-    def weights(d: Array, a: Any, c: Any) -> list[Array]:
-      targets = _targets(a[1], c[1])
-      return [targets * d[:, m, None] for m in range(d.shape[1])]
-
-    return _sweep_back(weights, d_value, (anchors, fixed[0]), (candidates, fixed[1]), on)
-
-  d_texts = _on_devices(per_exit)((anchors, candidates, d_value), _with_teacher(*rest))
-  return *d_texts, None, None, None
+  both = ((anchors, fixed[0]), (candidates, fixed[1]))
+  return *_on_devices(functools.partial(_sweep_back, weights), d_value, *both), None, None, None
 
 
 expected_logits.defvjp(_expected_logits_fwd, _expected_logits_bwd)

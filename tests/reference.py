@@ -231,10 +231,9 @@ def ours(
   temperature: float = 0.05,
   scores: Any = None,
   teachers: losses.Teachers | None = None,
-  value: Any = lambda result: result.loss,
   **settings: Any,
 ) -> tuple[losses.Objective, tuple[Any, Any]]:
-  """Returns the package's objective and the gradients of `value` to states and temperature.
+  """Returns the package's objective and the loss's gradients to states and temperature.
 
   `settings` are fields of the configuration with __ for a dot.
   """
@@ -253,7 +252,7 @@ def ours(
       temperature=temperature,
       teachers=teachers,
     )
-    return value(result), result
+    return result.loss, result
 
   batch = {"hashes": hashes} | ({} if scores is None else {"scores": scores})
   differentiate = jax.jit(

@@ -19,7 +19,7 @@ from mlembed_jax.streaming import SoftTargets
 from tests.material import config_dict
 from tests.reference import FAST_COMPILE
 
-DIMS, EXITS = (8, 16, 48), 2
+DIMS = (8, 16, 48)
 # A logit of L is rounded three times by 0.6e-7 * L, and its exponential is wrong by as much.
 EXP = 2e-7
 
@@ -42,8 +42,8 @@ def problem(rows, columns, temperature=0.05, seed=0):
   def ids(*shape):
     return jnp.asarray(rng.integers(0, 9, shape), jnp.int32)
 
-  a, c = vectors(EXITS, rows, 48), vectors(EXITS, columns, 48)
-  c[:, : rows // 2], c[:, rows // 2 : rows] = a[:, rows // 2 : rows // 2 * 2], -a[:, rows // 2 :]
+  a, c = vectors(rows, 48), vectors(columns, 48)
+  c[: rows // 2], c[rows // 2 : rows] = a[rows // 2 : rows // 2 * 2], -a[rows // 2 :]
   limit = jnp.asarray(rng.uniform(-0.1, 0.3, rows), jnp.float32).at[0].set(-2.0)
   keys = (
     Anchors(jnp.arange(rows), ids(rows), ids(rows, 1), jnp.asarray(unit(vectors(rows, 16))), limit),
@@ -61,7 +61,7 @@ def problem(rows, columns, temperature=0.05, seed=0):
     similarity.texts(jnp.asarray(vectors(columns, 48)), (48,)),
     jnp.asarray(rng.uniform(3, 5, rows), jnp.float32),
   )
-  weight = jnp.asarray(vectors(EXITS, rows, 3))  # of the outputs in the sum that is differentiated
+  weight = jnp.asarray(vectors(rows, 3))  # of the outputs in the sum that is differentiated
   return (anchors, candidates, *keys), teacher, weight
 
 
@@ -85,13 +85,13 @@ def plain(args, teacher, weight):
   a, c = (leaves(texts) for texts in args[:2])
   keep = plain_keep(*(jax.tree.map(np.asarray, keys) for keys in args[2:]))
   logits = all_logits(a, c)
-  value = torch.logsumexp(logits.masked_fill(~keep[..., None], -torch.inf), dim=2)
+  value = torch.logsumexp(logits.masked_fill(~keep[..., None], -torch.inf), dim=1)
   chance = all_logits(leaves(teacher.anchors), leaves(teacher.candidates))[..., 0]
   chance = torch.exp(chance - torch.tensor(np.asarray(teacher.log_total, np.float64))[:, None])
-  expected = torch.sum((chance * keep)[..., None].detach() * logits, dim=2)
+  expected = torch.sum((chance * keep)[..., None].detach() * logits, dim=1)
   filled = keep.any(1)
   weight = torch.tensor(np.asarray(weight, np.float64))
-  total = torch.sum(weight * 0.1 * expected) + torch.sum((weight * value)[:, filled])
+  total = torch.sum(weight * 0.1 * expected) + torch.sum((weight * value)[filled])
   total.backward()
   grads = [[x.grad.numpy() for x in (*t["blocks"], t["scale"])] for t in (a, c)]
   return (value.detach().numpy(), keep.sum(1).numpy(), expected.detach().numpy()), grads
@@ -164,13 +164,13 @@ def test_tiles_add_up_to_the_sum_over_all_pairs(small_tiles, rows, columns, tile
   assert small_tiles == {tile}
   (plain_value, plain_count, plain_expected), plain_grads = plain(args, teacher, weight)
   # Anchor 0 has no negative: a finite stand-in for -inf, and no gradient at all.
-  assert np.all(value[:, 0] == np.float32(streaming.EMPTY))
-  assert not np.any(np.isfinite(plain_value[:, 0]))
-  assert not any(np.any(x[:, 0]) for x in jax.tree.leaves(grads[0]))
+  assert np.all(value[0] == np.float32(streaming.EMPTY))
+  assert not np.any(np.isfinite(plain_value[0]))
+  assert not any(np.any(x[0]) for x in jax.tree.leaves(grads[0]))
   logits = all_logits(*(leaves(x) for x in args[:2])).detach().numpy()
   assert np.abs(logits).max() > 0.99 / temperature
-  assert_close(value[:, 1:], plain_value[:, 1:], 1e-6)
-  np.testing.assert_array_equal(count, np.stack([plain_count] * EXITS))
+  assert_close(value[1:], plain_value[1:], 1e-6)
+  np.testing.assert_array_equal(count, plain_count)
   assert_close(expected, plain_expected, EXP / temperature)
   assert_close([[*g.blocks, g.scale] for g in grads], plain_grads, EXP / temperature)
 
@@ -196,14 +196,11 @@ def test_eight_devices_equal_one(sizes, monkeypatch):
   monkeypatch.setattr(streaming, "TILE_COLUMNS", {"cpu": 16})
   names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
   mesh = make_mesh(from_mapping(config_dict(**dict(zip(names, sizes, strict=True)))))
-  (anchors, candidates, *keys), teacher, weight = problem(16, 32)
-  rows, by_exit = PartitionSpec(RULES["batch"]), PartitionSpec(None, RULES["batch"])
-  place = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))  # noqa: E731
-  args = (*place((anchors, candidates), by_exit), *place(tuple(keys), rows))
+  rows = jax.NamedSharding(mesh, PartitionSpec(RULES["batch"]))
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    found = compiled(value_and_grad, args, place(teacher, rows), place(weight, by_exit))
+    found = compiled(value_and_grad, *jax.device_put(problem(16, 32), rows))
   (value, count, sums), grads = found
-  assert_close(value[:, 1:], expected[0][0][:, 1:], 1e-6)
+  assert_close(value[1:], expected[0][0][1:], 1e-6)
   np.testing.assert_array_equal(count, expected[0][1])
   assert_close((sums, grads), (expected[0][2], expected[1]), EXP / 0.05)
 
