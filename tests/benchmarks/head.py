@@ -27,6 +27,7 @@ from mlembed_jax import losses
 from mlembed_jax.config import Config
 from mlembed_jax.losses import Task, Teachers
 from mlembed_jax.matryoshka import Matryoshka, default_dims, default_exits, dim_weights
+from mlembed_jax.streaming import TILE_ROWS
 from tests.benchmarks import common
 
 TEMPERATURE = 0.05
@@ -104,11 +105,12 @@ def masks(hashes_BC2: UInt32[Array, "B C 2"]) -> tuple[Bool[Array, "B K"], Bool[
 def head_flops(batch: int, documents: int, axes: Matryoshka) -> float:
   """Returns the FLOPs of our products, forward and backward; `documents` are the row's own.
 
-  All dims share one product over the width. Over the batch the backward pass computes the logits
-  anew (once: XLA merges the two places that ask for them) before its own two products, 2 + 2 + 4
-  per multiplication; own documents keep theirs.
+  All dims share one product over the width: 2 forward and 4 backward. Over several tiles the
+  backward pass computes the logits anew, 2 more (once: XLA merges the two places that ask for
+  them, and with a single tile the forward pass too).
   """
-  return len(axes.exits) * axes.dims[-1] * batch * (8.0 * batch + 6.0 * documents)
+  per_pair = 8.0 if batch > TILE_ROWS else 6.0
+  return len(axes.exits) * axes.dims[-1] * batch * (per_pair * batch + 6.0 * documents)
 
 
 def loop_flops(batch: int, documents: int, axes: Matryoshka) -> float:
