@@ -223,10 +223,7 @@ BELOW = {"optimizer.beta1": 1, "optimizer.beta2": 1, "data.max_dropped_share": 1
 OWN_RULE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "losses.false_negative_margin"}
 MAY_BE_ZERO = {
   "model.rank",
-  "losses.retrieval.negatives",
-  "losses.bitext.negatives",
-  "losses.clustering.negatives",
-  "losses.classification.negatives",
+  *(f"losses.{kind}.negatives" for kind in ("retrieval", "bitext", "clustering", "classification")),
   "losses.self_distillation",
   "losses.spread_out",
   "losses.int8",
@@ -259,7 +256,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
   Raises:
     ConfigError: unknown or missing field, wrong type, or a combination that is impossible on any
-      machine; what depends on the number of devices is checked by `mesh_shape`.
+      machine; what depends on the number of devices is checked by `sharding.mesh_shape`.
   """
   config = _dataclass(Config, values, "")
   _check_values(config)
@@ -400,47 +397,3 @@ def _check_data_and_length(config: Config) -> None:
     raise ConfigError("data.train: name at least one pattern of training files")
   if bool(train.steps) == bool(train.epochs):
     raise ConfigError("train.steps, train.epochs: set exactly one of the two, and the other to 0")
-
-
-def mesh_shape(config: Config, devices: int) -> dict[str, int]:
-  """Returns the size of each mesh axis on `devices` devices.
-
-  Raises:
-    ConfigError: the axes do not multiply to `devices`, or the batch or a weight cannot be split.
-  """
-  shape = dataclasses.asdict(config.mesh)
-  free = [axis for axis, size in shape.items() if size == -1]
-  if len(free) > 1 or any(size == 0 or size < -1 for size in shape.values()):
-    raise ConfigError(f"mesh: {shape} needs positive sizes and at most one -1")
-  taken = 1
-  for size in shape.values():
-    taken *= 1 if size == -1 else size
-  if free:
-    shape[free[0]] = devices // taken
-  if taken * (shape[free[0]] if free else 1) != devices:
-    raise ConfigError(
-      f"mesh: {shape} does not cover {devices} devices; the sizes must multiply to it"
-    )
-  _check_split(config, shape)
-  return shape
-
-
-def _check_split(config: Config, shape: Mapping[str, int]) -> None:
-  replicas = shape["data"] * shape["fsdp"]
-  for name, size in (
-    ("data.global_batch", config.data.global_batch),
-    ("data.micro_batch", config.data.micro_batch),
-    ("eval.batch_size", config.eval.batch_size),
-  ):
-    if size % replicas:
-      raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {replicas}")
-  for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor"), ("vocab", "tensor")):
-    _check_multiple(config.model, field, axis, shape)
-  for field in ("heads", "kv_heads"):
-    _check_multiple(config.model, field, "tensor", shape)
-
-
-def _check_multiple(model: ModelConfig, field: str, axis: str, shape: Mapping[str, int]) -> None:
-  size = getattr(model, field)
-  if size % shape[axis]:
-    raise ConfigError(f"model.{field}: {size} is not a multiple of mesh.{axis} = {shape[axis]}")

@@ -1,5 +1,6 @@
 """Device mesh, and where each parameter, optimiser moment and batch row lives on it."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax.config import Config, mesh_shape
+from mlembed_jax.config import Config, ConfigError, ModelConfig
 
 # Logical axis -> mesh axes; () leaves a dimension whole. fsdp splits every large weight once,
 # tensor splits heads and MLP.
@@ -36,6 +37,50 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
   return jax.make_mesh(
     tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 3, devices=devices
   )
+
+
+def mesh_shape(config: Config, devices: int) -> dict[str, int]:
+  """Returns the size of each mesh axis on `devices` devices.
+
+  Raises:
+    ConfigError: the axes do not multiply to `devices`, or the batch or a weight cannot be split.
+  """
+  shape = dataclasses.asdict(config.mesh)
+  free = [axis for axis, size in shape.items() if size == -1]
+  if len(free) > 1 or any(size == 0 or size < -1 for size in shape.values()):
+    raise ConfigError(f"mesh: {shape} needs positive sizes and at most one -1")
+  taken = 1
+  for size in shape.values():
+    taken *= 1 if size == -1 else size
+  if free:
+    shape[free[0]] = devices // taken
+  if taken * (shape[free[0]] if free else 1) != devices:
+    raise ConfigError(
+      f"mesh: {shape} does not cover {devices} devices; the sizes must multiply to it"
+    )
+  _check_split(config, shape)
+  return shape
+
+
+def _check_split(config: Config, shape: Mapping[str, int]) -> None:
+  replicas = shape["data"] * shape["fsdp"]
+  for name, size in (
+    ("data.global_batch", config.data.global_batch),
+    ("data.micro_batch", config.data.micro_batch),
+    ("eval.batch_size", config.eval.batch_size),
+  ):
+    if size % replicas:
+      raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {replicas}")
+  for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor"), ("vocab", "tensor")):
+    _check_multiple(config.model, field, axis, shape)
+  for field in ("heads", "kv_heads"):
+    _check_multiple(config.model, field, "tensor", shape)
+
+
+def _check_multiple(model: ModelConfig, field: str, axis: str, shape: Mapping[str, int]) -> None:
+  size = getattr(model, field)
+  if size % shape[axis]:
+    raise ConfigError(f"model.{field}: {size} is not a multiple of mesh.{axis} = {shape[axis]}")
 
 
 def logical_rules() -> list[tuple[str, tuple[str, ...] | None]]:

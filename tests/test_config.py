@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
-from mlembed_jax.config import ConfigError, flatten, from_mapping, load_module, mesh_shape
+from mlembed_jax.config import ConfigError, flatten, from_mapping, load_module
 from mlembed_jax.models.encoder import parameter_count
 from tests.material import CONFIGS, config_dict
 
@@ -160,36 +160,7 @@ def test_wrong_types_are_refused_by_name(group, field, value, message):
   assert message in str(error.value)
 
 
-def mesh(**sizes):
-  return from_mapping(config_dict(**{f"mesh.{axis}": size for axis, size in sizes.items()}))
-
-
-def test_mesh_takes_what_is_left():
-  assert mesh_shape(mesh(data=1, fsdp=-1, tensor=2), 8) == {"data": 1, "fsdp": 4, "tensor": 2}
-
-
-@pytest.mark.parametrize(
-  ("sizes", "message"),
-  [
-    ({"data": 3, "fsdp": 1, "tensor": 1}, "mesh: {'data': 3"),
-    ({"data": 3, "fsdp": -1, "tensor": 1}, "does not cover 8 devices"),
-    ({"data": -1, "fsdp": -1, "tensor": 1}, "at most one -1"),
-    ({"data": 1, "fsdp": 2, "tensor": 4}, "model.kv_heads: 2 is not a multiple of mesh.tensor = 4"),
-  ],
-)
-def test_impossible_meshes_are_refused(sizes, message):
-  with pytest.raises(ConfigError) as error:
-    mesh_shape(mesh(**sizes), 8)
-  assert message in str(error.value)
-
-
 def test_learned_temperatures_have_no_schedule():
   fields = {"losses.learn_temperature": True, "losses.bitext.final_temperature": 0.02}
   with pytest.raises(ConfigError, match=r"losses.bitext.final_temperature: learned temperatures"):
     from_mapping(config_dict(**fields))
-
-
-def test_a_batch_that_the_mesh_cannot_split_is_refused():
-  config = from_mapping(config_dict(**{"data.global_batch": 12, "data.micro_batch": 12}))
-  with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):
-    mesh_shape(config, 8)

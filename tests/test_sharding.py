@@ -6,9 +6,42 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mlembed_jax import optimizer, sharding, train_state
-from mlembed_jax.config import from_mapping
+from mlembed_jax.config import ConfigError, from_mapping
 from mlembed_jax.models.encoder import Encoder
 from tests.material import config_dict, random_batch
+
+
+def sized(**sizes):
+  return from_mapping(config_dict(**{f"mesh.{axis}": size for axis, size in sizes.items()}))
+
+
+def test_mesh_takes_what_is_left():
+  assert sharding.mesh_shape(sized(data=1, fsdp=-1, tensor=2), 8) == {
+    "data": 1,
+    "fsdp": 4,
+    "tensor": 2,
+  }
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"data": 3, "fsdp": 1, "tensor": 1}, "mesh: {'data': 3"),
+    ({"data": 3, "fsdp": -1, "tensor": 1}, "does not cover 8 devices"),
+    ({"data": -1, "fsdp": -1, "tensor": 1}, "at most one -1"),
+    ({"data": 1, "fsdp": 2, "tensor": 4}, "model.kv_heads: 2 is not a multiple of mesh.tensor = 4"),
+  ],
+)
+def test_impossible_meshes_are_refused(sizes, message):
+  with pytest.raises(ConfigError) as error:
+    sharding.mesh_shape(sized(**sizes), 8)
+  assert message in str(error.value)
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused():
+  config = from_mapping(config_dict(**{"data.global_batch": 12, "data.micro_batch": 12}))
+  with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):
+    sharding.mesh_shape(config, 8)
 
 
 @pytest.fixture(scope="module")
