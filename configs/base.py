@@ -6,7 +6,7 @@ departs from it.
 
 from ml_collections import ConfigDict
 
-from mlembed_jax.config import REFERENCE
+from mlembed_jax.config_fields import REFERENCE
 
 VARIANTS = {"": {}, "reference": REFERENCE}
 
@@ -84,7 +84,8 @@ def get_config(variant: str = "") -> ConfigDict:
       },
       "data": {
         "builder": "",  # quickstart: write manifest, text and tokenizer into WORKDIR/data first
-        "manifest": "",  # JSON: file -> task_type, instruction, query_has_instruction, negatives
+        "manifest": "",  # JSON: file -> task_type, instruction, query_has_instruction, negatives;
+        #                  and, where there are any, positives (per row) and teacher_vectors
         "train": ("train/*",),  # patterns over the manifest's files
         "heldout": (),  # patterns of held-out files, evaluated before and after; () for none
         "tokenizer": "",  # path of a tokenizer.json
@@ -94,7 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
         #                    nothing else (GradCache); 0: as many as the compiler says fit
         "lengths": (64, 128, 256, 512, 1024),  # a batch is padded to the first that holds it; the
         #                                        last one truncates
-        "max_dropped_share": 0.01,  # rows with null or empty text are dropped; above this: error
+        "max_dropped_share": 0.01,  # rows with null or empty fields are dropped; above this: error
       },
       # AdamW with decoupled weight decay on every parameter, gradients clipped by global norm.
       "optimizer": {

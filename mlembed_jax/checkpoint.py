@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mlembed_jax.config import ConfigError, ModelConfig, flatten
+from mlembed_jax.config import flatten
+from mlembed_jax.config_fields import ConfigError, ModelConfig
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import Run
 
-# Fields that may change between stop and resume, because no update depends on them.
+# Fields that may change between stop and resume: no update depends on them but for its rounding.
 FREE = (
   "mesh.",
   "eval.",
@@ -85,19 +86,27 @@ def check_same_run(stored: Run, current: Run, workdir: pathlib.Path) -> None:
     )
 
 
+def latest_step(workdir: pathlib.Path) -> int:
+  """Returns the newest saved step.
+
+  Raises:
+    ConfigError: the workdir holds no finished checkpoint.
+  """
+  if (workdir / "checkpoints").is_dir():
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+      if (step := manager.latest_step()) is not None:
+        return step
+  raise ConfigError(f"{workdir}: no finished checkpoint yet")
+
+
 def load_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
   """Returns the newest saved step and its parameters as numpy arrays; moments are not read.
 
   Raises:
     ConfigError: the workdir holds no finished checkpoint.
   """
-  if not (workdir / "checkpoints").is_dir():
-    raise ConfigError(f"{workdir}: no checkpoint yet")
-  handler = ocp.PyTreeCheckpointHandler()
+  step, handler = latest_step(workdir), ocp.PyTreeCheckpointHandler()
   with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handler) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise ConfigError(f"{workdir}: no finished checkpoint yet")
     shapes = {"params": parameter_shapes(model)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)

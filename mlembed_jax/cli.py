@@ -7,7 +7,8 @@ from typing import Any
 
 from absl import app, flags
 
-from mlembed_jax.config import Config, ConfigError, from_mapping
+from mlembed_jax.config import from_mapping
+from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.hf.files import ExportError
 from mlembed_jax.hf.load import LoadError

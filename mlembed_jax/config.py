@@ -1,7 +1,7 @@
 """Run configuration: ml_collections dictionaries become frozen dataclasses, checked before use.
 
-Values and the meaning of each field stand in configs/base.py; names and types stand here.
-This module knows no other module of the package.
+Values and the meaning of each field stand in configs/base.py, names and types in
+config_fields.py.
 """
 
 import dataclasses
@@ -14,197 +14,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-
-class ConfigError(ValueError):
-  """A configuration that cannot be meant; the message names the field."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Shape and numerics of one encoder."""
-
-  vocab: int
-  width: int
-  layers: int
-  ffn: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  rank: int
-  rope_theta: float
-  norm_eps: float
-  dtype: str
-  remat: str
-
-
-@dataclasses.dataclass(frozen=True)
-class MatryoshkaConfig:
-  """What is trained along each of the three axes; an empty tuple asks for the default set."""
-
-  dims: tuple[int, ...]
-  exits: tuple[int, ...]
-  ranks: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskConfig:
-  """What the contrastive terms do with one task type."""
-
-  temperature: float
-  final_temperature: float
-  negatives: int
-  inbatch: bool
-  symmetric: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredConfig:
-  """What the ranking term does with scored pairs."""
-
-  temperature: float
-  final_temperature: float
-
-
-@dataclasses.dataclass(frozen=True)
-class LossesConfig:
-  """The objective."""
-
-  retrieval: TaskConfig
-  bitext: TaskConfig
-  clustering: TaskConfig
-  classification: TaskConfig
-  scored_pairs: ScoredConfig
-  learn_temperature: bool
-  softmax: str
-  inbatch_negatives: bool
-  inbatch_passage_grad: bool
-  mask_duplicates: bool
-  false_negative_margin: float
-  false_negative_score: str
-  self_distillation: float
-  spread_out: float
-  int8: float
-  binary: float
-
-  def task(self, kind: str) -> TaskConfig | None:
-    """Returns the settings of a contrastive task type, None for scored pairs."""
-    settings = getattr(self, kind)
-    return settings if isinstance(settings, TaskConfig) else None
-
-  def contrastive_tasks(self) -> dict[str, TaskConfig]:
-    """Returns {task type: settings} without scored pairs."""
-    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return {name: value for name, value in values.items() if isinstance(value, TaskConfig)}
-
-
-@dataclasses.dataclass(frozen=True)
-class KdConfig:
-  """Learning from a teacher's states."""
-
-  teacher: str
-  exits: tuple[int, ...]
-  match: str
-  space: str
-  weight: float
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Where text comes from and how it becomes batches."""
-
-  builder: str
-  manifest: str
-  train: tuple[str, ...]
-  heldout: tuple[str, ...]
-  tokenizer: str
-  pooled_token: str
-  global_batch: int
-  micro_batch: int
-  lengths: tuple[int, ...]
-  max_dropped_share: float
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW and its schedule."""
-
-  learning_rate: float
-  min_learning_rate: float
-  schedule: str
-  warmup_steps: int
-  beta1: float
-  beta2: float
-  eps: float
-  weight_decay: float
-  clip_norm: float
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Devices along each mesh axis; -1 takes what the others leave."""
-
-  data: int
-  fsdp: int
-  tensor: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """Length of the run, seeds, logging and checkpoints."""
-
-  init_from: str
-  steps: int
-  epochs: float
-  seed: int
-  log_every: int
-  checkpoint_every: int
-  keep_checkpoints: int
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-  """Held-out evaluation before and after training."""
-
-  batch_size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportConfig:
-  """The Hugging Face folder written from a checkpoint."""
-
-  name: str
-  at_end: bool
-  dtype: str
-  max_seq_length: int
-  max_positions: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Everything one run depends on."""
-
-  model: ModelConfig
-  matryoshka: MatryoshkaConfig
-  losses: LossesConfig
-  kd: KdConfig
-  data: DataConfig
-  optimizer: OptimizerConfig
-  mesh: MeshConfig
-  train: TrainConfig
-  eval: EvalConfig
-  export: ExportConfig
-
-
-# Fields in which our default departs from the published recipe (ML-Embed, F2LLM-v2), with the
-# values of that recipe. On several devices its code passes no gradient to in-batch passages, and
-# it knows nothing of repeated texts.
-REFERENCE = {
-  "losses.bitext.symmetric": False,
-  "losses.inbatch_passage_grad": False,
-  "losses.mask_duplicates": False,
-  "kd.match": "index",
-  "data.pooled_token": "<|im_end|>",
-}
+from mlembed_jax.config_fields import (
+  LOWEST_TEMPERATURE,
+  NO_LIMIT,
+  STORED,
+  Config,
+  ConfigError,
+  ModelConfig,
+)
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "model.dtype": ("float32", "bfloat16"),
@@ -224,6 +41,7 @@ OWN_RULE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "losses.false_negative_marg
 MAY_BE_ZERO = {
   "model.rank",
   *(f"losses.{kind}.negatives" for kind in ("retrieval", "bitext", "clustering", "classification")),
+  "kd.weight",
   "losses.self_distillation",
   "losses.spread_out",
   "losses.int8",
@@ -263,6 +81,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   _check_model(config.model)
   _check_matryoshka(config)
   _check_losses(config)
+  _check_teacher(config)
   _check_data_and_length(config)
   return config
 
@@ -349,25 +168,46 @@ def _check_matryoshka(config: Config) -> None:
 
 def _check_losses(config: Config) -> None:
   losses = config.losses
-  if not -2.0 <= losses.false_negative_margin <= 2.0:
+  if not -NO_LIMIT <= losses.false_negative_margin <= NO_LIMIT:
     raise ConfigError(
       f"losses.false_negative_margin: {losses.false_negative_margin} is no difference of two "
-      "cosines; between -2 and 2, where 2 is no limit"
+      f"cosines; between -{NO_LIMIT} and {NO_LIMIT}, where {NO_LIMIT} is no limit"
     )
-  for kind, task in losses.contrastive_tasks().items():
+  tasks = losses.contrastive_tasks()
+  if losses.inbatch_negatives and not any(task.inbatch for task in tasks.values()):
+    raise ConfigError("losses.inbatch_negatives: no task type has inbatch, so nothing meets them")
+  for kind, task in tasks.items():
     if task.symmetric and not task.inbatch:
       raise ConfigError(f"losses.{kind}.symmetric: without inbatch there is no other direction")
-  for kind in (*losses.contrastive_tasks(), "scored_pairs"):
+  for kind in (*tasks, "scored_pairs"):
     settings = getattr(losses, kind)
     if losses.learn_temperature and settings.temperature != settings.final_temperature:
       raise ConfigError(
         f"losses.{kind}.final_temperature: learned temperatures have no schedule; set it to "
         f"losses.{kind}.temperature, or losses.learn_temperature to False"
       )
-  if losses.false_negative_score == "teacher" and not config.kd.teacher:
+    if losses.learn_temperature and settings.temperature < LOWEST_TEMPERATURE:
+      raise ConfigError(
+        f"losses.{kind}.temperature: {settings.temperature} is below {LOWEST_TEMPERATURE}, where "
+        "learned temperatures are stopped"
+      )
+
+
+def _check_teacher(config: Config) -> None:
+  losses, kd = config.losses, config.kd
+  if losses.false_negative_score == "teacher" and not kd.teacher:
     raise ConfigError("losses.false_negative_score: there is no teacher; name one in kd.teacher")
-  if list(config.kd.exits) != sorted(set(config.kd.exits)) or min(config.kd.exits, default=1) < 1:
-    raise ConfigError(f"kd.exits: {config.kd.exits} must be positive and ascending")
+  if losses.false_negative_score == "teacher" and losses.false_negative_margin == NO_LIMIT:
+    raise ConfigError(
+      f"losses.false_negative_score: with losses.false_negative_margin = {NO_LIMIT} (no limit) "
+      "there is nothing to judge"
+    )
+  if kd.teacher and not kd.weight and losses.false_negative_score != "teacher":
+    raise ConfigError("kd.weight: 0, and the teacher judges nothing; it would change nothing")
+  if list(kd.exits) != sorted(set(kd.exits)) or min(kd.exits, default=1) < 1:
+    raise ConfigError(f"kd.exits: {kd.exits} must be positive and ascending")
+  if kd.exits and kd.teacher in ("", STORED):
+    raise ConfigError("kd.exits: only a teacher that is a folder has exits")
 
 
 def _check_data_and_length(config: Config) -> None:

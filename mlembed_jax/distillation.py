@@ -95,7 +95,7 @@ def choice_of(full: Contrast) -> Choice:
   log_total = _log_total(full)[:, 0]
   choice = Choice(
     own=jnp.exp(full.own[..., 0] - log_total[:, None]),
-    stored=jnp.exp(full.stored[..., 0] - log_total[:, None]) * full.keep,
+    stored=jnp.where(full.keep, jnp.exp(full.stored[..., 0] - log_total[:, None]), 0.0),
     others=SoftTargets(full.views.query, full.met, log_total),
     entropy=log_total,
   )

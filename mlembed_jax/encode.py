@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from mlembed_jax.config import ModelConfig
+from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.batching import bucket, pad
 from mlembed_jax.models.encoder import Encoder
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mlembed_jax import regularizers, streaming
-from mlembed_jax.config import KdConfig, LossesConfig
+from mlembed_jax.config_fields import NO_LIMIT, KdConfig, LossesConfig
 from mlembed_jax.contrast import (
   Contrast,
   Keys,
@@ -32,8 +32,6 @@ from mlembed_jax.matryoshka import Matryoshka, truncate
 from mlembed_jax.similarity import own_logits
 from mlembed_jax.streaming import EMPTY
 
-NO_LIMIT = 2.0  # no two cosines are further apart
-
 Terms = dict[str, Float[Array, "M"]]
 
 
@@ -44,8 +42,9 @@ class Objective:
 
   loss: Float[Array, ""]
   terms: dict[str, Float[Array, "E"]]  # with their weights, summed over dims
-  negatives: Float[Array, ""]  # candidates beside the positive, mean over rows
-  empty_rows: Float[Array, ""]  # rows with nothing to tell their positive from
+  negatives: Float[Array, ""]  # texts that a row tells its positive from, mean over rows;
+  #                              of scored pairs: rows of another score
+  empty_rows: Float[Array, ""]  # rows without any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ class _Exit:
   kd: KdConfig
 
   def __call__(
-    self, states_BCD: Array, temperature: Array, known: _Known, exit: Array
+    self, states_BCD: Array, temperature: Array, known: _Known, index: Array
   ) -> tuple[Array, tuple[dict[str, Array], Array]]:
     """Returns (loss, (its terms, the number of each row's negatives))."""
     c = self.contrasted(states_BCD, self.axes.dims, temperature, known)
@@ -104,10 +103,11 @@ class _Exit:
     weights_M = jnp.array(self.axes.dim_weights)
     terms = {name: jnp.sum(term_M * weights_M) for name, term_M in by_dim.items()}
     if known.teacher is not None:
-      teacher = known.teacher[jnp.minimum(exit, len(known.teacher) - 1)]
+      teacher = known.teacher[jnp.minimum(index, len(known.teacher) - 1)]
       distance = from_teacher(states_BCD, teacher, self.task.positives, self.kd.space)
       terms["distillation"] = self.kd.weight * distance
-    return sum(terms.values(), jnp.zeros(())), (terms, c.count)
+    count = c.count if known.scores is None else partners(known.scores)
+    return sum(terms.values(), jnp.zeros(())), (terms, count)
 
   def contrasted(
     self, states_BCD: Array, dims: Sequence[int], temperature: Array, known: _Known
@@ -119,10 +119,10 @@ class _Exit:
   def main_terms(self, c: Contrast, known: _Known) -> Terms:
     if known.scores is not None:
       return {"scored": cosent(c.own[:, 0], known.scores)}
-    settings = self.config.task(self.task.kind)
-    if not settings or not known.keys:
+    if not known.keys:
       return {"hard": _cross_entropy(c.hard, c.own)}
-    return contrastive(c, known.keys[1] if settings.symmetric else None, self.config)
+    symmetric = getattr(self.config, self.task.kind).symmetric
+    return contrastive(c, known.keys[1] if symmetric else None, self.config)
 
   def spread_out(self, states_BCD: Array, known: _Known) -> Float[Array, "M"]:
     """Returns the mean over queries and first positives, each spread out among themselves."""
@@ -149,8 +149,8 @@ def objective(
   [B] for scored pairs.
   """
   each, temperature = _Exit(task, axes, config, kd), jnp.asarray(temperature, jnp.float32)
-  known = _known(states_EBCD, batch, task, config, teachers)
-  if config.self_distillation:
+  known = _known(states_EBCD, batch, task, config, kd, teachers)
+  if config.self_distillation and known.scores is None:
     full = states_EBCD if teachers.full is None else teachers.full
     c = each.contrasted(full[-1], axes.dims[-1:], temperature, known)
     known = dataclasses.replace(known, choice=choice_of(c))
@@ -165,6 +165,7 @@ def _known(
   batch: Mapping[str, Array],
   task: Task,
   config: LossesConfig,
+  kd: KdConfig,
   teachers: Teachers,
 ) -> _Known:
   ids_BC = text_ids(batch["hashes"], config.mask_duplicates)
@@ -172,7 +173,7 @@ def _known(
     ids=ids_BC,
     keys=_keys(states_EBCD, ids_BC, task, config, teachers),
     scores=None if config.task(task.kind) else batch["scores"],
-    teacher=teachers.exits,
+    teacher=teachers.exits if kd.weight else None,
   )
 
 
@@ -184,9 +185,9 @@ def _keys(
   used = ids_BC.shape[1] if config.inbatch_negatives else 1 + task.positives
   guide = None
   if config.false_negative_margin < NO_LIMIT:
-    judge = states_EBCD if config.false_negative_score == "own" else teachers.exits
-    # A file without stored teacher vectors is trained without a limit.
-    guide = None if judge is None else truncate(judge[-1], None)
+    own = states_EBCD if teachers.full is None else teachers.full
+    judge: Any = own if config.false_negative_score == "own" else teachers.exits
+    guide = truncate(judge[-1, ..., : states_EBCD.shape[-1]], None)
   return batch_keys(ids_BC, task.positives, used, guide, config.false_negative_margin)
 
 
@@ -248,6 +249,13 @@ def contrastive(c: Contrast, backward: Keys | None, config: LossesConfig) -> Ter
     back = jnp.mean(jax.nn.softplus(others.reshape(own.shape) - own), axis=(0, 1))
     terms["inbatch"] = (terms["inbatch"] + back) / 2
   return terms
+
+
+def partners(scores_B: Float[Array, "B"]) -> Float[Array, "B"]:
+  """Returns how many rows have another score than each row."""
+  ordered = jnp.sort(scores_B)
+  first, last = (jnp.searchsorted(ordered, scores_B, side=side) for side in ("left", "right"))
+  return (len(scores_B) - (last - first)).astype(jnp.float32)
 
 
 def cosent(logits_BM: Float[Array, "B M"], scores_B: Float[Array, "B"]) -> Float[Array, "M"]:

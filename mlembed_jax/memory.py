@@ -1,6 +1,7 @@
 """How many rows fit the devices at a time, by the compiler's own account of memory."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlembed_jax import optimizer, train_state, train_step
-from mlembed_jax.config import Config, ConfigError
+from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data.sources import Dataset
 from mlembed_jax.losses import Task
 from mlembed_jax.sharding import abstract_batch
@@ -76,27 +77,35 @@ def largest_micro_batch(
 
 
 def with_micro_batch(
-  config: Config, datasets: Sequence[Dataset], steps: int, mesh: Mesh, teacher: Teacher | None
+  config: Config,
+  chosen: int,
+  datasets: Sequence[Dataset],
+  steps: int,
+  mesh: Mesh,
+  teacher: Teacher | None,
 ) -> Config:
   """Returns the configuration with `data.micro_batch` chosen where it is 0.
 
-  The largest that fits the longest rows of the dataset with most texts per row.
+  The largest that fits the longest rows of the dataset with most texts per row (of several such,
+  the one with most beside them: other rows, both directions, a teacher's vectors). `chosen` is the
+  choice of the run that is continued, 0 for a new one; it stays unless the mesh cannot split it.
 
   Raises:
     ConfigError: not even one row per device fits.
   """
   if config.data.micro_batch:
     return config
-  widest = max(datasets, key=lambda d: texts_per_row(config, d))
+  available, candidates = device_bytes(), sizes(config.data.global_batch, _replicas(mesh))
+  if chosen in candidates:
+    return _sized(config, chosen)
+  widest = max(datasets, key=functools.partial(_demand, config))
   needed: dict[int, int | None] = {}
 
   def compiled_bytes(size: int) -> int | None:
     needed[size] = _step_bytes(_sized(config, size), widest, steps, mesh, teacher)
     return needed[size]
 
-  replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-  available = device_bytes()
-  chosen = largest_micro_batch(sizes(config.data.global_batch, replicas), compiled_bytes, available)
+  chosen = largest_micro_batch(candidates, compiled_bytes, available)
   print(
     f"data.micro_batch: {chosen} of {config.data.global_batch} rows at a time, which take "
     f"{(needed[chosen] or 0) / 2**30:.1f} of {available / 2**30:.1f} GiB per device",
@@ -107,6 +116,16 @@ def with_micro_batch(
 
 def _sized(config: Config, micro_batch: int) -> Config:
   return dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
+
+
+def _replicas(mesh: Mesh) -> int:
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _demand(config: Config, d: Dataset) -> tuple[int, bool, bool, int]:
+  task = config.losses.task(d.task_type)
+  width = d.vectors["query"].width if d.vectors else 0
+  return texts_per_row(config, d), bool(task and task.inbatch), bool(task and task.symmetric), width
 
 
 def texts_per_row(config: Config, d: Dataset) -> int:

@@ -18,8 +18,6 @@ from mlembed_jax.workdir import write_json, write_text
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
 AVERAGED = ("loss", "gradient_norm", "negatives")
-
-
 ROWS_SHOWN = 8  # of the batch that made the loss infinite
 
 
@@ -175,8 +173,9 @@ class Recorder:
     """Warns of the first such step; the others are counted in `empty_rows`."""
     if not self._warned:
       self._bar.write(
-        f"warning: step {batch.step + 1} ({batch.dataset}) taught nothing: every negative of every "
-        "row has the text of its query or positive. metrics.jsonl counts such rows as empty_rows",
+        f"warning: step {batch.step + 1} ({batch.dataset}) had nothing to compare: every negative "
+        "of every row has the text of its query or positive, or all scores are equal. "
+        "metrics.jsonl counts such rows as empty_rows",
         file=sys.stderr,
       )
     self._warned = True

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlembed_jax.config import OptimizerConfig
+from mlembed_jax.config_fields import OptimizerConfig
 
 Schedule = Callable[[Any], Any]
 

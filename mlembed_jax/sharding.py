@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax.config import Config, ConfigError, ModelConfig
+from mlembed_jax.config_fields import Config, ConfigError, ModelConfig
 
 # Logical axis -> mesh axes; () leaves a dimension whole. fsdp splits every large weight once,
 # tensor splits heads and MLP.

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+ABSENT = -1  # number of a text that only fills up a tile
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,7 @@ def tile_keep(a: Anchors, c: Candidates) -> Bool[Array, "a n"]:
   positives, and those of rows with the same anchor text; with guides, also those too similar.
   """
   keep = (a.row[:, None] != c.row[None]) & (a.text[:, None] != c.text[None])
+  keep &= (c.text != ABSENT)[None]
   for target in a.targets.T:
     keep &= target[:, None] != c.text[None]
   for anchor in c.anchors.T:

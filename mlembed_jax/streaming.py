@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from mlembed_jax.similarity import (
+  ABSENT,
   Anchors,
   Candidates,
   Texts,
@@ -47,20 +48,31 @@ class SoftTargets:
   log_total: Float[Array, "A"]  # log of the sum of its exponentials, the own positives included
 
 
-def _tile(rows: int, target: int) -> int:
-  """Returns the divisor of `rows` that is nearest to `target` as a ratio."""
-  divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-  return min(divisors, key=lambda n: abs(math.log(n / target)))
+def _tiles(rows: int, target: int) -> tuple[int, int]:
+  """Returns the number and the size of equal tiles of at most `target` rows that hold all rows."""
+  count = -(-rows // target)
+  return count, -(-rows // count)
 
 
 def _split(tree: Any, target: int) -> Any:
-  """Returns the arrays [N, ...] as [tiles, N / tiles, ...]."""
-  size = _tile(jax.tree.leaves(tree)[0].shape[0], target)
-  return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+  """Returns the arrays [N, ...] as [tiles, size, ...], the last tile filled up.
+
+  Filling rows are zeros, their integers ABSENT: as candidates they are nobody's negatives, as
+  anchors they are cut off again by `_join`.
+  """
+  rows = jax.tree.leaves(tree)[0].shape[0]
+  count, size = _tiles(rows, target)
+
+  def split(x: Array) -> Array:
+    padding = [(0, count * size - rows)] + [(0, 0)] * (x.ndim - 1)
+    fill = ABSENT if jnp.issubdtype(x.dtype, jnp.integer) else 0
+    return jnp.pad(x, padding, constant_values=fill).reshape(count, size, *x.shape[1:])
+
+  return jax.tree.map(split, tree)
 
 
-def _join(tree: Any) -> Any:
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+def _join(tree: Any, rows: int) -> Any:
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +111,7 @@ def _sweep(update: Callable[..., Any], start: Any, anchors: Any, candidates: Any
     return jax.lax.scan(tile, None, (state, rows))[1], None
 
   state, _ = jax.lax.scan(chunk, _split(start, TILE_ROWS), on.chunks(candidates))
-  return _join(state)
+  return _join(state, jax.tree.leaves(start)[0].shape[0])
 
 
 def _sweep_back(
@@ -126,12 +138,12 @@ def _sweep_back(
 
   like = jax.tree.map(lambda x: jnp.zeros(x.shape), (list(rows[0].blocks), rows[0].scale))
   d_a, d_c = jax.lax.scan(chunk, like, on.chunks(candidates))
-  return _cotangent(_join(d_a), anchors[0]), _cotangent(_join(d_c), candidates[0])
+  return _cotangent(d_a, anchors[0]), _cotangent(d_c, candidates[0])
 
 
 def _cotangent(d: tuple[list[Array], Array], like: Texts) -> Texts:
-  blocks = tuple(x.astype(y.dtype) for x, y in zip(d[0], like.blocks, strict=True))
-  return Texts(blocks, d[1])
+  blocks, scale = _join(d, len(like.scale))
+  return Texts(tuple(x.astype(y.dtype) for x, y in zip(blocks, like.blocks, strict=True)), scale)
 
 
 def _devices() -> _Devices:
@@ -169,7 +181,8 @@ def log_sum_exp(
   """Returns the log of the sum of exp(logit) over each anchor's negatives, and their number.
 
   Without any negative the first is EMPTY. Differentiable in the texts; exact, with the rounding of
-  float32 sums.
+  float32 sums. Where the texts are bfloat16, their gradient is summed in float32 from bfloat16
+  factors, as in any product of that type.
   """
   return _on_devices(_log_sum_exp, anchors, candidates, anchor_keys, candidate_keys)
 

@@ -11,18 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlembed_jax import checkpoint
-from mlembed_jax.config import Config, ConfigError, ModelConfig
+from mlembed_jax.config_fields import STORED, Config, ConfigError, ModelConfig
 from mlembed_jax.data.sources import Dataset
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.distillation import match_exits
-from mlembed_jax.hf.load import load_params, read_model
+from mlembed_jax.hf.export import OURS
+from mlembed_jax.hf.load import check_folder, load_params, read_model
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.sharding import shardings
 from mlembed_jax.train_step import TeacherShape
 from mlembed_jax.workdir import Run
-
-STORED = "stored"  # kd.teacher: vectors beside the data, read with each batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +31,25 @@ class Teacher:
   path: pathlib.Path
   shape: TeacherShape
   is_workdir: bool
+  version: str  # of the weights: another one is another run
 
   def abstract(self, mesh: Mesh) -> Any:
     """Returns the weights as shapes with shardings.
 
     They are held in the compute dtype, for they are never updated, and split like any others.
+
+    Raises:
+      ConfigError: the mesh cannot split them.
     """
     model = self.shape.model
+    try:
+      layout = shardings(abstract_params(model), mesh)
+    except ValueError as error:  # a size that the mesh cannot split
+      raise ConfigError(f"kd.teacher: {self.path}: {error}") from error
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s),
       parameter_shapes(model),
-      shardings(abstract_params(model), mesh),
+      layout,
     )
 
   def params(self, mesh: Mesh) -> Any:
@@ -63,8 +70,9 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   """Returns the online teacher of `kd.teacher`, None where there is none.
 
   Raises:
-    ConfigError: it is no encoder, narrower than the student, of another vocabulary, or its exits
-      do not fit.
+    ConfigError: it is no encoder, narrower than the student, of another vocabulary or pooled token,
+      or its exits do not fit.
+    LoadError: a folder that cannot be imported.
   """
   if config.kd.teacher in ("", STORED):
     return None
@@ -74,40 +82,81 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
       f"kd.teacher: {path} is no folder; give a workdir, an exported folder, or {STORED!r}"
     )
   is_workdir = (path / "run.json").is_file()
-  model, exits = _from_workdir(path) if is_workdir else _from_folder(path)
-  model = dataclasses.replace(model, dtype=config.model.dtype, remat="none")
+  found = _from_workdir(path) if is_workdir else _from_folder(path)
+  model = dataclasses.replace(found.model, dtype=config.model.dtype, remat="none")
   _check_width(config, model.width, config.kd.teacher)
-  _check_tokenizer(path, model, tokenizer)
-  return Teacher(path, TeacherShape(model, _matched(config, model, exits)), is_workdir)
+  _check_tokenizer(path, found, tokenizer)
+  if not is_workdir:
+    check_folder(path, model, tokenizer.size)
+  shape = TeacherShape(model, _matched(config, model, found.exits))
+  return Teacher(path, shape, is_workdir, found.version)
 
 
 def check_stored(config: Config, datasets: Sequence[Dataset]) -> None:
   """Raises ConfigError where the vectors beside the data cannot be the teacher of this run."""
-  stored = {d.name: d.vectors for d in datasets if d.vectors}
-  if not stored:
+  if not any(d.vectors for d in datasets):
     raise ConfigError(f"kd.teacher: {STORED!r}, but no training file has teacher_vectors")
-  for name, vectors in stored.items():
-    _check_width(config, vectors["query"].width, name)
-    judged = config.losses.false_negative_score == "teacher" and config.losses.inbatch_negatives
-    if judged and "negatives" not in vectors:
-      raise ConfigError(
-        f"losses.inbatch_negatives: the teacher judges them, but teacher_vectors of {name} has no "
-        "negatives; store them, or set losses.false_negative_score to 'own'"
-      )
+  for d in datasets:
+    _check_judged(config, d)
+    if not d.vectors:
+      print(f"{d.name}: no teacher_vectors; it is trained without a teacher", flush=True)
+      continue
+    _check_width(config, d.vectors["query"].width, d.name)
+    _check_norms(config, d)
 
 
-def _from_workdir(path: pathlib.Path) -> tuple[ModelConfig, tuple[int, ...]]:
-  config = Run.load(path).config
-  return config.model, plan(config.model, config.matryoshka).exits
+def _check_judged(config: Config, d: Dataset) -> None:
+  task, needed = config.losses.task(d.task_type), {"query", "passage"}
+  if config.losses.false_negative_score != "teacher" or not task or not task.inbatch:
+    return
+  if config.losses.inbatch_negatives and min(d.negatives, task.negatives):
+    needed.add("negatives")
+  if absent := sorted(needed - set(d.vectors or ())):
+    raise ConfigError(
+      f"losses.false_negative_score: the teacher judges the texts of {d.name}, whose "
+      f"teacher_vectors lack {', '.join(absent)}; store them, or set it to 'own'"
+    )
 
 
-def _from_folder(path: pathlib.Path) -> tuple[ModelConfig, tuple[int, ...]]:
-  model = read_model(path)
-  ours = path / "mlembed.json"
-  trained = (
-    json.loads(ours.read_text(encoding="utf-8"))["exits"]["trained"] if ours.is_file() else ()
-  )
-  return model, tuple(e for e in trained if e <= model.layers) or (model.layers,)
+def _check_norms(config: Config, d: Dataset) -> None:
+  """Final-norm states have coordinates of about 1; unit vectors would shrink the student's."""
+  assert d.vectors
+  norms = np.linalg.norm(d.vectors["query"].read(d.rows[:100], [0]), axis=-1)
+  if config.kd.space == "raw" and config.kd.weight and np.all(np.abs(norms - 1) < 0.01):
+    raise ConfigError(
+      f"kd.space: the teacher_vectors of {d.name} are unit vectors, not states; use 'unit'"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """What a teacher's folder says of it."""
+
+  model: ModelConfig
+  exits: tuple[int, ...]
+  pooled_token: str | None  # None: no embedding model
+  version: str
+
+
+def _from_workdir(path: pathlib.Path) -> _Found:
+  config, step = Run.load(path).config, checkpoint.latest_step(path)
+  exits = plan(config.model, config.matryoshka).exits
+  return _Found(config.model, exits, config.data.pooled_token, f"step {step}")
+
+
+def _from_folder(path: pathlib.Path) -> _Found:
+  model, version = read_model(path), _weights_version(path)
+  if not (path / OURS).is_file():
+    return _Found(model, (model.layers,), None, version)
+  ours = json.loads((path / OURS).read_text(encoding="utf-8"))
+  trained = tuple(e for e in ours["exits"]["trained"] if e <= model.layers)
+  return _Found(model, trained or (model.layers,), ours["pooling"]["token"], version)
+
+
+def _weights_version(path: pathlib.Path) -> str:
+  """Returns names and sizes of the weights: hashing gigabytes at each start would take minutes."""
+  files = sorted(path.glob("*.safetensors"))
+  return ", ".join(f"{file.name} {file.stat().st_size}" for file in files)
 
 
 def _check_width(config: Config, width: int, name: str) -> None:
@@ -118,20 +167,25 @@ def _check_width(config: Config, width: int, name: str) -> None:
     )
 
 
-def _check_tokenizer(path: pathlib.Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
-  """Both must give every text the same ids: what a tokenizer.json says of a vocabulary decides."""
+def _check_tokenizer(path: pathlib.Path, found: _Found, tokenizer: Tokenizer) -> None:
+  """The teacher reads the student's ids, and is pooled at the student's pooled token."""
   other = path / "tokenizer.json"
-  if (
-    other.is_file() and Tokenizer(other, tokenizer.pooled_token).vocabulary != tokenizer.vocabulary
-  ):
+  if not other.is_file():
+    raise ConfigError(f"kd.teacher: {path} has no tokenizer.json to compare with the student's")
+  if found.pooled_token not in (None, tokenizer.pooled_token):
+    raise ConfigError(
+      f"kd.teacher: {path} was trained with the pooled token {found.pooled_token}, the student has "
+      f"data.pooled_token = {tokenizer.pooled_token}; the two must be the same"
+    )
+  if Tokenizer(other, tokenizer.pooled_token).vocabulary != tokenizer.vocabulary:
     raise ConfigError(
       f"kd.teacher: {other} is another vocabulary than {tokenizer.path}; an online teacher reads "
       f"the student's token ids. Encode the data with it and set kd.teacher to {STORED!r}"
     )
-  if model.vocab < tokenizer.size:
+  if found.model.vocab < tokenizer.size:
     raise ConfigError(
-      f"kd.teacher: {path} has {model.vocab} token rows, fewer than the {tokenizer.size} tokens of "
-      f"{tokenizer.path}"
+      f"kd.teacher: {path} has {found.model.vocab} token rows, fewer than the {tokenizer.size} "
+      f"tokens of {tokenizer.path}"
     )
 
 

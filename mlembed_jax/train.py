@@ -6,10 +6,12 @@ run had never stopped. SIGTERM and Ctrl-C during training save a checkpoint firs
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +22,7 @@ from ml_collections import config_flags
 
 from mlembed_jax import cli, memory, metrics, optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints, check_same_run
-from mlembed_jax.config import Config, ConfigError
+from mlembed_jax.config_fields import STORED, Config, ConfigError
 from mlembed_jax.data import batching, loader, quickstart, sources
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import grid, tasks
@@ -29,7 +31,7 @@ from mlembed_jax.hf.load import check_folder, load_params
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.sharding import logical_rules, make_mesh, put_batch
-from mlembed_jax.teacher import STORED, Teacher, check_stored, open_teacher
+from mlembed_jax.teacher import Teacher, check_stored, open_teacher
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import (
   Run,
@@ -105,7 +107,8 @@ def describe(config: Config, inputs: Inputs) -> Run:
       f"model.vocab: {config.model.vocab} rows are fewer than the {inputs.tokenizer.size} tokens "
       f"of {inputs.tokenizer.path}"
     )
-  fingerprint = sources.fingerprint(inputs.datasets, inputs.tokenizer.fingerprint)
+  teacher = [inputs.teacher.version] if inputs.teacher else []
+  fingerprint = sources.fingerprint(inputs.datasets, inputs.tokenizer.fingerprint, *teacher)
   return Run(config, inputs.entries, fingerprint)
 
 
@@ -158,12 +161,20 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
       signal.signal(number, handler)
 
 
+def make_step(
+  config: Config, steps: int, mesh: Mesh, teacher: Teacher | None
+) -> Callable[..., Any]:
+  """Returns `step(state, batch, task=...)`; a teacher's weights are read here."""
+  step = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
+  return functools.partial(step, teacher_params=teacher.params(mesh) if teacher else None)
+
+
 def fit(
   config: Config,
+  step: Callable[..., Any],
   state: TrainState,
   batches: loader.Batches,
   mesh: Mesh,
-  teacher: Teacher | None,
   checkpoints: Checkpoints,
   recorder: metrics.Recorder,
 ) -> TrainState:
@@ -173,13 +184,11 @@ def fit(
 
   The device is never waited for: the numbers of a step are read while the next one runs.
   """
-  step = train_step.make(config, len(batches), mesh, teacher.shape if teacher else None)
-  teacher_params = teacher.params(mesh) if teacher else None
   pending, start = None, int(state.step)
   with StopSignals() as stop, jax.transfer_guard("disallow"):
     for batch in loader.iterate(batches, start):
       task = Task(batch.task_type, batch.positives)
-      state, values = step(state, put_batch(batch.arrays(), mesh), teacher_params, task=task)
+      state, values = step(state, put_batch(batch.arrays(), mesh), task=task)
       if pending:
         recorder.record(*pending)
       pending = batch, values
@@ -255,7 +264,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     raise ConfigError("this version trains on one host; start it on a single process")
   mesh = make_mesh(config)
   inputs = load_inputs(config, workdir)
-  run, batches = describe(config, inputs), make_batches(config, inputs)
+  run, batches, chosen = describe(config, inputs), make_batches(config, inputs), 0
   if config.optimizer.warmup_steps > len(batches):
     raise ConfigError(
       f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is longer than the run, "
@@ -263,20 +272,25 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     )
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
   if checkpoints.latest() is not None:
-    check_same_run(Run.load(workdir), run, workdir)
+    stored = Run.load(workdir)
+    check_same_run(stored, run, workdir)
+    chosen = stored.config.data.micro_batch  # other memory now shall not change the rounding
   else:  # scores of a run that was stopped before its first checkpoint
     shutil.rmtree(workdir / "eval", ignore_errors=True)
   if config.export.at_end:
     check_target(export_path(config, workdir))
-  run.save(workdir)
   copy_file(inputs.tokenizer.path, workdir / "tokenizer.json")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    config = memory.with_micro_batch(config, inputs.datasets, len(batches), mesh, inputs.teacher)
+    config = memory.with_micro_batch(
+      config, chosen, inputs.datasets, len(batches), mesh, inputs.teacher
+    )
+    dataclasses.replace(run, config=config).save(workdir)
+    step = make_step(config, len(batches), mesh, inputs.teacher)
     state = initial_state(config, len(batches), mesh, checkpoints)
     if int(state.step) == 0:
       evaluate(config, state, inputs, mesh, workdir)
     with metrics.Recorder(workdir, int(state.step), len(batches), config.train.log_every) as rec:
-      state = fit(config, state, batches, mesh, inputs.teacher, checkpoints, rec)
+      state = fit(config, step, state, batches, mesh, checkpoints, rec)
     checkpoints.close()
     evaluate(config, state, inputs, mesh, workdir)
   report(config, inputs, state, workdir)

@@ -1,6 +1,7 @@
 """Everything a run must keep to go on exactly: step, parameters, optimiser moments."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mlembed_jax.config import Config
+from mlembed_jax.config_fields import Config
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.sharding import shardings
 
@@ -46,7 +47,11 @@ def initial_log_temperature(config: Config) -> dict[str, jax.Array]:
   if not config.losses.learn_temperature:
     return {}
   kinds = (*config.losses.contrastive_tasks(), "scored_pairs")
-  return {kind: jnp.log(getattr(config.losses, kind).temperature) for kind in kinds}
+  # float32 by name: weakly typed ones would change type with the first update, and recompile.
+  return {
+    kind: jnp.asarray(math.log(getattr(config.losses, kind).temperature), jnp.float32)
+    for kind in kinds
+  }
 
 
 def abstract(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

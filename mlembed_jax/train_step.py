@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mlembed_jax import gradcache, losses, optimizer, train_state
-from mlembed_jax.config import Config, LossesConfig, ModelConfig
+from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, LossesConfig, ModelConfig
 from mlembed_jax.losses import Task, Teachers
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.models.encoder import Encoder
@@ -22,7 +23,6 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 RANK_STREAM = 0x52414E4B  # separates the draw of ranks from every other use of the seed
-LOWEST_TEMPERATURE = 0.01  # of learned ones, as in CLIP: below it training becomes unstable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,14 @@ def temperature_at(
 ) -> Any:
   """Returns the temperature of a task type after a share of the run (0 to 1)."""
   if config.learn_temperature:
-    return jnp.maximum(jnp.exp(log_temperature[kind]), LOWEST_TEMPERATURE)
+    return jnp.exp(log_temperature[kind])
   settings = getattr(config, kind)
   return settings.temperature + progress * (settings.final_temperature - settings.temperature)
+
+
+def at_least_lowest(log_temperature: dict[str, Any]) -> dict[str, Any]:
+  """Returns learned temperatures clipped after an update, as in CLIP: from there they can rise."""
+  return jax.tree.map(lambda x: jnp.maximum(x, math.log(LOWEST_TEMPERATURE)), log_temperature)
 
 
 def encode(
@@ -89,7 +94,8 @@ def value_and_grad(
     exits = full = None
     if teacher:
       exits = encode(teacher.model, teacher.exits, teacher_params, rows)[..., : config.model.width]
-    if config.losses.self_distillation and len(axes.ranks) > 1:
+    # At full rank the states of the batch are the full model's already.
+    if config.losses.self_distillation and config.losses.task(task.kind) and len(axes.ranks) > 1:
       full = encode(config.model, axes.exits[-1:], params, rows)
     return jax.lax.stop_gradient(Teachers(exits, full))
 
@@ -116,7 +122,7 @@ def value_and_grad(
     params,
     log_temperature,
     {name: batch[name] for name in ("tokens", "lengths")},
-    batch["tokens"].shape[0] // min(config.data.micro_batch, batch["tokens"].shape[0]),
+    batch["tokens"].shape[0] // config.data.micro_batch,
   )
   return result, grads
 
@@ -153,6 +159,7 @@ def make(
     grads = train_state.trained(*grads)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)
+    trained |= {"log_temperature": at_least_lowest(trained["log_temperature"])}
     metrics = {
       "loss": result.loss,
       **{f"{name}_loss": jnp.mean(term) for name, term in result.terms.items()},

@@ -17,7 +17,8 @@ import pathlib
 import shutil
 from typing import Any
 
-from mlembed_jax.config import Config, ConfigError, from_mapping
+from mlembed_jax.config import from_mapping
+from mlembed_jax.config_fields import Config, ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from mlembed_jax.config import Config, from_mapping  # noqa: E402
+from mlembed_jax.config import from_mapping  # noqa: E402
+from mlembed_jax.config_fields import Config  # noqa: E402
 from tests import material  # noqa: E402
 
 

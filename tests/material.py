@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 
-from mlembed_jax.config import ModelConfig, load_module
+from mlembed_jax.config import load_module
+from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data import loader, sources
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.models.encoder import Encoder
@@ -198,12 +199,10 @@ def write_vectors(
   dtype: Any = np.float32,
   seed: int = 0,
 ) -> dict[str, str]:
-  """Writes random unit vectors to NAME.KEY.npy; returns a manifest's `teacher_vectors`."""
+  """Writes random vectors to NAME.KEY.npy; returns a manifest's `teacher_vectors`."""
   generator = np.random.default_rng(seed)
   for key, shape in shapes.items():
-    vectors = generator.normal(size=shape)
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    np.save(folder / f"{name}.{key}.npy", vectors.astype(dtype))
+    np.save(folder / f"{name}.{key}.npy", generator.normal(size=shape).astype(dtype))
   return {key: f"{name}.{key}.npy" for key in shapes}
 
 

@@ -179,8 +179,8 @@ def self_distillation(states, full, hashes, dims, **options):
   """
   o, weights = Options(**options), dim_weights(dims)
   x = torch.tensor(np.asarray(states, np.float64), requires_grad=True)
-  keep = find_keep(hashes, unit(x[-1].detach()), o)
   full = torch.tensor(np.asarray(full, np.float64))
+  keep = find_keep(hashes, unit(full), o)
   target = torch.log_softmax(choice_logits(full, keep, o), dim=1)
 
   def divergence(student_BCD):

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
-from mlembed_jax.config import ConfigError, flatten, from_mapping, load_module
+from mlembed_jax.config import flatten, from_mapping, load_module
+from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.models.encoder import parameter_count
 from tests.material import CONFIGS, config_dict
 
@@ -102,7 +103,7 @@ BAD = [
   ("losses.int8", -0.1, "losses.int8: must not be negative"),
   ("kd.exits", (4, 2), "kd.exits: (4, 2) must be positive and ascending"),
   ("kd.match", "depth", "kd.match: 'depth' is not one of"),
-  ("kd.weight", 0.0, "kd.weight: must be positive"),
+  ("kd.exits", (1, 2), "kd.exits: only a teacher that is a folder has exits"),
   ("data.micro_batch", 5, "data.micro_batch: 16 rows (data.global_batch) are no multiple of 5"),
   ("data.builder", "quickstart", "data.builder: it writes its own data.manifest"),
   ("data.manifest", "", "data.manifest: give a path"),
@@ -124,6 +125,28 @@ def test_impossible_values_are_refused_by_name(field, value, message):
   with pytest.raises(ConfigError) as error:
     from_mapping(config)
   assert message in str(error.value)
+
+
+JUDGE = {"kd.teacher": "stored", "losses.false_negative_score": "teacher"}
+NO_INBATCH = {f"losses.{kind}.inbatch": False for kind in ("retrieval", "bitext")}
+NO_INBATCH |= {"losses.bitext.symmetric": False}
+COLD = {"losses.scored_pairs.temperature": 0.005, "losses.scored_pairs.final_temperature": 0.005}
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (JUDGE, "losses.false_negative_score: with losses.false_negative_margin = 2.0"),
+    ({"kd.teacher": "stored", "kd.weight": 0}, "kd.weight: 0, and the teacher judges nothing"),
+    (NO_INBATCH | {"losses.inbatch_negatives": True}, "losses.inbatch_negatives: no task type"),
+    (COLD | {"losses.learn_temperature": True}, "losses.scored_pairs.temperature: 0.005 is below"),
+  ],
+)
+def test_settings_that_would_change_nothing_are_refused(fields, message):
+  with pytest.raises(ConfigError) as error:
+    from_mapping(config_dict(**fields))
+  assert message in str(error.value)
+  from_mapping(config_dict(**COLD))  # fixed temperatures may be lower
 
 
 def test_unknown_field_is_refused_with_a_suggestion():

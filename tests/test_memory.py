@@ -3,7 +3,8 @@
 import pytest
 
 from mlembed_jax import memory
-from mlembed_jax.config import ConfigError, from_mapping
+from mlembed_jax.config import from_mapping
+from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.data import sources
 from mlembed_jax.sharding import make_mesh
 from tests.material import config_dict, entry
@@ -50,13 +51,22 @@ def test_a_real_step_is_compiled_for_the_choice(config_and_files, monkeypatch, c
     small, whole = (memory._step_bytes(c, files[0], 20, mesh, None) for c in sized.values())
     assert small < whole
     monkeypatch.setattr(memory, "device_bytes", lambda: small)
-    assert memory.with_micro_batch(config, files, 20, mesh, None).data.micro_batch == 16
+    assert memory.with_micro_batch(config, 0, files, 20, mesh, None).data.micro_batch == 16
     monkeypatch.setattr(memory, "device_bytes", lambda: whole)
-    assert memory.with_micro_batch(config, files, 20, mesh, None).data.micro_batch == 64
+    assert memory.with_micro_batch(config, 0, files, 20, mesh, None).data.micro_batch == 64
   assert "data.micro_batch: 16 of 64 rows at a time" in capsys.readouterr().out
+
+
+def test_the_choice_of_a_continued_run_stays(config_and_files, monkeypatch):
+  config, files = config_and_files
+  mesh = make_mesh(config)
+  monkeypatch.setattr(memory, "_step_bytes", lambda *_: 10)  # everything fits
+  for before, chosen in ((16, 16), (12, 64)):  # 12 rows do not split over 8 devices
+    found = memory.with_micro_batch(config, before, files, 20, mesh, None)
+    assert found.data.micro_batch == chosen
 
 
 def test_a_given_micro_batch_is_kept(config_and_files):
   config, files = config_and_files
   kept = memory._sized(config, 32)
-  assert memory.with_micro_batch(kept, files, 20, None, None) is kept
+  assert memory.with_micro_batch(kept, 16, files, 20, None, None) is kept

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlembed_jax import optimizer
-from mlembed_jax.config import OptimizerConfig
+from mlembed_jax.config_fields import OptimizerConfig
 
 CONFIG = OptimizerConfig(
   learning_rate=1e-5,

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mlembed_jax import optimizer, sharding, train_state
-from mlembed_jax.config import ConfigError, from_mapping
+from mlembed_jax.config import from_mapping
+from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.models.encoder import Encoder
 from tests.material import config_dict, random_batch
 
@@ -72,7 +73,7 @@ def test_state_is_created_where_it_lives(tiny, mesh):
   assert state.params["layers"]["mlp"]["gate"].sharding.spec == P(None, "fsdp", "tensor")
   assert state.params["table"].sharding.spec == P("tensor", "fsdp")
   moments = state.opt_state[1][0]
-  for tree in (moments.mu, moments.nu):
+  for tree in (moments.mu["params"], moments.nu["params"]):
     assert jax.tree.map(lambda x: x.sharding, tree) == jax.tree.map(
       lambda x: x.sharding, state.params
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,16 +10,26 @@ import pytest
 
 from mlembed_jax import optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints
-from mlembed_jax.config import ConfigError, from_mapping
+from mlembed_jax.config import from_mapping
+from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.data import sources
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.load import LoadError
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.sharding import make_mesh, put_batch
 from mlembed_jax.teacher import check_stored, open_teacher
 from mlembed_jax.workdir import Run, copy_file
-from tests.material import config_dict, entry, scored, train_tokenizer, write_parquet, write_vectors
+from tests.material import (
+  config_dict,
+  entry,
+  pairs,
+  scored,
+  train_tokenizer,
+  write_parquet,
+  write_vectors,
+)
 from tests.test_train_step import batch_of, on_mesh
 
 WIDE = {"model.layers": 4, "model.width": 64, "matryoshka.dims": (64,)}
@@ -152,11 +163,18 @@ def test_a_folder_that_is_no_encoder_is_refused(tmp_path, tokenizer):
     open_teacher(student(tmp_path), tokenizer)
 
 
+def reopened(folder):
+  """Returns the arguments that load what `stored` wrote."""
+  vectors = {key: f"pairs.{key}.npy" for key in ("query", "passage")}
+  described = entry("scored_pairs", 0, "") | {"teacher_vectors": vectors}
+  options = {"max_dropped_share": 0.0, "vectors": True}
+  return {"folder": folder, "name": "pairs.parquet", "entry": described, **options}
+
+
 def stored(folder, width):
   write_parquet(folder / "pairs.parquet", scored(16))
-  vectors = write_vectors(folder, "pairs", {"query": (16, width), "passage": (16, width)})
-  described = entry("scored_pairs", 0, "") | {"teacher_vectors": vectors}
-  return sources.load(folder, "pairs.parquet", described, 0.0, vectors=True)
+  write_vectors(folder, "pairs", {"query": (16, width), "passage": (16, width)})
+  return sources.load(**reopened(folder))
 
 
 def test_stored_vectors_must_be_there_and_wide_enough(tmp_path):
@@ -168,7 +186,82 @@ def test_stored_vectors_must_be_there_and_wide_enough(tmp_path):
     check_stored(config, [dataclasses.replace(stored(tmp_path, 48), vectors=None)])
 
 
-def test_a_teacher_that_judges_all_negatives_must_know_them(tmp_path):
-  fields = {"losses.false_negative_score": "teacher", "losses.inbatch_negatives": True}
-  with pytest.raises(ConfigError, match=r"teacher_vectors of pairs.parquet has no negatives"):
-    check_stored(student("stored", **fields), [stored(tmp_path, 48)])
+def test_unit_vectors_are_no_states(tmp_path):
+  stored(tmp_path, 48)
+  path = tmp_path / "pairs.query.npy"
+  vectors = np.load(path)
+  np.save(path, vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+  found = sources.load(**reopened(tmp_path))
+  with pytest.raises(ConfigError, match=r"kd.space: the teacher_vectors of pairs.parquet are unit"):
+    check_stored(student("stored"), [found])
+  check_stored(student("stored", **{"kd.space": "unit"}), [found])
+
+
+JUDGE = {"losses.false_negative_score": "teacher", "losses.false_negative_margin": 0.1}
+
+
+@pytest.mark.parametrize(
+  ("keys", "fields", "lacking"),
+  [
+    (("query", "passage"), {}, None),
+    (("query",), {}, "passage"),
+    ((), {}, "passage, query"),
+    (("query", "passage"), {"losses.inbatch_negatives": True}, "negatives"),
+    (("query", "passage", "negatives"), {"losses.inbatch_negatives": True}, None),
+  ],
+)
+def test_a_teacher_that_judges_must_know_the_texts(tmp_path, capsys, keys, fields, lacking):
+  write_parquet(tmp_path / "a.parquet", pairs(16, 2))
+  write_parquet(tmp_path / "b.parquet", pairs(16, 2))
+  shapes = {"query": (16, 48), "passage": (16, 48), "negatives": (16, 2, 48)}
+  names = write_vectors(tmp_path, "a", shapes)
+  described = entry("retrieval", 2, "")
+  all_of_it = described | {"teacher_vectors": names}
+  some = described | ({"teacher_vectors": {key: names[key] for key in keys}} if keys else {})
+  files = [
+    sources.load(tmp_path, "b.parquet", all_of_it, 0.0, vectors=True),
+    sources.load(tmp_path, "a.parquet", some, 0.0, vectors=True),
+  ]
+  judge, bystander = student("stored", **JUDGE, **fields), student("stored", **fields)
+  if lacking:
+    with pytest.raises(ConfigError, match=f"of a.parquet, whose teacher_vectors lack {lacking};"):
+      check_stored(judge, files)
+  else:
+    check_stored(judge, files)
+  check_stored(bystander, files)
+  assert ("a.parquet: no teacher_vectors" in capsys.readouterr().out) == (not keys)
+
+
+def test_a_teacher_must_be_pooled_at_the_same_token(workdir, exported, tokenizer):
+  other = Tokenizer(tokenizer.path, "<|im_end|>")
+  for folder in (workdir, exported):
+    with pytest.raises(ConfigError, match=r"pooled token <\|endoftext\|>, the student has"):
+      open_teacher(student(folder), other)
+
+
+def test_a_teacher_without_a_tokenizer_or_a_checkpoint_is_refused(workdir, tmp_path, tokenizer):
+  for name, message in (
+    ("tokenizer.json", "has no tokenizer.json"),
+    ("checkpoints", "no finished"),
+  ):
+    folder = tmp_path / name
+    shutil.copytree(workdir, folder, ignore=shutil.ignore_patterns(name))
+    with pytest.raises(ConfigError, match=message):
+      open_teacher(student(folder), tokenizer)
+
+
+def test_a_folder_that_cannot_be_imported_is_refused_at_once(exported, tmp_path, tokenizer):
+  folder = tmp_path / "cut"
+  shutil.copytree(exported, folder)
+  weights = folder / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-100])
+  with pytest.raises(LoadError, match=r"model.safetensors"):
+    open_teacher(student(folder), tokenizer)
+
+
+def test_a_teacher_that_the_mesh_cannot_split_is_refused(workdir, tokenizer):
+  teacher = open_teacher(student(workdir), tokenizer)
+  odd = dataclasses.replace(teacher.shape.model, width=66)
+  teacher = dataclasses.replace(teacher, shape=dataclasses.replace(teacher.shape, model=odd))
+  with pytest.raises(ConfigError, match=r"kd.teacher: .*66 is not a multiple of mesh axes"):
+    teacher.abstract(make_mesh(student(workdir)))

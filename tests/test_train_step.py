@@ -102,6 +102,26 @@ def test_compiles_once_per_shape(tiny, trainer):
   assert int(state.step) == 9
 
 
+def test_learned_temperatures_compile_once_and_leave_the_lowest_again():
+  start = {f"losses.retrieval.{name}": 0.02 for name in ("temperature", "final_temperature")}
+  config = from_mapping(config_dict(**start, **{"losses.learn_temperature": True}))
+  # A rate that crosses the whole range with a few updates.
+  fast = dataclasses.replace(config.optimizer, learning_rate=0.3, warmup_steps=0)
+  config, mesh = dataclasses.replace(config, optimizer=fast), make_mesh(config)
+  equal, random = batch_of(), batch_of()
+  for name in ("tokens", "lengths"):
+    equal[name][:, 1] = equal[name][:, 0]  # a positive with a cosine of 1: lower is better
+  with on_mesh(mesh):
+    step, state = train_step.make(config, 20, mesh), new_state(config, mesh)
+    seen = []
+    for batch in [equal] * 5 + [random] * 12:  # Adam's momentum lasts for some steps
+      state, metrics = step(state, put_batch(batch, mesh), None, task=RETRIEVAL)
+      seen.append(float(metrics["temperature"]))
+  assert step._cache_size() == 1
+  assert min(seen) == pytest.approx(0.01, rel=1e-5)
+  assert seen[-1] > 0.011
+
+
 def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
   mesh, step = trainer
   state, losses = new_state(tiny, mesh), []
@@ -204,6 +224,18 @@ def tiny_program(task=RETRIEVAL):
 
 
 KINDS = ("bitext", "clustering", "classification", "scored_pairs")
+NEGATIVES = {f"losses.{kind}.negatives" for kind in KINDS[:3]}  # drawn with the batch
+# Per task type: another value of each of its settings.
+OWN = {
+  ("bitext", "inbatch"): False,
+  ("bitext", "symmetric"): True,
+  ("clustering", "inbatch"): True,
+  ("clustering", "symmetric"): True,
+  ("classification", "inbatch"): True,
+  ("classification", "symmetric"): True,
+  **{(kind, "temperature"): 0.1 for kind in KINDS},
+  **{(kind, "final_temperature"): 0.1 for kind in KINDS},
+}
 # Fields of these groups that act outside the program of a step.
 ELSEWHERE = {
   *("losses.retrieval.negatives", "train.init_from", "train.steps", "train.epochs"),
@@ -215,8 +247,9 @@ ELSEWHERE = {
 def test_no_setting_is_forgotten():
   groups = ("losses.", "kd.", "data.micro_batch", "matryoshka.", "optimizer.", "train.")
   fields = {name for name in flatten(from_mapping(config_dict())) if name.startswith(groups)}
-  other_kinds = {name for name in fields if name.split(".")[1] in KINDS}  # as retrieval, below
+  other_kinds = {name for name in fields if name.split(".")[1] in KINDS}
   assert fields - other_kinds == {*OTHER, *BESIDE, *ELSEWHERE}
+  assert other_kinds == {f"losses.{kind}.{field}" for kind, field in OWN} | NEGATIVES
 
 
 @pytest.mark.parametrize("field", OTHER)
@@ -235,11 +268,17 @@ def test_settings_beside_others_change_the_program(field):
   assert before != after
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_task_type_reads_its_own_settings(kind):
-  own, other = f"losses.{kind}.temperature", "losses.retrieval.temperature"
-  assert program(from_mapping(config_dict(**{own: 0.1})), Task(kind)) != tiny_program(Task(kind))
-  assert program(from_mapping(config_dict(**{other: 0.1})), Task(kind)) == tiny_program(Task(kind))
+@pytest.mark.parametrize(("kind", "field"), OWN)
+def test_a_task_type_reads_its_own_settings(kind, field):
+  base = {f"losses.{k}.inbatch": True for k in KINDS[:3]} if field == "symmetric" else {}
+  base |= {"losses.bitext.symmetric": False}
+
+  def found(kind, **changes):
+    return program(from_mapping(config_dict(**base | changes)), Task(kind))
+
+  change = {f"losses.{kind}.{field}": OWN[kind, field]}
+  assert found(kind, **change) != found(kind)
+  assert found("retrieval", **change) == found("retrieval")
 
 
 def test_the_program_is_the_same_for_the_same_settings():

@@ -49,19 +49,8 @@ class VectorFile:
   def read(
     self, rows: Int64[np.ndarray, "B"], texts: Sequence[int] | np.ndarray
   ) -> Float32[np.ndarray, "B k D"]:
-    """Returns the vectors of the chosen texts of each row.
-
-    Raises:
-      DataError: a number is NaN or infinite.
-    """
-    found = self.vectors[rows[:, None], np.asarray(texts, np.int64)].astype(np.float32)
-    finite = np.isfinite(found).all(axis=(1, 2))
-    if not finite.all():
-      raise DataError(
-        f"{self.path}: row {rows[~finite][0]} holds NaN or infinity (float16 ends at 65504); "
-        "write finite vectors"
-      )
-    return found
+    """Returns the vectors of the chosen texts of each row."""
+    return self.vectors[rows[:, None], np.asarray(texts, np.int64)].astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +92,7 @@ class Dataset:
   def read_vectors(
     self, rows: Sequence[int] | np.ndarray, negatives: Sequence[int] | np.ndarray
   ) -> Float32[np.ndarray, "B C D"] | None:
-    """Returns a teacher's vectors of the same texts: query, documents as far as they are stored.
-
-    Raises:
-      DataError: a number is NaN or infinite.
-    """
+    """Returns a teacher's vectors of the same texts: query, documents as far as they are stored."""
     if self.vectors is None:
       return None
     texts = {"query": [0], "passage": range(self.positives), "negatives": negatives}
@@ -237,7 +222,7 @@ def load(
     table=table.select(columns).filter(usable).combine_chunks(),
     rows=rows,
     scores=None if scores is None else scores[rows],
-    vectors=_open_vectors(folder, name, entry, table.num_rows) if opened else None,
+    vectors=_open_vectors(folder, name, entry, table.num_rows, rows) if opened else None,
     dropped=dropped,
     sha256=_sha256(path),
   )
@@ -256,9 +241,10 @@ def _scores(path: pathlib.Path, column: pa.ChunkedArray) -> Float32[np.ndarray, 
 
 
 def _open_vectors(
-  folder: pathlib.Path, name: str, entry: dict[str, Any], rows: int
+  folder: pathlib.Path, name: str, entry: dict[str, Any], rows: int, usable: np.ndarray
 ) -> dict[str, VectorFile]:
-  """Returns the teacher's files by key; raises DataError where one does not fit the entry."""
+  """Returns the teacher's files by key; raises DataError where one does not fit the entry, or a
+  usable row is not finite."""
   files, positives = entry["teacher_vectors"], entry.get("positives", 1)
   shapes = {
     "query": (rows,),
@@ -269,7 +255,18 @@ def _open_vectors(
   for key in (key for key in VECTORS if key in files):
     width = opened["query"].width if opened else None
     opened[key] = _open_vector_file(folder / files[key], name, shapes[key], width)
+    _check_finite(opened[key], usable)
   return opened
+
+
+def _check_finite(file: VectorFile, rows: np.ndarray) -> None:
+  for part in np.array_split(rows, -(-rows.size // 4096) or 1):  # so little of it is in memory
+    finite = np.isfinite(file.vectors[part]).all(axis=(1, 2))
+    if not finite.all():
+      raise DataError(
+        f"{file.path}: row {part[~finite][0]} holds NaN or infinity (float16 ends at 65504); "
+        "write finite vectors"
+      )
 
 
 def _open_vector_file(

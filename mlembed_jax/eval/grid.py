@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from mlembed_jax.config import Config
+from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.encode import encode
 from mlembed_jax.eval.tasks import Task

@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlembed_jax.config import REFERENCE, flatten
+from mlembed_jax.config import flatten
+from mlembed_jax.config_fields import REFERENCE, LossesConfig
 from mlembed_jax.hf.files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
 
@@ -186,15 +187,24 @@ def _training(variant: Variant) -> str:
     ("switches that differ from the reference", "; ".join(changed) or "nothing"),
     ("steps", variant.step),
     *((field, flat[field]) for field in fields),
-    *((field, flat[field]) for field in _temperatures(variant)),
+    *_temperatures(variant),
     ("fingerprint of the data order", f"`{variant.run.fingerprint}`"),
   )
   return _table(("", ""), facts)
 
 
-def _temperatures(variant: Variant) -> list[str]:
+def _temperatures(variant: Variant) -> list[tuple[str, str]]:
+  losses = variant.run.config.losses
   kinds = sorted({entry["task_type"] for entry in variant.run.datasets.values()})
-  return [f"losses.{kind}.temperature" for kind in kinds]
+  return [(f"losses.{kind}.temperature", _temperature(losses, kind)) for kind in kinds]
+
+
+def _temperature(losses: LossesConfig, kind: str) -> str:
+  settings = getattr(losses, kind)
+  first, last = settings.temperature, settings.final_temperature
+  if losses.learn_temperature:
+    return f"learned, from {first}"
+  return str(first) if first == last else f"{first} to {last}"
 
 
 def _data(variant: Variant) -> str:

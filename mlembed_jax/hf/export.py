@@ -22,7 +22,8 @@ import numpy as np
 import safetensors.numpy
 
 from mlembed_jax import __version__, matryoshka
-from mlembed_jax.config import Config, flatten
+from mlembed_jax.config import flatten
+from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import INSTRUCTION, Tokenizer
 from mlembed_jax.encode import encode
 from mlembed_jax.hf import files, names

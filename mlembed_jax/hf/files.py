@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mlembed_jax.config import REFERENCE, Config, ModelConfig, flatten
+from mlembed_jax.config import flatten
+from mlembed_jax.config_fields import REFERENCE, Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
 from mlembed_jax.hf import names
 from mlembed_jax.matryoshka import Matryoshka, plan

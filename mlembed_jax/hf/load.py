@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensor
 import numpy as np
 import safetensors
 
-from mlembed_jax.config import ModelConfig
+from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.hf import names
 from mlembed_jax.matryoshka import factorize
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlembed_jax.config import ModelConfig
+from mlembed_jax.config_fields import ModelConfig
 
 # Field of ModelConfig -> key of config.json. rope_theta has two spellings there.
 CONFIG_KEYS = {

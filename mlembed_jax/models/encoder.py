@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlembed_jax.config import ModelConfig
+from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.models.attention import attention, rotary
 from mlembed_jax.models.pooling import last_token, right_padded
 

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlembed_jax import sharding
-from mlembed_jax.config import Config, from_mapping, load_module
+from mlembed_jax.config import from_mapping, load_module
+from mlembed_jax.config_fields import Config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 

@@ -24,7 +24,7 @@ import optax
 from jaxtyping import Array, Bool, Float, UInt32
 
 from mlembed_jax import losses
-from mlembed_jax.config import Config
+from mlembed_jax.config_fields import Config
 from mlembed_jax.losses import Task, Teachers
 from mlembed_jax.matryoshka import Matryoshka, default_dims, default_exits, dim_weights
 from mlembed_jax.streaming import TILE_ROWS

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax import memory, optimizer, train_state, train_step
-from mlembed_jax.config import Config
+from mlembed_jax.config_fields import Config
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Matryoshka, default_dims, dim_weights
 from mlembed_jax.sharding import abstract_batch, batch_sharding, make_mesh

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax import memory, optimizer, train_state, train_step
-from mlembed_jax.config import Config, ModelConfig
+from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.sharding import batch_sharding, make_mesh, put_batch

@@ -195,17 +195,19 @@ def test_a_file_that_is_no_npy_is_refused(tmp_path, load):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_vector_that_is_not_finite_is_refused_with_its_row(data, tmp_path, load, key, value):
   dataset = load(SHAPES, dtype=np.float16)
-  path = tmp_path / f"a.{key}.npy"
+  files = {name: f"a.{name}.npy" for name in SHAPES}
+  path = tmp_path / files[key]
   stored = np.load(path)
   stored[list(UNUSABLE)] = np.nan  # never read
   np.save(path, stored)
-  batches = make_batches(data, [dataset])
-  row = batches[0].rows.max()  # no position in the batch
+  described = entry("retrieval", 4, "Find.") | {"teacher_vectors": files}
+  reopen = lambda: sources.load(tmp_path, "a.parquet", described, 0.1, vectors=True)  # noqa: E731
+  reopen()
+  row = dataset.rows[-1]  # no position among the usable rows
   stored[row, ..., -1] = value
   np.save(path, stored)
-  message = rf"a\.{key}\.npy: row {row} holds NaN or infinity"
-  with pytest.raises(DataError, match=message):
-    make_batches(data, [dataset])[0]
+  with pytest.raises(DataError, match=rf"a\.{key}\.npy: row {row} holds NaN or infinity"):
+    reopen()
 
 
 def test_teachers_of_two_widths_are_refused(data, load):

@@ -13,7 +13,8 @@ import transformers
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from mlembed_jax.config import Config, from_mapping
+from mlembed_jax.config import from_mapping
+from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.encode import encode
 from mlembed_jax.hf import card, export, files

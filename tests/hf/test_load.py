@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from mlembed_jax.config import Config, ModelConfig
+from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import names
 from mlembed_jax.hf.export import export_folder

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from mlembed_jax.config import Config
+from mlembed_jax.config_fields import Config
 from mlembed_jax.hf import names
 from mlembed_jax.models.encoder import abstract_params
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlembed_jax.config import ModelConfig
+from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.attention import attention, rotary
 from mlembed_jax.models.encoder import Encoder, RMSNorm, abstract_params
