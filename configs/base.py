@@ -60,14 +60,15 @@ def get_config(variant: str = "") -> ConfigDict:
         "learn_temperature": False,  # True: one per task type, from `temperature` on
         "softmax": "separate",  # hard and in-batch negatives: two cross-entropies | joint: one
         "inbatch_negatives": False,  # True: stored negatives of other rows are candidates too
-        "inbatch_passage_grad": True,  # False: the in-batch term teaches queries only
+        "inbatch_passage_grad": True,  # False: passages of other rows are constants
         "mask_duplicates": True,  # identical texts are never each other's negatives
         # A candidate of another row is no negative if its cosine with the query is this much above
-        # the positive's, by the score of the full model itself (own) or the teacher's; 2: no limit.
+        # the positive's, by the deepest exit at the rank of the step (own), at full rank beside
+        # self_distillation, or by as many dims of the teacher; 2: no limit.
         "false_negative_margin": 2.0,
         "false_negative_score": "own",
         # Weights of further terms; 0: off.
-        "self_distillation": 0.0,  # KL of each exit and dim to the full model's choice
+        "self_distillation": 0.0,  # KL to the full model's choice; not for scored pairs
         "spread_out": 0.0,  # pairs of texts as orthogonal as on an even sphere (GOR)
         "int8": 0.0,  # the contrastive terms over vectors rounded to int8
         "binary": 0.0,  # ... and to one bit per coordinate
@@ -80,7 +81,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "exits": (),  # layer counts at which the teacher is an encoder; (): as its folder says
         "match": "depth_fraction",  # | index: by position from the deepest exit
         "space": "raw",  # mean squared error of states | unit: squared distance of unit vectors
-        "weight": 1.0,
+        "weight": 1.0,  # 0: the teacher only judges, for losses.false_negative_score
       },
       "data": {
         "builder": "",  # quickstart: write manifest, text and tokenizer into WORKDIR/data first
@@ -91,8 +92,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "tokenizer": "",  # path of a tokenizer.json
         "pooled_token": "<|endoftext|>",  # ends every text; its state is the embedding
         "global_batch": 512,  # rows per step over all devices, all from one dataset
-        "micro_batch": 0,  # rows encoded at a time over all devices, which changes memory and
-        #                    nothing else (GradCache); 0: as many as the compiler says fit
+        "micro_batch": 0,  # rows encoded at a time over all devices (GradCache): memory against
+        #                    a second forward pass; 0: as many as the compiler says fit
         "lengths": (64, 128, 256, 512, 1024),  # a batch is padded to the first that holds it; the
         #                                        last one truncates
         "max_dropped_share": 0.01,  # rows with null or empty fields are dropped; above this: error

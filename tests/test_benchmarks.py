@@ -1,0 +1,37 @@
+"""The benchmarks still run, at toy sizes: their numbers mean nothing here."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.material import CONFIGS
+
+TINY = ("--config", "tests/tiny_config.py:none")
+FLAGS = {
+  "head": ("--cases", "8x1", "--width", "16", "--layers", "2", "--repeats", "1"),
+  "step": (*TINY, "--batch", "8", "--tokens", "32", "--repeats", "1"),
+  "table": ("--vocab", "64", "--rank", "8", "--widths", "16", "--tokens", "32", "--repeats", "1"),
+  "memory": (
+    *(*TINY, "--devices", "2", "--batches", "8", "--micro-batch", "4", "--negatives", "1"),
+    *("--tokens", "32", "--head-rows", "64", "--head-width", "16", "--head-exits", "2"),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_benchmark_prints_its_tables(name):
+  result = subprocess.run(
+    [sys.executable, "-m", f"tests.benchmarks.{name}", *FLAGS[name]],
+    cwd=CONFIGS.parent,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line[:1] == "|"]
+  headers = [i for i, row in enumerate(rows) if set(row) == {"---"}]
+  assert len(headers) == (2 if name == "memory" else 1)
+  assert all(len(row) == len(rows[i]) for i in headers for row in rows[i : i + 2])
