@@ -103,7 +103,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "learning_rate": 1e-5,
         "min_learning_rate": 1e-7,  # a clamp from below after the first update
         "schedule": "cosine",  # to zero over the run | constant after warm-up
-        "warmup_steps": 100,
+        "warmup_steps": 100,  # the first update has rate 0 in any case
         "beta1": 0.9,
         "beta2": 0.98,
         "eps": 1e-8,

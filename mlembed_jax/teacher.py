@@ -82,6 +82,11 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
       f"kd.teacher: {path} is no folder; give a workdir, an exported folder, or {STORED!r}"
     )
   is_workdir = (path / "run.json").is_file()
+  if not is_workdir and not (path / "config.json").is_file():
+    raise ConfigError(
+      f"kd.teacher: {path} is neither a workdir (no run.json) nor an exported folder "
+      "(no config.json)"
+    )
   found = _from_workdir(path) if is_workdir else _from_folder(path)
   model = dataclasses.replace(found.model, dtype=config.model.dtype, remat="none")
   _check_width(config, model.width, config.kd.teacher)

@@ -156,6 +156,12 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
     self.received = number
     self.__exit__()  # a second one ends the program at once
 
+  def leave_if_received(self, saved: str) -> None:
+    """Ends the program with status 128 + signal after a stop signal."""
+    if self.received:
+      print(f"stopped by signal {self.received}; {saved}, the same command goes on", flush=True)
+      sys.exit(128 + self.received)
+
   def __exit__(self, *_: Any) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
@@ -177,6 +183,7 @@ def fit(
   mesh: Mesh,
   checkpoints: Checkpoints,
   recorder: metrics.Recorder,
+  stop: StopSignals,
 ) -> TrainState:
   """Returns the state after the last step.
 
@@ -185,7 +192,7 @@ def fit(
   The device is never waited for: the numbers of a step are read while the next one runs.
   """
   pending, start = None, int(state.step)
-  with StopSignals() as stop, jax.transfer_guard("disallow"):
+  with jax.transfer_guard("disallow"):
     for batch in loader.iterate(batches, start):
       task = Task(batch.task_type, batch.positives)
       state, values = step(state, put_batch(batch.arrays(), mesh), task=task)
@@ -199,8 +206,7 @@ def fit(
         checkpoints.save(done, state)
       if stopping:
         checkpoints.close()
-        print(f"stopped by signal {stopping}; step {done} is saved, the same command goes on")
-        sys.exit(128 + stopping)
+        stop.leave_if_received(f"step {done} is saved")
   return state
 
 
@@ -253,6 +259,23 @@ def usage(folder: pathlib.Path) -> str:
   )
 
 
+def chosen_before(run: Run, workdir: pathlib.Path, checkpoints: Checkpoints) -> int:
+  """Returns the micro-batch of the run that the workdir holds, 0 for a new run.
+
+  Another size would fit other memory as well, but round in another way.
+
+  Raises:
+    ConfigError: the workdir holds a checkpoint of another run.
+  """
+  if checkpoints.latest() is None:
+    # Scores of a run that was stopped before its first checkpoint.
+    shutil.rmtree(workdir / "eval", ignore_errors=True)
+    return 0
+  stored = Run.load(workdir)
+  check_same_run(stored, run, workdir)
+  return stored.config.data.micro_batch
+
+
 def train(config: Config, workdir: pathlib.Path) -> None:
   """Runs or continues one training run, with evaluation before and after, and the export.
 
@@ -264,33 +287,29 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     raise ConfigError("this version trains on one host; start it on a single process")
   mesh = make_mesh(config)
   inputs = load_inputs(config, workdir)
-  run, batches, chosen = describe(config, inputs), make_batches(config, inputs), 0
-  if config.optimizer.warmup_steps > len(batches):
+  run, batches = describe(config, inputs), make_batches(config, inputs)
+  steps = len(batches)
+  if config.optimizer.warmup_steps > steps:
     raise ConfigError(
       f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is longer than the run, "
-      f"{len(batches)} steps"
+      f"{steps} steps"
     )
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-  if checkpoints.latest() is not None:
-    stored = Run.load(workdir)
-    check_same_run(stored, run, workdir)
-    chosen = stored.config.data.micro_batch  # other memory now shall not change the rounding
-  else:  # scores of a run that was stopped before its first checkpoint
-    shutil.rmtree(workdir / "eval", ignore_errors=True)
+  chosen = chosen_before(run, workdir, checkpoints)
   if config.export.at_end:
     check_target(export_path(config, workdir))
   copy_file(inputs.tokenizer.path, workdir / "tokenizer.json")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    config = memory.with_micro_batch(
-      config, chosen, inputs.datasets, len(batches), mesh, inputs.teacher
-    )
-    dataclasses.replace(run, config=config).save(workdir)
-    step = make_step(config, len(batches), mesh, inputs.teacher)
-    state = initial_state(config, len(batches), mesh, checkpoints)
-    if int(state.step) == 0:
-      evaluate(config, state, inputs, mesh, workdir)
-    with metrics.Recorder(workdir, int(state.step), len(batches), config.train.log_every) as rec:
-      state = fit(config, step, state, batches, mesh, checkpoints, rec)
+    with StopSignals() as stop:
+      config = memory.with_micro_batch(config, chosen, inputs.datasets, steps, mesh, inputs.teacher)
+      dataclasses.replace(run, config=config).save(workdir)
+      step = make_step(config, steps, mesh, inputs.teacher)
+      state = initial_state(config, steps, mesh, checkpoints)
+      if int(state.step) == 0:
+        evaluate(config, state, inputs, mesh, workdir)
+      stop.leave_if_received("no step is lost")
+      with metrics.Recorder(workdir, int(state.step), steps, config.train.log_every) as recorder:
+        state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop)
     checkpoints.close()
     evaluate(config, state, inputs, mesh, workdir)
   report(config, inputs, state, workdir)

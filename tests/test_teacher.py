@@ -250,6 +250,11 @@ def test_a_teacher_without_a_tokenizer_or_a_checkpoint_is_refused(workdir, tmp_p
       open_teacher(student(folder), tokenizer)
 
 
+def test_a_folder_of_something_else_is_no_teacher(workdir, tokenizer):
+  with pytest.raises(ConfigError, match=r"checkpoints is neither a workdir \(no run.json\) nor an"):
+    open_teacher(student(workdir / "checkpoints"), tokenizer)
+
+
 def test_a_folder_that_cannot_be_imported_is_refused_at_once(exported, tmp_path, tokenizer):
   folder = tmp_path / "cut"
   shutil.copytree(exported, folder)

@@ -40,9 +40,8 @@ def run(*args, **overrides):
 
 
 def start(*args, **overrides):
-  return subprocess.Popen(
-    command(*args, **overrides), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
-  )
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+  return subprocess.Popen(command(*args, **overrides), cwd=ROOT, env=ENVIRONMENT, **pipes)
 
 
 def lines(workdir):
@@ -115,6 +114,18 @@ def test_a_run_that_was_killed_goes_on_exactly(data, ninety, tmp_path, sent, sta
   assert run(data, tmp_path, **LONG).returncode == 0
   assert [line["step"] for line in lines(tmp_path)] == list(range(1, 91))
   assert_same_state(ninety, tmp_path, 90)
+
+
+def test_a_signal_before_the_first_step_ends_without_a_traceback(data, tmp_path):
+  process = start(data, tmp_path, **LONG, **{"data.micro_batch": 0})
+  while not (tmp_path / "tokenizer.json").exists():  # written right before the analysis of memory
+    assert process.poll() is None
+    time.sleep(0.02)
+  time.sleep(0.5)
+  process.send_signal(signal.SIGINT)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 130
+  assert output.endswith("stopped by signal 2; no step is lost, the same command goes on\n")
 
 
 def test_metrics_lines_are_complete(twenty):

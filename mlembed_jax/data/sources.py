@@ -6,6 +6,7 @@ vectors of the texts may lie beside it as .npy files.
 """
 
 import dataclasses
+import difflib
 import fnmatch
 import functools
 import hashlib
@@ -155,6 +156,10 @@ def check_entry(manifest: pathlib.Path, name: str, entry: Any) -> dict[str, Any]
 
 
 def _type_problems(entry: dict[str, Any]) -> Iterator[str]:
+  known = REQUIRED | OPTIONAL
+  for field in entry.keys() - known:  # others are notes of their own, such as a licence
+    if close := difflib.get_close_matches(field, known, n=1, cutoff=0.8):
+      yield f"{field}: unknown field; did you mean {close[0]}?"
   for field, kind in (REQUIRED | OPTIONAL).items():
     if (field in entry or field in REQUIRED) and type(entry.get(field)) is not kind:
       found = repr(entry[field]) if field in entry else "nothing"
@@ -244,7 +249,7 @@ def _open_vectors(
   folder: pathlib.Path, name: str, entry: dict[str, Any], rows: int, usable: np.ndarray
 ) -> dict[str, VectorFile]:
   """Returns the teacher's files by key; raises DataError where one does not fit the entry, or a
-  usable row is not finite."""
+  usable row is not finite or zero."""
   files, positives = entry["teacher_vectors"], entry.get("positives", 1)
   shapes = {
     "query": (rows,),
@@ -255,18 +260,22 @@ def _open_vectors(
   for key in (key for key in VECTORS if key in files):
     width = opened["query"].width if opened else None
     opened[key] = _open_vector_file(folder / files[key], name, shapes[key], width)
-    _check_finite(opened[key], usable)
+    _check_usable(opened[key], usable)
   return opened
 
 
-def _check_finite(file: VectorFile, rows: np.ndarray) -> None:
+def _check_usable(file: VectorFile, rows: np.ndarray) -> None:
   for part in np.array_split(rows, -(-rows.size // 4096) or 1):  # so little of it is in memory
-    finite = np.isfinite(file.vectors[part]).all(axis=(1, 2))
+    vectors = np.asarray(file.vectors[part])
+    finite = np.all(np.isfinite(vectors), axis=(1, 2))
+    zero = np.any(np.all(vectors == 0, axis=2), axis=1)
     if not finite.all():
       raise DataError(
         f"{file.path}: row {part[~finite][0]} holds NaN or infinity (float16 ends at 65504); "
         "write finite vectors"
       )
+    if zero.any():
+      raise DataError(f"{file.path}: row {part[zero][0]} holds a vector of zeros; write real ones")
 
 
 def _open_vector_file(
@@ -274,10 +283,14 @@ def _open_vector_file(
 ) -> VectorFile:
   """Returns the file; raises DataError unless it has this shape and, last, this width (or any)."""
   array = _open_npy(path)
-  if array.shape[:-1] != shape or width not in (None, array.shape[-1]):
+  if array.shape[:-1] != shape:
     raise DataError(
-      f"{path}: expected [{', '.join(map(str, (*shape, width or 'D')))}], found "
-      f"{list(array.shape)}; write a vector for every row of {name}, unusable ones too, in order"
+      f"{path}: expected [{', '.join(map(str, (*shape, 'D')))}], found {list(array.shape)}; "
+      f"write the vectors of every row of {name}, unusable ones too, in order"
+    )
+  if width not in (None, array.shape[-1]):
+    raise DataError(
+      f"{path}: its vectors are {array.shape[-1]} numbers wide, but those of the queries {width}"
     )
   return VectorFile(path, array if array.ndim == 3 else array[:, None], _sha256(path))
 

@@ -124,6 +124,7 @@ def test_a_pattern_without_a_file_is_refused(manifest):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"postives": 2}, "postives: unknown field; did you mean positives?"),
     ({"task_type": "sts"}, "task_type: 'sts' is unknown; known: retrieval, bitext"),
     ({"negatives": -1}, "negatives: must not be negative"),
     ({"negatives": "4"}, "negatives: expected int, found '4'"),

@@ -132,7 +132,7 @@ def test_each_file_counts_in_the_fingerprint(tmp_path, load):
   for key in SHAPES:
     path = tmp_path / f"a.{key}.npy"
     values = np.load(path)
-    values[-1] = 0
+    values[-1] = 1
     np.save(path, values)
     paths = {key: f"a.{key}.npy" for key in SHAPES}
     described = entry("retrieval", 4, "Find.") | {"teacher_vectors": paths}
@@ -150,21 +150,22 @@ def test_each_file_counts_in_the_fingerprint(tmp_path, load):
     ("query", (47, 8), 1, "a.query.npy: expected [50, D], found [47, 8]"),
     ("query", (50,), 1, "a.query.npy: expected [50, D], found [50]"),
     ("query", (50, 1, 8), 1, "a.query.npy: expected [50, D], found [50, 1, 8]"),
-    ("passage", (51, 8), 1, "a.passage.npy: expected [50, 8], found [51, 8]"),
-    ("passage", (50, 9), 1, "a.passage.npy: expected [50, 8], found [50, 9]"),
-    ("passage", (50, 3, 8), 1, "a.passage.npy: expected [50, 8], found [50, 3, 8]"),
-    ("passage", (50, 8), 3, "a.passage.npy: expected [50, 3, 8], found [50, 8]"),
-    ("passage", (50, 2, 8), 3, "a.passage.npy: expected [50, 3, 8], found [50, 2, 8]"),
-    ("negatives", (50, 8), 1, "a.negatives.npy: expected [50, 4, 8], found [50, 8]"),
-    ("negatives", (50, 3, 8), 1, "a.negatives.npy: expected [50, 4, 8], found [50, 3, 8]"),
-    ("negatives", (50, 4, 4), 1, "a.negatives.npy: expected [50, 4, 8], found [50, 4, 4]"),
+    ("passage", (51, 8), 1, "a.passage.npy: expected [50, D], found [51, 8]"),
+    ("passage", (50, 9), 1, "a.passage.npy: its vectors are 9 numbers wide, but"),
+    ("passage", (50, 3, 8), 1, "a.passage.npy: expected [50, D], found [50, 3, 8]"),
+    ("passage", (50, 8), 3, "a.passage.npy: expected [50, 3, D], found [50, 8]"),
+    ("passage", (50, 2, 8), 3, "a.passage.npy: expected [50, 3, D], found [50, 2, 8]"),
+    ("negatives", (50, 8), 1, "a.negatives.npy: expected [50, 4, D], found [50, 8]"),
+    ("negatives", (50, 3, 8), 1, "a.negatives.npy: expected [50, 4, D], found [50, 3, 8]"),
+    ("negatives", (50, 4, 4), 1, "a.negatives.npy: its vectors are 4 numbers wide, but"),
   ],
 )
 def test_a_shape_that_does_not_fit_is_refused(load, key, shape, positives, message):
   fitting = {"passage": (ROWS, positives, WIDTH)} if positives > 1 else {}
   with pytest.raises(DataError, match=re.escape(message)) as error:
     load(SHAPES | fitting | {key: shape}, positives=positives)
-  assert "for every row of a.parquet, unusable ones too" in str(error.value)
+  advice = "write the vectors of every row of a.parquet, unusable ones too, in order"
+  assert (advice in str(error.value)) == ("expected" in message)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int8, ">f4"])
@@ -192,8 +193,11 @@ def test_a_file_that_is_no_npy_is_refused(tmp_path, load):
 
 
 @pytest.mark.parametrize("key", SHAPES)
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_vector_that_is_not_finite_is_refused_with_its_row(data, tmp_path, load, key, value):
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [(np.nan, "holds NaN or inf"), (np.inf, "holds NaN or inf"), (0, "holds a vector of zeros")],
+)
+def test_a_useless_vector_is_refused_with_its_row(tmp_path, load, key, value, message):
   dataset = load(SHAPES, dtype=np.float16)
   files = {name: f"a.{name}.npy" for name in SHAPES}
   path = tmp_path / files[key]
@@ -204,9 +208,9 @@ def test_a_vector_that_is_not_finite_is_refused_with_its_row(data, tmp_path, loa
   reopen = lambda: sources.load(tmp_path, "a.parquet", described, 0.1, vectors=True)  # noqa: E731
   reopen()
   row = dataset.rows[-1]  # no position among the usable rows
-  stored[row, ..., -1] = value
+  stored[row] *= value
   np.save(path, stored)
-  with pytest.raises(DataError, match=rf"a\.{key}\.npy: row {row} holds NaN or infinity"):
+  with pytest.raises(DataError, match=rf"a\.{key}\.npy: row {row} {message}"):
     reopen()
 
 
