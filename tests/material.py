@@ -19,6 +19,11 @@ from mlembed_jax.data import loader, sources
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.models.encoder import Encoder
 
+# Compiles an objective in 0.4 instead of 1.7 s, and a whole step twice as fast. jax 0.12 no longer
+# knows the second option.
+FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 12):
+  FAST_COMPILE |= {"xla_cpu_use_fusion_emitters": False}
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 WORDS = {

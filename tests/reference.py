@@ -15,14 +15,11 @@ import torch
 from mlembed_jax import losses
 from mlembed_jax.config import from_mapping
 from mlembed_jax.matryoshka import Matryoshka, dim_weights
-from tests.material import config_dict
+from tests.material import FAST_COMPILE, config_dict
 
 NEVER = -torch.inf
 # On 2 cores its threads and those of XLA wait for each other: 6 s instead of 0.2 s at width 2560.
 torch.set_num_threads(1)
-# Compiles an objective in 0.4 instead of 1.7 s. The second option is of this version of XLA's CPU
-# compiler; drop it where it is unknown.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mlembed_jax.losses import Task
 from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.sharding import make_mesh, put_batch, shardings
 from mlembed_jax.train_step import TeacherShape
-from tests.material import config_dict, random_params
+from tests.material import FAST_COMPILE, config_dict, random_params
 from tests.test_train_step import batch_of, on_mesh
 
 TEACHER = dataclasses.replace(
@@ -51,7 +51,11 @@ def value_and_grad(config, task, mesh):
     logs = jax.tree.map(jnp.asarray, train_state.initial_log_temperature(config))
     rank = np.int32(16) if config.model.rank else None
     teacher_params = random_params(TEACHER, 3) if online else None
-    return jax.device_get(jax.jit(run)(params, logs, put_batch(arrays, mesh), rank, teacher_params))
+    return jax.device_get(
+      jax.jit(run, compiler_options=FAST_COMPILE)(
+        params, logs, put_batch(arrays, mesh), rank, teacher_params
+      )
+    )
 
 
 def assert_equal(found, expected):

@@ -16,8 +16,7 @@ from mlembed_jax.matryoshka import Matryoshka, dim_weights
 from mlembed_jax.sharding import RULES, logical_rules, make_mesh
 from mlembed_jax.similarity import Anchors, Candidates
 from mlembed_jax.streaming import SoftTargets
-from tests.material import config_dict
-from tests.reference import FAST_COMPILE
+from tests.material import FAST_COMPILE, config_dict
 
 DIMS = (8, 16, 48)
 # A logit of L is rounded three times by 0.6e-7 * L, and its exponential is wrong by as much.

@@ -17,10 +17,14 @@ import pytest
 from mlembed_jax.checkpoint import load_params
 from mlembed_jax.metrics import Writer
 from mlembed_jax.workdir import Run
-from tests.material import pairs, write_parquet
+from tests.material import FAST_COMPILE, pairs, write_parquet
 
 ROOT = pathlib.Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {
+  "JAX_PLATFORMS": "cpu",
+  "PYTHONPATH": str(ROOT),
+  "XLA_FLAGS": " ".join(f"--{name}={value}".lower() for name, value in FAST_COMPILE.items()),
+}
 
 
 def command(data, workdir, **overrides):

@@ -16,7 +16,7 @@ from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, shardings
-from tests.material import config_dict, random_batch, random_params
+from tests.material import FAST_COMPILE, config_dict, random_batch, random_params
 
 
 def batch_of(rows=16, texts=4, size=32, seed=0):
@@ -51,7 +51,9 @@ def loss_and_grads(config, devices, task):
         config, params, {}, batch, task=task, rank=rank, progress=0.0
       )
 
-    result, (grads, _) = jax.jit(run)(params, put_batch(batch_of(), mesh), np.int32(16))
+    result, (grads, _) = jax.jit(run, compiler_options=FAST_COMPILE)(
+      params, put_batch(batch_of(), mesh), np.int32(16)
+    )
     return jax.device_get((result.loss, grads))
 
 
