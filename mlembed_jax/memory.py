@@ -15,11 +15,13 @@ from mlembed_jax import optimizer, train_state, train_step
 from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data.sources import Dataset
 from mlembed_jax.losses import Task
-from mlembed_jax.sharding import abstract_batch
+from mlembed_jax.sharding import abstract_batch, replicas
 from mlembed_jax.teacher import Teacher
 
 # Of a device's memory; the rest is for batches on their way, and for fragmentation.
 USABLE = 0.9
+# Of a batch: {name: (shape, dtype)}.
+Shapes = dict[str, tuple[tuple[int, ...], Any]]
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
@@ -95,7 +97,7 @@ def with_micro_batch(
   """
   if config.data.micro_batch:
     return config
-  available, candidates = device_bytes(), sizes(config.data.global_batch, _replicas(mesh))
+  available, candidates = device_bytes(), sizes(config.data.global_batch, replicas(mesh.shape))
   if chosen in candidates:
     return _sized(config, chosen)
   widest = max(datasets, key=functools.partial(_demand, config))
@@ -118,10 +120,6 @@ def _sized(config: Config, micro_batch: int) -> Config:
   return dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
 
 
-def _replicas(mesh: Mesh) -> int:
-  return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def _demand(config: Config, d: Dataset) -> tuple[int, bool, bool, int]:
   task = config.losses.task(d.task_type)
   width = d.vectors["query"].width if d.vectors else 0
@@ -134,29 +132,43 @@ def texts_per_row(config: Config, d: Dataset) -> int:
   return 1 + d.positives + (min(d.negatives, task.negatives) if task else 0)
 
 
-def _step_bytes(
-  config: Config, d: Dataset, steps: int, mesh: Mesh, teacher: Teacher | None
-) -> int | None:
-  """Returns what the update takes per device; None where the compiler runs out of memory."""
-  tx = optimizer.make(config.optimizer, steps)
-  rows, texts = config.data.global_batch, texts_per_row(config, d)
-  shapes = {
+def batch_shapes(config: Config, texts: int) -> Shapes:
+  """Returns {name: (shape, dtype)} of the arrays that every batch of the longest rows has."""
+  rows = config.data.global_batch
+  return {
     "tokens": ((rows, texts, config.data.lengths[-1]), jnp.int32),
     "lengths": ((rows, texts), jnp.int32),
     "hashes": ((rows, texts, 2), jnp.uint32),
   }
+
+
+def lowered_step(
+  config: Config,
+  shapes: Shapes,
+  task: Task,
+  steps: int,
+  mesh: Mesh,
+  teacher: Teacher | None = None,
+) -> Any:
+  """Returns the update for batches of these shapes, ready to be compiled."""
+  state = train_state.abstract(config, optimizer.make(config.optimizer, steps), mesh)
+  step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
+  params = teacher.abstract(mesh) if teacher else None
+  return step.lower(state, abstract_batch(shapes, mesh), params, task=task)
+
+
+def _step_bytes(
+  config: Config, d: Dataset, steps: int, mesh: Mesh, teacher: Teacher | None
+) -> int | None:
+  """Returns what the update takes per device; None where the compiler runs out of memory."""
+  rows, texts = config.data.global_batch, texts_per_row(config, d)
+  shapes = batch_shapes(config, texts)
   if d.scores is not None:
     shapes["scores"] = ((rows,), jnp.float32)
   if d.vectors:
     known = texts if "negatives" in d.vectors else 1 + d.positives
     shapes["teacher"] = ((rows, known, d.vectors["query"].width), jnp.float32)
-  step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
-  lowered = step.lower(
-    train_state.abstract(config, tx, mesh),
-    abstract_batch(shapes, mesh),
-    teacher.abstract(mesh) if teacher else None,
-    task=Task(d.task_type, d.positives),
-  )
+  lowered = lowered_step(config, shapes, Task(d.task_type, d.positives), steps, mesh, teacher)
   try:
     return needed_bytes(lowered.compile())
   except jax.errors.JaxRuntimeError as error:

@@ -62,15 +62,20 @@ def mesh_shape(config: Config, devices: int) -> dict[str, int]:
   return shape
 
 
+def replicas(shape: Mapping[str, int]) -> int:
+  """Returns how many parts a mesh of this shape splits the rows of a batch into."""
+  return shape["data"] * shape["fsdp"]
+
+
 def _check_split(config: Config, shape: Mapping[str, int]) -> None:
-  replicas = shape["data"] * shape["fsdp"]
+  parts = replicas(shape)
   for name, size in (
     ("data.global_batch", config.data.global_batch),
     ("data.micro_batch", config.data.micro_batch),
     ("eval.batch_size", config.eval.batch_size),
   ):
-    if size % replicas:
-      raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {replicas}")
+    if size % parts:
+      raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {parts}")
   for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor"), ("vocab", "tensor")):
     _check_multiple(config.model, field, axis, shape)
   for field in ("heads", "kv_heads"):

@@ -160,7 +160,7 @@ def _type_problems(entry: dict[str, Any]) -> Iterator[str]:
   for field in entry.keys() - known:  # others are notes of their own, such as a licence
     if close := difflib.get_close_matches(field, known, n=1, cutoff=0.8):
       yield f"{field}: unknown field; did you mean {close[0]}?"
-  for field, kind in (REQUIRED | OPTIONAL).items():
+  for field, kind in known.items():
     if (field in entry or field in REQUIRED) and type(entry.get(field)) is not kind:
       found = repr(entry[field]) if field in entry else "nothing"
       yield f"{field}: expected {kind.__name__}, found {found}"

@@ -131,9 +131,8 @@ def read_model(path: pathlib.Path) -> ModelConfig:
     LoadError: the file is absent, or lacks a field.
   """
   config = _read_json(path / "config.json")
-  theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
   shape: dict[str, Any] = {f: config.get(key) for f, key in names.CONFIG_KEYS.items()}
-  shape["rope_theta"] = theta
+  shape["rope_theta"] = next(filter(None, _thetas(config).values()), None)
   if absent := [field for field, value in shape.items() if value is None]:
     key = names.CONFIG_KEYS.get(absent[0], absent[0])
     raise LoadError(f"E105 config: {path}/config.json has no {key}")
@@ -159,14 +158,18 @@ def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]
   return [f"E105 config: config.json: {line}." for line in lines]
 
 
-def _rope_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
-  """Returns problems of both spellings: `rope_theta` of transformers 4, `rope_parameters` of 5."""
-  lines = []
+def _thetas(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns both spellings: `rope_theta` of transformers 4, `rope_parameters` of 5."""
   parameters = config.get("rope_parameters") or {}
-  thetas = {
+  return {
     "rope_theta": config.get("rope_theta"),
     "rope_parameters.rope_theta": parameters.get("rope_theta"),
   }
+
+
+def _rope_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
+  lines = []
+  parameters, thetas = config.get("rope_parameters") or {}, _thetas(config)
   if not any(thetas.values()):
     lines.append(f"rope_theta is missing, expected {model.rope_theta} (model.rope_theta)")
   for key, theta in thetas.items():

@@ -80,12 +80,3 @@ def random_hashes(rows: int, texts: int) -> np.ndarray:
   hashes = np.zeros((rows, texts, 2), np.uint32)
   hashes[..., 0] = np.random.default_rng(0).integers(0, 8 * rows * texts, (rows, texts))
   return hashes
-
-
-def batch_shapes(rows: int, texts: int, tokens: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-  """Returns {name: (shape, dtype)} of what a step reads of contrastive rows."""
-  return {
-    "tokens": ((rows, texts, tokens), np.int32),
-    "lengths": ((rows, texts), np.int32),
-    "hashes": ((rows, texts, 2), np.uint32),
-  }

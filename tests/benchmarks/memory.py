@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax import memory, optimizer, train_state, train_step
+from mlembed_jax import memory
 from mlembed_jax.config_fields import Config
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Matryoshka, default_dims, dim_weights
-from mlembed_jax.sharding import abstract_batch, batch_sharding, make_mesh
+from mlembed_jax.sharding import batch_sharding, make_mesh
 from tests.benchmarks import common
 from tests.benchmarks.head import ours
 
@@ -81,12 +81,9 @@ def compile_or_reason(lowered: Any) -> Any:
 
 
 def step_program(config: Config, mesh: Mesh, texts: int) -> Any:
-  tx = optimizer.make(config.optimizer, STEPS)
-  shapes = common.batch_shapes(config.data.global_batch, texts, config.data.lengths[-1])
-  state, batch = train_state.abstract(config, tx, mesh), abstract_batch(shapes, mesh)
-  step: Any = train_step.make(config, STEPS, mesh)
+  shapes = memory.batch_shapes(config, texts)
   with common.on_mesh(mesh):
-    return compile_or_reason(step.lower(state, batch, None, task=Task("retrieval")))
+    return compile_or_reason(memory.lowered_step(config, shapes, Task("retrieval"), STEPS, mesh))
 
 
 def load(args: Any, global_batch: int, micro_batch: int) -> Config:
