@@ -84,19 +84,27 @@ def get_config(variant: str = "") -> ConfigDict:
         "weight": 1.0,  # 0: the teacher only judges, for losses.false_negative_score
       },
       "data": {
-        "builder": "",  # quickstart: write manifest, text and tokenizer into WORKDIR/data first
-        "manifest": "",  # JSON: file -> task_type, instruction, query_has_instruction, negatives;
-        #                  and, where there are any, positives (per row) and teacher_vectors
-        "train": ("train/*",),  # patterns over the manifest's files
+        "builder": "",  # quickstart: write text, tokenizer and dataset into WORKDIR/data first
+        "dataset": "",  # folder that python -m mlembed_jax.prepare wrote; its tokenizer is used
+        "train": ("*",),  # patterns over the files of the dataset
+        "manifest": "",  # JSON: held-out file -> task_type, instruction, ...; "" with heldout ()
         "heldout": (),  # patterns of held-out files, evaluated before and after; () for none
-        "tokenizer": "",  # path of a tokenizer.json
         "pooled_token": "<|endoftext|>",  # ends every text; its state is the embedding
-        "global_batch": 512,  # rows per step over all devices, all from one dataset
-        "micro_batch": 0,  # rows encoded at a time over all devices (GradCache): memory against
-        #                    a second forward pass; 0: as many as the compiler says fit
-        "lengths": (64, 128, 256, 512, 1024),  # a batch is padded to the first that holds it; the
-        #                                        last one truncates
-        "max_dropped_share": 0.01,  # rows with null or empty fields are dropped; above this: error
+        # Which rows: file d counts as min(rows, max_rows) ** size_exponent, a language as its
+        # rows in all files ** (1 / language_temperature). 1 and 1: by size.
+        "max_rows": 80_000,  # per file and epoch, other ones each epoch; 0: all
+        "size_exponent": 1.0,
+        "language_temperature": 1.0,  # above 1: small languages more often,
+        "max_repeats": 4.0,  # but no language more often than this per epoch (UniMax)
+        "query_instructions": True,  # False: none on queries, as in the first of two stages
+        "document_instructions": 0.3,  # share of the documents of symmetric tasks that have it too
+        "global_batch": 512,  # rows per step over all devices, all from one file
+        "micro_batch": 0,  # tokens encoded at a time over all devices (GradCache): memory against
+        #                    padding of the last block; 0: chosen by the compiler's account
+        "lengths": (256, 1024),  # of token sheets: a text goes to the shortest that holds it; the
+        #                          last one truncates
+        "packing": True,  # texts share a sheet as far as they fit | False: one text per sheet
+        "workers": 2,  # processes that read ahead; 0: in this process
       },
       # AdamW with decoupled weight decay on every parameter, gradients clipped by global norm.
       "optimizer": {

@@ -104,15 +104,22 @@ class DataConfig:
   """Where text comes from and how it becomes batches."""
 
   builder: str
-  manifest: str
+  dataset: str
   train: tuple[str, ...]
+  manifest: str
   heldout: tuple[str, ...]
-  tokenizer: str
   pooled_token: str
+  max_rows: int
+  size_exponent: float
+  language_temperature: float
+  max_repeats: float
+  query_instructions: bool
+  document_instructions: float
   global_batch: int
   micro_batch: int
   lengths: tuple[int, ...]
-  max_dropped_share: float
+  packing: bool
+  workers: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Texts into token sheets of fixed shapes, and rows onto devices so that each has as much to do.
+
+A sheet is one row of token ids, [T]; several texts share it, each a segment of its own for the
+encoder. Sheets come in blocks: what all devices encode at a time. A step has room for the longest
+texts there could be, but only blocks that hold a text are computed. No jax here.
+"""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+# A sheet has a place for the end of one text per so many tokens. Texts are longer than that on
+# average: 8-40 tokens with their end token even in corpora of names and menu entries.
+TOKENS_PER_TEXT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Shapes of a step's sheets, the same for every step of one kind of rows."""
+
+  widths: tuple[int, ...]  # of sheets, ascending; a text goes to the narrowest that holds it
+  blocks: tuple[int, ...]  # per width: as many as the longest texts could need
+  sheets: tuple[int, ...]  # per width and block, over all shards
+  shards: int  # parts of the batch, one per data-parallel device
+  texts: int  # of one shard
+  packed: bool  # False: one text per sheet
+
+  def slots(self, width: int) -> int:
+    """Returns how many texts a sheet may hold."""
+    return max(1, width // TOKENS_PER_TEXT) if self.packed else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheets:
+  """The sheets of one width; S counts the sheets of a block, shard after shard."""
+
+  tokens: Int32[np.ndarray, "blocks S T"]
+  ends: Int32[np.ndarray, "blocks S K"]  # where each text ends, ascending; T: no more texts
+  texts: Int32[np.ndarray, "blocks S K"]  # which of its shard's texts; Layout.texts: none
+
+
+def layout(
+  *,
+  rows: int,
+  texts_per_row: int,
+  longest: int,
+  widths: Sequence[int],
+  block_tokens: int,
+  shards: int,
+  packed: bool,
+) -> Layout:
+  """Returns the shapes for batches of `rows` rows over all shards.
+
+  `longest`: tokens of the longest text there is; wider sheets than it needs are left out.
+  `block_tokens`: tokens encoded at a time over all shards; at least one sheet per shard.
+  """
+  used = tuple(widths)[: bisect.bisect_left(widths, longest) + 1]
+  texts = rows // shards * texts_per_row
+  per_shard = [max(1, min(texts, block_tokens // (shards * width))) for width in used]
+  # One text per sheet is the worst that packing can come to.
+  blocks = tuple(math.ceil(texts / sheets) for sheets in per_shard)
+  return Layout(used, blocks, tuple(n * shards for n in per_shard), shards, texts, packed)
+
+
+def balance(tokens: np.ndarray, shards: int) -> np.ndarray:
+  """Returns an order of the rows in which each of `shards` equal runs has about as many tokens.
+
+  Rows are dealt to the shards from the longest to the shortest, forth and back.
+  """
+  dealt = np.argsort(-tokens, kind="stable").reshape(-1, shards)
+  dealt[1::2] = dealt[1::2, ::-1]
+  return dealt.T.reshape(-1)
+
+
+def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
+  """Returns the sheets of each width; `ids` holds the token ids of every text of every shard."""
+  made = [_empty(layout, i) for i in range(len(layout.widths))]
+  for shard, texts in enumerate(ids):
+    lengths = np.array([len(text) for text in texts])
+    width_of = np.searchsorted(layout.widths, lengths)
+    for i, width in enumerate(layout.widths):
+      chosen = np.flatnonzero(width_of == i)
+      bins = fill(lengths[chosen], width, layout.slots(width))
+      _write(made[i], shard, layout, [chosen[members] for members in bins], texts)
+  return made
+
+
+def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
+  """Returns which texts share each sheet: longest first, each into the fullest sheet with room."""
+  sheets: list[list[int]] = []
+  room: list[tuple[int, int]] = []  # (free tokens, sheet), ascending
+  shortest = int(lengths.min(initial=width))
+  for text in np.argsort(-lengths, kind="stable").tolist():
+    length = int(lengths[text])
+    at = bisect.bisect_left(room, (length, -1))
+    if at < len(room):
+      free, sheet = room.pop(at)
+    else:
+      free, sheet = width, len(sheets)
+      sheets.append([])
+    sheets[sheet].append(text)
+    if free - length >= shortest and len(sheets[sheet]) < slots:
+      bisect.insort(room, (free - length, sheet))
+  return sheets
+
+
+def _empty(layout: Layout, i: int) -> Sheets:
+  blocks, sheets, width = layout.blocks[i], layout.sheets[i], layout.widths[i]
+  slots = (blocks, sheets, layout.slots(width))
+  return Sheets(
+    np.zeros((blocks, sheets, width), np.int32),
+    np.full(slots, width, np.int32),
+    np.full(slots, layout.texts, np.int32),
+  )
+
+
+def _write(
+  into: Sheets,
+  shard: int,
+  layout: Layout,
+  bins: Sequence[np.ndarray],
+  ids: Sequence[np.ndarray],
+) -> None:
+  """Writes one shard's sheets: the first ones of block 0, then of block 1 and so on."""
+  per_block = into.tokens.shape[1] // layout.shards
+  for number, members in enumerate(bins):
+    place = number // per_block, shard * per_block + number % per_block
+    text = np.concatenate([ids[member] for member in members])
+    into.tokens[place][: len(text)] = text
+    into.ends[place][: len(members)] = np.cumsum([len(ids[m]) for m in members]) - 1
+    into.texts[place][: len(members)] = members
