@@ -34,7 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "optimizer.schedule": ("cosine", "constant"),
   "export.dtype": ("float32", "bfloat16"),
 }
-BELOW = {"optimizer.beta1": 1, "optimizer.beta2": 1, "data.max_dropped_share": 1}
+BELOW = {"optimizer.beta1": 1, "optimizer.beta2": 1}
 # Numbers are positive, these may be zero. The mesh has its own rule, and so has
 # losses.false_negative_margin, a difference of cosines.
 OWN_RULE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "losses.false_negative_margin"}
@@ -46,8 +46,10 @@ MAY_BE_ZERO = {
   "losses.spread_out",
   "losses.int8",
   "losses.binary",
+  "data.max_rows",
+  "data.document_instructions",
   "data.micro_batch",
-  "data.max_dropped_share",
+  "data.workers",
   "optimizer.min_learning_rate",
   "optimizer.warmup_steps",
   "optimizer.beta1",
@@ -223,15 +225,25 @@ def _check_data_and_length(config: Config) -> None:
     raise ConfigError("export.max_seq_length: must not be above export.max_positions")
   if "/" in config.export.name:
     raise ConfigError(f"export.name: {config.export.name!r} is a name, not a path")
-  if data.builder and (data.manifest or data.tokenizer):
-    raise ConfigError("data.builder: it writes its own data.manifest and data.tokenizer; drop them")
-  if not data.builder and not (data.manifest and data.tokenizer):
-    missing = "data.tokenizer" if data.manifest else "data.manifest"
-    raise ConfigError(f"{missing}: give a path, e.g. --config.{missing}=/data/...")
-  if data.micro_batch and data.global_batch % data.micro_batch:
+  if data.builder and (data.dataset or data.manifest):
+    raise ConfigError("data.builder: it writes its own data.dataset and data.manifest; drop them")
+  if not data.builder and not data.dataset:
     raise ConfigError(
-      f"data.micro_batch: {data.global_batch} rows (data.global_batch) are no multiple of "
-      f"{data.micro_batch}"
+      "data.dataset: give the folder that python -m mlembed_jax.prepare wrote, e.g. "
+      "--config.data.dataset=/data/prepared"
+    )
+  if data.heldout and not (data.builder or data.manifest):
+    raise ConfigError("data.manifest: data.heldout names files of a manifest; give its path")
+  if data.manifest and not data.heldout:
+    raise ConfigError("data.heldout: data.manifest is only read for held-out files; name some")
+  if data.max_repeats < 1:
+    raise ConfigError(f"data.max_repeats: {data.max_repeats} would leave rows out; use data.max_rows")
+  if data.document_instructions > 1:
+    raise ConfigError(f"data.document_instructions: {data.document_instructions} is a share, 0 to 1")
+  if data.document_instructions and not data.query_instructions:
+    raise ConfigError(
+      "data.document_instructions: documents have instructions only where queries do; set it to 0 "
+      "or data.query_instructions to True"
     )
   if not data.train:
     raise ConfigError("data.train: name at least one pattern of training files")

@@ -138,14 +138,14 @@ def config_dict(data: pathlib.Path | None = None, **overrides: Any) -> Any:
   config.model.update(vocab=640, width=48, layers=3, ffn=64, heads=4, kv_heads=2, head_dim=16)
   config.model.update(rank=24, rope_theta=5e3, dtype="float32", remat="none")
   config.matryoshka.update(dims=(8, 16, 48), exits=(1, 2, 3), ranks=(8, 16, 24))
-  config.data.update(global_batch=16, micro_batch=16, lengths=(32, 64), heldout=("heldout/*",))
+  config.data.update(global_batch=16, micro_batch=2048, lengths=(32, 64), heldout=("heldout/*",))
+  config.data.update(workers=0)
   config.optimizer.update(learning_rate=1e-3, warmup_steps=4)
   config.train.update(steps=20, epochs=0.0, log_every=1, checkpoint_every=10)
   config.eval.batch_size = 64
   config.export.update(name="tiny", dtype="float32", max_seq_length=128, max_positions=1024)
   folder = data or pathlib.Path("/nowhere")
-  config.data.update(manifest=str(folder / "manifest.json"))
-  config.data.update(tokenizer=str(folder / "tokenizer.json"))
+  config.data.update(manifest=str(folder / "manifest.json"), dataset=str(folder / "dataset"))
   config.update_from_flattened_dict(overrides)
   return config
 

@@ -4,6 +4,7 @@ The batch of step n is a pure function of (files, seed, n): there is no iterator
 resumes anywhere and on any number of hosts. No jax here.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import grain
@@ -11,6 +12,22 @@ import numpy as np
 from jaxtyping import Int
 
 from mlembed_jax.data.tokenizer import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What decides the shapes of a step's batch; one program is compiled per kind."""
+
+  task_type: str
+  positives: int  # per row
+  negatives: int  # hard ones used per row
+  longest: int  # tokens of its longest text
+  vectors: tuple[int, int] | None  # a teacher's, per row: texts that have one, and their width
+
+  @property
+  def texts(self) -> int:
+    """Texts per row."""
+    return 1 + self.positives + self.negatives
 
 
 def order(sizes: Mapping[str, int], batch_size: int, seed: int) -> grain.MapDataset:
