@@ -77,16 +77,33 @@ def balance(tokens: np.ndarray, shards: int) -> np.ndarray:
 
 
 def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
-  """Returns the sheets of each width; `ids` holds the token ids of every text of every shard."""
-  made = [_empty(layout, i) for i in range(len(layout.widths))]
-  for shard, texts in enumerate(ids):
-    lengths = np.array([len(text) for text in texts])
-    width_of = np.searchsorted(layout.widths, lengths)
-    for i, width in enumerate(layout.widths):
-      chosen = np.flatnonzero(width_of == i)
-      bins = fill(lengths[chosen], width, layout.slots(width))
-      _write(made[i], shard, layout, [chosen[members] for members in bins], texts)
+  """Returns the blocks of each width that hold a text; `ids`: of every text of every shard."""
+  lengths = [np.array([len(text) for text in texts]) for texts in ids]
+  made = []
+  for i, width in enumerate(layout.widths):
+    below = layout.widths[i - 1] if i else 0
+    chosen = [np.flatnonzero((below < own) & (own <= width)) for own in lengths]
+    bins = [
+      [of[members] for members in fill(own[of], width, layout.slots(width))]
+      for own, of in zip(lengths, chosen, strict=True)
+    ]
+    per_shard = layout.sheets[i] // layout.shards
+    sheets = _empty(layout, i, math.ceil(max(map(len, bins)) / per_shard))
+    for shard, (texts, of) in enumerate(zip(ids, bins, strict=True)):
+      _write(sheets, shard, per_shard, of, texts)
+    made.append(sheets)
   return made
+
+
+def whole(sheets: Sequence[Sheets], layout: Layout) -> tuple[dict[str, np.ndarray], ...]:
+  """Returns the arrays of each width with all blocks of the layout, the further ones empty."""
+  made = []
+  for i, used in enumerate(sheets):
+    full = vars(_empty(layout, i, layout.blocks[i]))
+    for name, array in vars(used).items():
+      full[name][: len(array)] = array
+    made.append(full)
+  return tuple(made)
 
 
 def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
@@ -108,8 +125,8 @@ def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
   return sheets
 
 
-def _empty(layout: Layout, i: int) -> Sheets:
-  blocks, sheets, width = layout.blocks[i], layout.sheets[i], layout.widths[i]
+def _empty(layout: Layout, i: int, blocks: int) -> Sheets:
+  sheets, width = layout.sheets[i], layout.widths[i]
   slots = (blocks, sheets, layout.slots(width))
   return Sheets(
     np.zeros((blocks, sheets, width), np.int32),
@@ -121,12 +138,11 @@ def _empty(layout: Layout, i: int) -> Sheets:
 def _write(
   into: Sheets,
   shard: int,
-  layout: Layout,
+  per_block: int,
   bins: Sequence[np.ndarray],
   ids: Sequence[np.ndarray],
 ) -> None:
   """Writes one shard's sheets: the first ones of block 0, then of block 1 and so on."""
-  per_block = into.tokens.shape[1] // layout.shards
   for number, members in enumerate(bins):
     place = number // per_block, shard * per_block + number % per_block
     text = np.concatenate([ids[member] for member in members])
