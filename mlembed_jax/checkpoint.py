@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import ConfigError, ModelConfig
+from mlembed_jax.data.plan import difference
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import Run
@@ -19,10 +20,12 @@ FREE = (
   "eval.",
   "export.",
   "data.builder",
+  "data.dataset",
   "data.manifest",
   "data.heldout",
-  "data.tokenizer",
   "data.micro_batch",
+  "data.packing",
+  "data.workers",
 )
 FREE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
 
@@ -69,21 +72,33 @@ class Checkpoints:
     self._manager.close()
 
 
-def check_same_run(stored: Run, current: Run, workdir: pathlib.Path) -> None:
-  """Raises ConfigError with every differing field where `current` cannot continue `stored`."""
+# Fields that decide only which texts a step has.
+DATA = ("data.", "train.seed")
+
+
+def check_same_run(
+  stored: Run, current: Run, workdir: pathlib.Path, accept_changed_data: bool
+) -> None:
+  """Raises ConfigError with every difference where `current` cannot continue `stored`.
+
+  With `accept_changed_data`, differences of the data are printed instead.
+  """
   before, now = (flatten(run.config) for run in (stored, current))
-  before["data"], now["data"] = stored.fingerprint, current.fingerprint
-  differing = [
-    f"  {name}: {before[name]} in the workdir, {now[name]} now"
-    for name in now
-    if before[name] != now[name] and not name.startswith(FREE)
-  ]
-  if differing:
+  fields = [name for name in now if before[name] != now[name] and not name.startswith(FREE)]
+  data = [name for name in fields if name.startswith(DATA)]
+  other = [name for name in fields if name not in data]
+  show = lambda name: f"{name}: {before[name]} in the workdir, {now[name]} now"  # noqa: E731
+  changed = [*map(show, data), *difference(stored.plan, current.plan)]
+  refused = [*map(show, other), *([] if accept_changed_data else changed)]
+  if refused:
+    hint = " --accept_changed_data goes on with other data." if changed else ""
     raise ConfigError(
-      f"{workdir} holds a checkpoint of another run:\n"
-      + "\n".join(differing)
-      + "\nGive these fields their old values, or use another --workdir."
+      f"{workdir} holds a checkpoint of another run:\n  "
+      + "\n  ".join(refused)
+      + f"\nGive these fields their old values, or use another --workdir.{hint}"
     )
+  if changed:
+    print("going on with other data:\n  " + "\n  ".join(changed), flush=True)
 
 
 def latest_step(workdir: pathlib.Path) -> int:

@@ -237,9 +237,13 @@ def _check_data_and_length(config: Config) -> None:
   if data.manifest and not data.heldout:
     raise ConfigError("data.heldout: data.manifest is only read for held-out files; name some")
   if data.max_repeats < 1:
-    raise ConfigError(f"data.max_repeats: {data.max_repeats} would leave rows out; use data.max_rows")
+    raise ConfigError(
+      f"data.max_repeats: {data.max_repeats} would leave rows out; use data.max_rows"
+    )
   if data.document_instructions > 1:
-    raise ConfigError(f"data.document_instructions: {data.document_instructions} is a share, 0 to 1")
+    raise ConfigError(
+      f"data.document_instructions: {data.document_instructions} is a share, 0 to 1"
+    )
   if data.document_instructions and not data.query_instructions:
     raise ConfigError(
       "data.document_instructions: documents have instructions only where queries do; set it to 0 "

@@ -30,10 +30,12 @@ class Window:
   def _reset(self) -> None:
     self._start = time.perf_counter()
     self._steps: list[tuple[Batch, dict[str, float]]] = []
+    self._waited_s = 0.0
 
-  def add(self, batch: Batch, metrics: dict[str, float]) -> None:
-    """Counts one finished step."""
+  def add(self, batch: Batch, metrics: dict[str, float], waited_s: float) -> None:
+    """Counts one finished step, whose batch was waited for so long."""
     self._steps.append((batch, metrics))
+    self._waited_s += waited_s
 
   def summary(self) -> dict[str, Any]:
     """Returns one line, and starts anew.
@@ -43,7 +45,8 @@ class Window:
     is not work.
     """
     real = sum(batch.real_tokens for batch, _ in self._steps)
-    padded = sum(batch.tokens.size for batch, _ in self._steps)
+    computed = sum(batch.computed_tokens for batch, _ in self._steps)
+    elapsed = time.perf_counter() - self._start
     by_dataset: dict[str, list[float]] = {}
     for batch, metrics in self._steps:
       by_dataset.setdefault(batch.dataset, []).append(metrics["loss"])
@@ -56,8 +59,9 @@ class Window:
       "temperature": last["temperature"],
       "rank": last["rank"],
       "empty_rows": int(sum(m["empty_rows"] for _, m in self._steps)),
-      "tokens_per_second": real / (time.perf_counter() - self._start),
-      "padding_share": 1.0 - real / padded,
+      "tokens_per_second": real / elapsed,
+      "padding_share": 1.0 - real / computed,
+      "data_wait_share": self._waited_s / elapsed,
     }
     self._reset()
     return line
@@ -135,7 +139,7 @@ class Recorder:
     self._bar.close()
     self._writer.close()
 
-  def record(self, batch: Batch, device_metrics: Any) -> None:
+  def record(self, batch: Batch, device_metrics: Any, waited_s: float) -> None:
     """Reads one step's metrics from the device; call it when a later step has been started.
 
     Raises:
@@ -147,13 +151,13 @@ class Recorder:
       raise TrainingError(self._diverged(batch, values))
     if values["empty_rows"] == batch.rows.size * jax.process_count():
       self._without_negatives(batch)
-    self._window.add(batch, values)
+    self._window.add(batch, values, waited_s)
     if step % self._every == 0 or step == self._total:
       line = self._window.summary()
       self._writer.write(line)
       self._bar.set_postfix_str(
         f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
-        f"padding {line['padding_share']:.0%}",
+        f"padding {line['padding_share']:.0%}, waiting {line['data_wait_share']:.0%}",
         refresh=False,
       )
     self._bar.update()

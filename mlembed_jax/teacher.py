@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +11,8 @@ from jax.sharding import Mesh
 
 from mlembed_jax import checkpoint
 from mlembed_jax.config_fields import STORED, Config, ConfigError, ModelConfig
-from mlembed_jax.data.sources import Dataset
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.distillation import match_exits
 from mlembed_jax.hf.export import OURS
@@ -97,39 +97,39 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   return Teacher(path, shape, is_workdir, found.version)
 
 
-def check_stored(config: Config, datasets: Sequence[Dataset]) -> None:
+def check_stored(config: Config, split: Split) -> None:
   """Raises ConfigError where the vectors beside the data cannot be the teacher of this run."""
-  if not any(d.vectors for d in datasets):
+  if not any(file.vectors for file in split.files):
     raise ConfigError(f"kd.teacher: {STORED!r}, but no training file has teacher_vectors")
-  for d in datasets:
-    _check_judged(config, d)
-    if not d.vectors:
-      print(f"{d.name}: no teacher_vectors; it is trained without a teacher", flush=True)
+  for file in split.files:
+    _check_judged(config, file)
+    if not (shape := split.vectors_shape(file)):
+      print(f"{file.name}: no teacher_vectors; it is trained without a teacher", flush=True)
       continue
-    _check_width(config, d.vectors["query"].width, d.name)
-    _check_norms(config, d)
+    _check_width(config, shape[1], file.name)
+    _check_norms(config, split, file)
 
 
-def _check_judged(config: Config, d: Dataset) -> None:
-  task, needed = config.losses.task(d.task_type), {"query", "passage"}
+def _check_judged(config: Config, file: File) -> None:
+  task, needed = config.losses.task(file.entry["task_type"]), {"query", "passage"}
   if config.losses.false_negative_score != "teacher" or not task or not task.inbatch:
     return
-  if config.losses.inbatch_negatives and min(d.negatives, task.negatives):
+  if config.losses.inbatch_negatives and min(file.negatives, task.negatives):
     needed.add("negatives")
-  if absent := sorted(needed - set(d.vectors or ())):
+  if absent := sorted(needed - set(file.vectors)):
     raise ConfigError(
-      f"losses.false_negative_score: the teacher judges the texts of {d.name}, whose "
+      f"losses.false_negative_score: the teacher judges the texts of {file.name}, whose "
       f"teacher_vectors lack {', '.join(absent)}; store them, or set it to 'own'"
     )
 
 
-def _check_norms(config: Config, d: Dataset) -> None:
+def _check_norms(config: Config, split: Split, file: File) -> None:
   """Final-norm states have coordinates of about 1; unit vectors would shrink the student's."""
-  assert d.vectors
-  norms = np.linalg.norm(d.vectors["query"].read(d.rows[:100], [0]), axis=-1)
+  queries = split.first_vectors(file, 100)[:, 0].astype(np.float32)
+  norms = np.linalg.norm(queries, axis=-1)
   if config.kd.space == "raw" and config.kd.weight and np.all(np.abs(norms - 1) < 0.01):
     raise ConfigError(
-      f"kd.space: the teacher_vectors of {d.name} are unit vectors, not states; use 'unit'"
+      f"kd.space: the teacher_vectors of {file.name} are unit vectors, not states; use 'unit'"
     )
 
 

@@ -11,7 +11,8 @@ import pathlib
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,18 +21,18 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from mlembed_jax import cli, memory, metrics, optimizer, train_state, train_step
+from mlembed_jax import cli, inputs, memory, metrics, optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints, check_same_run
-from mlembed_jax.config_fields import STORED, Config, ConfigError
-from mlembed_jax.data import batching, loader, quickstart, sources
-from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.eval import grid, tasks
+from mlembed_jax.config_fields import Config, ConfigError
+from mlembed_jax.data import loader
+from mlembed_jax.eval import grid
 from mlembed_jax.hf.export import check_target, export_folder
-from mlembed_jax.hf.load import check_folder, load_params
+from mlembed_jax.hf.load import load_params
+from mlembed_jax.inputs import Inputs
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.sharding import logical_rules, make_mesh, put_batch
-from mlembed_jax.teacher import Teacher, check_stored, open_teacher
+from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, replicas
+from mlembed_jax.teacher import Teacher
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import (
   Run,
@@ -56,79 +57,20 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-  """Everything a run reads."""
-
-  datasets: list[sources.Dataset]
-  entries: dict[str, dict[str, Any]]
-  tokenizer: Tokenizer
-  tasks: list[tasks.Task]
-  teacher: Teacher | None
+ACCEPT_CHANGED_DATA = flags.DEFINE_bool(
+  "accept_changed_data",
+  False,
+  "Go on from the newest checkpoint although rows, mixture or batches changed.",
+)
 
 
-def load_inputs(config: Config, workdir: pathlib.Path) -> Inputs:
-  """Returns the opened files, built first where `data.builder` says so; raises DataError."""
-  data = config.data
-  manifest, tokenizer = pathlib.Path(data.manifest), pathlib.Path(data.tokenizer)
-  if data.builder == "quickstart":
-    folder = workdir / "data"
-    print(f"collecting the text of installed packages in {folder}", flush=True)
-    quickstart.build(folder, vocab_size=config.model.vocab, seed=config.train.seed)
-    manifest, tokenizer = folder / "manifest.json", folder / "tokenizer.json"
-  opened = Tokenizer(tokenizer, data.pooled_token)
-  if config.train.init_from:
-    check_folder(pathlib.Path(config.train.init_from), config.model, opened.size)
-  teacher = open_teacher(config, opened)
-  entries = sources.select(manifest, data.train, "data.train")
-  heldout = sources.select(manifest, data.heldout, "data.heldout")
-  stored = config.kd.teacher == STORED
-  datasets = [
-    sources.load(manifest.parent, name, entry, data.max_dropped_share, vectors=stored)
-    for name, entry in entries.items()
-  ]
-  if stored:
-    check_stored(config, datasets)
-  for d in datasets:
-    if d.dropped:
-      print(f"{d.name}: left out {d.dropped} of {d.dropped + len(d)} rows, null or empty field")
-  evaluated = [tasks.load(manifest.parent, name, entry) for name, entry in heldout.items()]
-  return Inputs(datasets, entries, opened, evaluated, teacher)
-
-
-def describe(config: Config, inputs: Inputs) -> Run:
-  """Returns what the workdir records of this run.
-
-  Raises:
-    ConfigError: the token table has fewer rows than the tokenizer has tokens.
-  """
-  if inputs.tokenizer.size > config.model.vocab:
-    raise ConfigError(
-      f"model.vocab: {config.model.vocab} rows are fewer than the {inputs.tokenizer.size} tokens "
-      f"of {inputs.tokenizer.path}"
-    )
-  teacher = [inputs.teacher.version] if inputs.teacher else []
-  fingerprint = sources.fingerprint(inputs.datasets, inputs.tokenizer.fingerprint, *teacher)
-  return Run(config, inputs.entries, fingerprint)
-
-
-def make_batches(config: Config, inputs: Inputs) -> loader.Batches:
+def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
   """Returns this host's part of every batch of the run."""
-  sizes = {d.name: len(d) for d in inputs.datasets}
-  contrastive = config.losses.contrastive_tasks()
-  per_epoch = batching.steps_per_epoch(sizes, config.data.global_batch)
-  return loader.Batches(
-    inputs.datasets,
-    inputs.tokenizer,
-    negatives={kind: settings.negatives for kind, settings in contrastive.items()},
-    inbatch={kind: settings.inbatch for kind, settings in contrastive.items()},
-    lengths=config.data.lengths,
-    batch_size=config.data.global_batch,
-    seed=config.train.seed,
-    steps=config.train.steps or max(1, round(config.train.epochs * per_epoch)),
-    host=jax.process_index(),
-    hosts=jax.process_count(),
+  placement = loader.Placement(
+    config.data.micro_batch, replicas(mesh.shape), jax.process_index(), jax.process_count()
   )
+  order = inputs.plan.order()
+  return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 
 
 def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
@@ -175,6 +117,14 @@ def make_step(
   return functools.partial(step, teacher_params=teacher.params(mesh) if teacher else None)
 
 
+def timed(batches: Iterator[loader.Batch]) -> Iterator[tuple[loader.Batch, float]]:
+  """Yields each batch and the seconds it was waited for."""
+  start = time.perf_counter()
+  for batch in batches:
+    yield batch, time.perf_counter() - start
+    start = time.perf_counter()
+
+
 def fit(
   config: Config,
   step: Callable[..., Any],
@@ -189,16 +139,17 @@ def fit(
 
   A stop signal ends the program after its step (status 128 + signal). Both states are saved.
 
-  The device is never waited for: the numbers of a step are read while the next one runs.
+  The device is never waited for: the numbers of a step are read while the next one runs, and so
+  is its batch fetched and sent to the device.
   """
   pending, start = None, int(state.step)
   with jax.transfer_guard("disallow"):
-    for batch in loader.iterate(batches, start):
+    for batch, waited_s in timed(loader.iterate(batches, start, config.data.workers)):
       task = Task(batch.task_type, batch.positives)
       state, values = step(state, put_batch(batch.arrays(), mesh), task=task)
       if pending:
         recorder.record(*pending)
-      pending = batch, values
+      pending = batch, values, waited_s
       done, stopping = batch.step + 1, stop.received
       if done % config.train.checkpoint_every == 0 or done == len(batches) or stopping:
         recorder.record(*pending)  # a diverged state is noticed here, before it is saved
@@ -211,24 +162,24 @@ def fit(
 
 
 def evaluate(
-  config: Config, state: TrainState, inputs: Inputs, mesh: Mesh, workdir: pathlib.Path
+  config: Config, state: TrainState, read: Inputs, mesh: Mesh, workdir: pathlib.Path
 ) -> list[dict[str, Any]]:
   """Returns the held-out scores of every slice at this step; a finished evaluation is read back."""
   step = int(state.step)
   scores = read_evaluation(workdir, step)
-  if {score["task"] for score in scores} != {task.name for task in inputs.tasks}:
-    print(f"scoring every slice on {len(inputs.tasks)} held-out files, step {step}", flush=True)
-    scores = grid.evaluate(config, state.params, inputs.tasks, inputs.tokenizer, mesh)
+  if {score["task"] for score in scores} != {task.name for task in read.tasks}:
+    print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
+    scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
     write_json(evaluation_path(workdir, step), {"step": step, "scores": scores})
   return scores
 
 
-def report(config: Config, inputs: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
+def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
   step = int(state.step)
   after = read_evaluation(workdir, step)
   before = read_evaluation(workdir, 0)
-  for task in inputs.tasks:
+  for task in read.tasks:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
     print(grid.table(before, after, task.name))
   if config.export.at_end:
@@ -237,7 +188,7 @@ def report(config: Config, inputs: Inputs, state: TrainState, workdir: pathlib.P
       export_path(config, workdir),
       run=run,
       params=jax.device_get(state.params),
-      tokenizer=inputs.tokenizer,
+      tokenizer=read.tokenizer,
       step=step,
       cut=Slice(),
       evaluation={"step": step, "scores": after} if after else None,
@@ -272,7 +223,7 @@ def chosen_before(run: Run, workdir: pathlib.Path, checkpoints: Checkpoints) -> 
     shutil.rmtree(workdir / "eval", ignore_errors=True)
     return 0
   stored = Run.load(workdir)
-  check_same_run(stored, run, workdir)
+  check_same_run(stored, run, workdir, ACCEPT_CHANGED_DATA.value)
   return stored.config.data.micro_batch
 
 
@@ -286,33 +237,31 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   if jax.process_count() > 1:
     raise ConfigError("this version trains on one host; start it on a single process")
   mesh = make_mesh(config)
-  inputs = load_inputs(config, workdir)
-  run, batches = describe(config, inputs), make_batches(config, inputs)
-  steps = len(batches)
-  if config.optimizer.warmup_steps > steps:
-    raise ConfigError(
-      f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is longer than the run, "
-      f"{steps} steps"
-    )
+  read = inputs.load(config, workdir)
+  run, steps = inputs.describe(config, read), inputs.steps(config, read)
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
   chosen = chosen_before(run, workdir, checkpoints)
   if config.export.at_end:
     check_target(export_path(config, workdir))
-  copy_file(inputs.tokenizer.path, workdir / "tokenizer.json")
+  copy_file(read.tokenizer.path, workdir / "tokenizer.json")
+  inputs.report(read, steps, workdir)
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     with StopSignals() as stop:
-      config = memory.with_micro_batch(config, chosen, inputs.datasets, steps, mesh, inputs.teacher)
+      config = memory.with_micro_batch(
+        config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
+      )
       dataclasses.replace(run, config=config).save(workdir)
-      step = make_step(config, steps, mesh, inputs.teacher)
+      step = make_step(config, steps, mesh, read.teacher)
+      batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)
       if int(state.step) == 0:
-        evaluate(config, state, inputs, mesh, workdir)
+        evaluate(config, state, read, mesh, workdir)
       stop.leave_if_received("no step is lost")
       with metrics.Recorder(workdir, int(state.step), steps, config.train.log_every) as recorder:
         state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop)
     checkpoints.close()
-    evaluate(config, state, inputs, mesh, workdir)
-  report(config, inputs, state, workdir)
+    evaluate(config, state, read, mesh, workdir)
+  report(config, read, state, workdir)
 
 
 def main() -> None:

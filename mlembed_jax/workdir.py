@@ -1,6 +1,7 @@
 """What stands in the folder of one run, and writing it so that no file is ever half written.
 
-run.json          configuration, training files and fingerprint of the data order
+run.json          configuration, training files and what decides the rows of every step
+plan.json         files and languages as they will be read; plan.png shows it
 tokenizer.json    a copy of the one the run reads
 checkpoints/      orbax, one folder per kept step
 metrics.jsonl     one JSON object per logged step
@@ -12,6 +13,7 @@ export/           the Hugging Face folder of `export.at_end`
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -29,7 +31,12 @@ class Run:
 
   config: Config
   datasets: dict[str, dict[str, Any]]  # manifest entries of the training files
-  fingerprint: str  # of everything the data order depends on
+  plan: dict[str, Any]  # everything the rows of a step depend on beside the configuration
+
+  @property
+  def fingerprint(self) -> str:
+    """Hash of the plan."""
+    return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
 
   def save(self, workdir: pathlib.Path) -> None:
     """Writes run.json."""
@@ -47,7 +54,7 @@ class Run:
       raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
     try:
       run = json.loads(path.read_text(encoding="utf-8"))
-      return cls(from_mapping(run["config"]), run["datasets"], run["fingerprint"])
+      return cls(from_mapping(run["config"]), run["datasets"], run["plan"])
     except (ValueError, KeyError) as error:  # ConfigError and JSON errors are ValueErrors
       raise ConfigError(f"{path}: {error}") from error
 

@@ -71,10 +71,15 @@ class Options:
   lengths: tuple[int, ...]
   packing: bool
   batch_size: int  # rows over all hosts
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where batches go."""
+
   block_tokens: int  # encoded at a time over all hosts
   shards: int  # data-parallel devices over all hosts
-  seed: int
-  steps: int
   host: int = 0
   hosts: int = 1
 
@@ -82,57 +87,35 @@ class Options:
 class Batches:
   """Random access: element n is this host's part of step n's batch."""
 
-  def __init__(self, split: Split, order: Order, tokenizer: Tokenizer, options: Options):
+  def __init__(
+    self,
+    split: Split,
+    order: Order,
+    tokenizer: Tokenizer,
+    options: Options,
+    placement: Placement,
+    steps: int,
+  ):
     """Raises DataError: a file has nothing to learn from, or teachers differ in width."""
-    for file in split.files:
-      _check_negatives(file, options)
-    self._split, self._order, self._options = split, order, options
-    self._prefix = {
-      file.name: np.array(tokenizer.prefix(file.entry["instruction"]), np.int32)
-      for file in split.files
-      if file.entry["instruction"]
-    }
+    self._split, self._order, self._steps = split, order, steps
+    self._options, self._placement = options, placement
+    self._prefix = _prefixes(split, tokenizer)
     self._pooled = np.array([tokenizer.pooled_id], np.int32)
-    self._kinds = self._make_kinds()
+    self._kinds = kinds(split, tokenizer, options)
     self._layouts = {kind: self._layout(kind) for kind in set(self._kinds.values())}
 
   def __len__(self) -> int:
-    return self._options.steps
-
-  @property
-  def kinds(self) -> list[Kind]:
-    """The kinds of batches there are; one program is compiled for each."""
-    return list(dict.fromkeys(self._kinds.values()))
-
-  def _make_kinds(self) -> dict[str, Kind]:
-    """Returns the kind of each file; files that differ only in their longest text share one."""
-    own = {file.name: self._own_kind(file) for file in self._split.files}
-    longest: dict[Kind, int] = {}
-    for kind in own.values():
-      key = dataclasses.replace(kind, longest=0)
-      longest[key] = max(longest.get(key, 0), kind.longest)
-    keys = {name: dataclasses.replace(kind, longest=0) for name, kind in own.items()}
-    return {name: dataclasses.replace(key, longest=longest[key]) for name, key in keys.items()}
-
-  def _own_kind(self, file: File) -> Kind:
-    options, task = self._options, file.entry["task_type"]
-    prefix = self._prefix.get(file.name, ()) if options.query_instructions else ()
-    vectors = self._split.vectors_shape(file) if options.teacher_vectors else None
-    used = min(file.negatives, options.negatives.get(task, 0))
-    if vectors and vectors[0] > 1 + file.positives:  # negatives have vectors, too
-      vectors = 1 + file.positives + used, vectors[1]
-    longest = min(options.lengths[-1], self._split.longest(file) + len(prefix) + 1)
-    return Kind(task, file.positives, used, longest, vectors)
+    return self._steps
 
   def _layout(self, kind: Kind) -> Layout:
-    options = self._options
+    options, placement = self._options, self._placement
     return packing.layout(
-      rows=options.batch_size // options.hosts,
+      rows=options.batch_size // placement.hosts,
       texts_per_row=kind.texts,
       longest=kind.longest,
       widths=options.lengths,
-      block_tokens=options.block_tokens // options.hosts,
-      shards=options.shards // options.hosts,
+      block_tokens=placement.block_tokens // placement.hosts,
+      shards=placement.shards // placement.hosts,
       packed=options.packing,
     )
 
@@ -190,15 +173,16 @@ class Batches:
 
     Rows go to shards by their tokens, which every host knows of all rows without reading them.
     """
-    options = self._options
+    placement = self._placement
     order = np.arange(len(places))
-    if options.shards > 1:
+    if placement.shards > 1:
       counts = np.array(
         [self._split.lengths.row(*self._split.queries.place(int(p)))[columns] for p in places]
       )
-      tokens = np.minimum(counts + prefix * instructed + 1, options.lengths[-1]).sum(axis=1)
-      order = packing.balance(tokens, options.shards)
-    return np.split(order, options.hosts)[options.host]
+      longest = self._options.lengths[-1]
+      tokens = np.minimum(counts + prefix * instructed + 1, longest).sum(axis=1)
+      order = packing.balance(tokens, placement.shards)
+    return np.split(order, placement.hosts)[placement.host]
 
   def _read(self, place: int, columns: np.ndarray) -> tuple[Row, list[Text]]:
     """Returns a row and its texts: the query, then the documents of these columns."""
@@ -220,6 +204,56 @@ class Batches:
     place = self._split.queries.place
     rows = [self._split.vectors.row(*place(i))[wanted] for i in places]
     return np.array(rows, np.float32)
+
+
+def _prefixes(split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+  """Returns the ids of each file's instruction."""
+  return {
+    file.name: np.array(tokenizer.prefix(file.entry["instruction"]), np.int32)
+    for file in split.files
+    if file.entry["instruction"]
+  }
+
+
+def kinds(split: Split, tokenizer: Tokenizer, options: Options) -> dict[str, Kind]:
+  """Returns the kind of each file; files that differ only in their longest text share one.
+
+  Raises:
+    DataError: a file has nothing to learn from, or the vectors of two files' teachers differ in
+      width.
+  """
+  prefixes = _prefixes(split, tokenizer) if options.query_instructions else {}
+  own = {
+    file.name: _kind(split, file, len(prefixes.get(file.name, ())), options) for file in split.files
+  }
+  _check_widths(own)
+  keys = {name: dataclasses.replace(kind, longest=0) for name, kind in own.items()}
+  longest: dict[Kind, int] = {}
+  for name, key in keys.items():
+    longest[key] = max(longest.get(key, 0), own[name].longest)
+  return {name: dataclasses.replace(key, longest=longest[key]) for name, key in keys.items()}
+
+
+def _kind(split: Split, file: File, prefix: int, options: Options) -> Kind:
+  _check_negatives(file, options)
+  task = file.entry["task_type"]
+  used = min(file.negatives, options.negatives.get(task, 0))
+  vectors = split.vectors_shape(file) if options.teacher_vectors else None
+  if vectors and vectors[0] > 1 + file.positives:  # negatives have vectors, too
+    vectors = 1 + file.positives + used, vectors[1]
+  longest = min(options.lengths[-1], split.longest(file) + prefix + 1)
+  return Kind(task, file.positives, used, longest, vectors)
+
+
+def _check_widths(kinds: Mapping[str, Kind]) -> None:
+  widths = {name: kind.vectors[1] for name, kind in kinds.items() if kind.vectors}
+  for name, width in widths.items():
+    first = next(iter(widths))
+    if width != widths[first]:
+      raise DataError(
+        f"{name}: its teacher_vectors are {width} numbers wide, but those of {first} "
+        f"{widths[first]}; one teacher must have made both"
+      )
 
 
 def _split(rows: list[Any], parts: int) -> list[list[Any]]:

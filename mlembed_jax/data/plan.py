@@ -41,8 +41,6 @@ class Plan:
     """Returns all that decides which rows a step has."""
     return {
       "dataset": self.dataset,
-      "batch_size": self.batch_size,
-      "seed": self.seed,
       "units": {
         f"{unit.file} {unit.language}": [unit.rows, int(count)]
         for unit, count in zip(self.units, self.per_epoch, strict=True)
@@ -54,8 +52,8 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """Returns what changed between two plans, a line each; units are summed up."""
   lines = [
     f"{name}: {before.get(name)} in the workdir, {now[name]} now"
-    for name in ("batch_size", "seed", "dataset")
-    if before.get(name) != now[name]
+    for name in now
+    if name != "units" and before.get(name) != now[name]
   ]
   old, new = before.get("units", {}), now["units"]
   changed = [unit for unit in {**old, **new} if old.get(unit) != new.get(unit)]

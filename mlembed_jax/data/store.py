@@ -103,9 +103,18 @@ class Split:
     """Returns texts per row and width of the teacher's vectors of a file, if it has any."""
     if not file.vectors:
       return None
-    shard = next(i for i, shard in enumerate(self.shards) if shard.file == file.name)
-    texts, width = self.vectors.shape(shard)
+    texts, width = self.vectors.shape(self._shard(file))
     return texts, width
+
+  def first_vectors(self, file: File, rows: int) -> np.ndarray:
+    """Returns the teacher's vectors of up to `rows` rows of a file, [n, C, D]."""
+    shard = self._shard(file)
+    rows = min(rows, self.shards[shard].written.records)
+    return np.array([self.vectors.row(shard, place) for place in range(rows)])
+
+  def _shard(self, file: File) -> int:
+    """Returns a shard that has rows of the file."""
+    return next(i for i, s in enumerate(self.shards) if s.file == file.name and s.written.records)
 
 
 def open_split(catalog: Catalog, split: str, names: list[str]) -> Split:

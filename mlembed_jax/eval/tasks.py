@@ -8,14 +8,13 @@ Only numpy here.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from mlembed_jax.data.sources import has_text, pc, read_parquet
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.rows import has_text, open_parquet
 from mlembed_jax.data.tokenizer import DataError, with_instruction
 
 Vectors = Float[np.ndarray, "N D"]
@@ -31,13 +30,13 @@ class Task:
   score: Callable[[Vectors], dict[str, float]]  # language -> 0..1, higher is better
 
 
-def load(folder: pathlib.Path, name: str, entry: dict[str, Any]) -> Task:
-  """Returns the task of one manifest entry.
+def load(file: File) -> Task:
+  """Returns the task of one file of a manifest.
 
   Raises:
     DataError: the file cannot be read, or its task type has no evaluation.
   """
-  path = folder / name
+  entry, path, name = file.entry, file.path, file.name
   prompt = "" if entry["query_has_instruction"] else entry["instruction"]
   match entry["task_type"]:
     case "bitext":
@@ -49,9 +48,10 @@ def load(folder: pathlib.Path, name: str, entry: dict[str, Any]) -> Task:
   raise DataError(f"{path}: task_type {entry['task_type']!r} has no evaluation")
 
 
-def _columns(path: pathlib.Path, *names: str) -> list[list[str]]:
-  table = read_parquet(path, names)
-  empty = [name for name in names if not pc.all(has_text(table[name])).as_py()]
+def _columns(path: str, *names: str) -> list[list[str]]:
+  with open_parquet(path, names) as file:
+    table = file.read(columns=list(names))
+  empty = [name for name in names if not has_text(table[name]).all()]
   if empty or not table.num_rows:
     found = f"null or empty texts in {', '.join(empty)}" if empty else "no rows"
     raise DataError(f"{path}: {found}; held-out files must be whole")
