@@ -8,8 +8,7 @@ from jax.sharding import PartitionSpec as P
 from mlembed_jax import optimizer, sharding, train_state
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import ConfigError
-from mlembed_jax.models.encoder import Encoder
-from tests.material import config_dict, random_batch
+from tests.material import config_dict, padded, random_batch
 
 
 def sized(**sizes):
@@ -101,5 +100,5 @@ def test_the_residual_stream_is_constrained(tiny, mesh, params):
 
   batch = random_batch(tiny.model.vocab, 8, 32)
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.logical_rules()):
-    text = jax.jit(Encoder(tiny.model).apply).lower({"params": params}, *batch).as_text()
+    text = jax.jit(padded(tiny.model)).lower({"params": params}, *batch).as_text()
   assert "sharding_constraint" in text

@@ -33,6 +33,13 @@ class Layout:
     """Returns how many texts a sheet may hold."""
     return max(1, width // TOKENS_PER_TEXT) if self.packed else 1
 
+  def shapes(self) -> list[dict[str, tuple[int, int, int]]]:
+    """Returns the shapes of the sheets of each width, int32, by their names in `Sheets`."""
+    return [
+      {"tokens": (n, s, t), "ends": (n, s, self.slots(t)), "texts": (n, s, self.slots(t))}
+      for n, s, t in zip(self.blocks, self.sheets, self.widths, strict=True)
+    ]
+
 
 @dataclasses.dataclass(frozen=True)
 class Sheets:
@@ -41,6 +48,10 @@ class Sheets:
   tokens: Int32[np.ndarray, "blocks S T"]
   ends: Int32[np.ndarray, "blocks S K"]  # where each text ends, ascending; T: no more texts
   texts: Int32[np.ndarray, "blocks S K"]  # which of its shard's texts; Layout.texts: none
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns what the device needs."""
+    return dict(vars(self))
 
 
 def layout(
@@ -81,6 +92,8 @@ def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
   made = [_empty(layout, i) for i in range(len(layout.widths))]
   for shard, texts in enumerate(ids):
     lengths = np.array([len(text) for text in texts])
+    if lengths.max() > layout.widths[-1]:  # it would be missing without a word
+      raise ValueError(f"a text of {lengths.max()} tokens, sheets of {layout.widths}")
     width_of = np.searchsorted(layout.widths, lengths)
     for i, width in enumerate(layout.widths):
       chosen = np.flatnonzero(width_of == i)
@@ -109,12 +122,11 @@ def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
 
 
 def _empty(layout: Layout, i: int) -> Sheets:
-  blocks, sheets, width = layout.blocks[i], layout.sheets[i], layout.widths[i]
-  slots = (blocks, sheets, layout.slots(width))
+  shapes = layout.shapes()[i]
   return Sheets(
-    np.zeros((blocks, sheets, width), np.int32),
-    np.full(slots, width, np.int32),
-    np.full(slots, layout.texts, np.int32),
+    np.zeros(shapes["tokens"], np.int32),
+    np.full(shapes["ends"], layout.widths[i], np.int32),
+    np.full(shapes["texts"], layout.texts, np.int32),
   )
 
 
