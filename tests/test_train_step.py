@@ -111,6 +111,22 @@ def test_compiles_once_per_shape(tiny, trainer):
   assert int(state.step) == 9
 
 
+def test_one_program_whatever_number_of_blocks_is_used(tiny):
+  mesh = make_mesh(tiny)
+  rows, rng = replicas(mesh.shape), np.random.default_rng(0)
+  with on_mesh(mesh):
+    step, state = train_step.make(tiny, 20, mesh), new_state(tiny, mesh)
+    used = set()
+    for longest in (4, 32):
+      tokens, _ = random_rows()
+      lengths = rng.integers(2, longest + 1, tokens.shape[:2])
+      batch = batch_of() | {"sheets": packed(tokens, lengths, rows, block_tokens=256)}
+      used.add(int(np.any(batch["sheets"][0]["ends"] < 32, axis=(1, 2)).sum()))
+      state, metrics = step(state, put_batch(batch, mesh), None, task=RETRIEVAL)
+      assert np.isfinite(float(metrics["gradient_norm"]))
+  assert len(used) == 2 and step._cache_size() == 1
+
+
 def test_learned_temperatures_compile_once_and_leave_the_lowest_again():
   start = {f"losses.retrieval.{name}": 0.02 for name in ("temperature", "final_temperature")}
   config = from_mapping(config_dict(**start, **{"losses.learn_temperature": True}))
