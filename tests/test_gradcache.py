@@ -167,7 +167,9 @@ def test_an_empty_block_changes_not_a_bit():
     np.testing.assert_array_equal(a, b)
 
 
-COLLECTIVE = re.compile(r"= (.*?) (?:all|reduce|collective)-(?:\w+-?)+\(")
+COLLECTIVE = re.compile(
+  r"= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
 
 
 def test_states_never_leave_their_device():
