@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -42,6 +43,13 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused():
   config = from_mapping(config_dict(**{"data.global_batch": 12, "data.micro_batch": 12}))
   with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):
     sharding.mesh_shape(config, 8)
+
+
+def test_a_micro_batch_without_a_sheet_for_each_device_is_refused():
+  config = from_mapping(config_dict(**{"data.micro_batch": 511}))  # sheets of up to 64 tokens
+  with pytest.raises(ConfigError, match=r"data.micro_batch: 511 tokens .* parts, 512"):
+    sharding.mesh_shape(config, 8)
+  assert sharding.mesh_shape(config, 4)["fsdp"] == 4
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +101,18 @@ def test_initial_state_does_not_depend_on_the_mesh(tiny, mesh):
   states = [train_state.create(tiny, tx, m) for m in (one, mesh)]
   for a, b in zip(*(jax.tree.leaves(jax.device_get(s)) for s in states), strict=True):
     assert (a == b).all()
+
+
+def test_sheets_are_split_within_their_blocks_and_all_else_by_rows(mesh):
+  arrays = {
+    "sheets": ({"tokens": np.zeros((3, 8, 32), np.int32)},),
+    "hashes": np.zeros((16, 2, 2), np.uint32),
+  }
+  abstract = sharding.abstract_batch(arrays, mesh)
+  for batch in (sharding.put_batch(arrays, mesh), abstract):
+    assert batch["sheets"][0]["tokens"].sharding.spec == P(None, ("data", "fsdp"))
+    assert batch["hashes"].sharding.spec == P(("data", "fsdp"))
+  assert jax.tree.map(np.shape, abstract) == jax.tree.map(np.shape, arrays)
 
 
 def test_the_residual_stream_is_constrained(tiny, mesh, params):
