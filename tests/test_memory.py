@@ -55,20 +55,20 @@ def config():
 
 
 def test_a_real_step_is_compiled_for_the_choice(config, monkeypatch, capsys):
-  mesh = make_mesh(config)
+  mesh, kind = make_mesh(config, jax.devices()[:1]), dataclasses.replace(BITEXT, longest=32)
 
   def chosen(available):
     monkeypatch.setattr(memory, "device_bytes", lambda: available)
-    return memory.with_micro_batch(config, 0, [BITEXT], 102_400, 20, mesh, None).data.micro_batch
+    return memory.with_micro_batch(config, 0, [kind], 6400, 20, mesh, None).data.micro_batch
 
   with on_mesh(mesh):
     small, large = (
-      memory._step_bytes(memory._sized(config, n), BITEXT, 20, mesh, None) for n in (512, 2048)
+      memory._step_bytes(memory._sized(config, n), kind, 20, mesh, None) for n in (64, 128)
     )
     assert small < large
-    assert chosen(small) == 512
-    assert chosen(large) == 2048
-  assert "data.micro_batch: 512 tokens at a time" in capsys.readouterr().out
+    assert chosen(small) == 64
+    assert chosen(large) == 128
+  assert "data.micro_batch: 64 tokens at a time" in capsys.readouterr().out
 
 
 def test_the_choice_of_a_continued_run_stays(config, monkeypatch):

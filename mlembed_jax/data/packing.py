@@ -22,7 +22,7 @@ TOKENS_PER_TEXT = 4
 class Layout:
   """Shapes of a step's sheets, the same for every step of one kind of rows."""
 
-  widths: tuple[int, ...]  # of sheets, ascending; a text goes to the narrowest that holds it
+  widths: tuple[int, ...]  # of sheets, ascending; a text begins one of the narrowest it fits in
   blocks: tuple[int, ...]  # per width: as many as the longest texts could need
   sheets: tuple[int, ...]  # per width and block, over all shards
   shards: int  # parts of the batch, one per data-parallel device
@@ -94,16 +94,20 @@ def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
     lengths = np.array([len(text) for text in texts])
     if lengths.max() > layout.widths[-1]:  # it would be missing without a word
       raise ValueError(f"a text of {lengths.max()} tokens, sheets of {layout.widths}")
-    width_of = np.searchsorted(layout.widths, lengths)
-    for i, width in enumerate(layout.widths):
-      chosen = np.flatnonzero(width_of == i)
-      bins = fill(lengths[chosen], width, layout.slots(width))
-      _write(made[i], shard, layout, [chosen[members] for members in bins], texts)
+    left = np.arange(len(texts))
+    for i, below in reversed(list(enumerate((0, *layout.widths[:-1])))):
+      width = layout.widths[i]
+      bins = fill(lengths[left], width, layout.slots(width), below)
+      _write(made[i], shard, layout, [left[members] for members in bins], texts)
+      left = np.delete(left, [text for members in bins for text in members])
   return made
 
 
-def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
-  """Returns which texts share each sheet: longest first, each into the fullest sheet with room."""
+def fill(lengths: np.ndarray, width: int, slots: int, below: int = 0) -> list[list[int]]:
+  """Returns which texts share each sheet: longest first, each into the fullest sheet with room.
+
+  Texts of up to `below` tokens begin no sheet: they take the room that is left, or are left out.
+  """
   sheets: list[list[int]] = []
   room: list[tuple[int, int]] = []  # (free tokens, sheet), ascending
   shortest = int(lengths.min(initial=width))
@@ -112,6 +116,8 @@ def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
     at = bisect.bisect_left(room, (length, -1))
     if at < len(room):
       free, sheet = room.pop(at)
+    elif length <= below:
+      continue
     else:
       free, sheet = width, len(sheets)
       sheets.append([])
