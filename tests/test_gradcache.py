@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlembed_jax import train_state, train_step
+from mlembed_jax import gradcache, train_state, train_step
 from mlembed_jax.config import from_mapping
 from mlembed_jax.losses import Task
 from mlembed_jax.models.encoder import abstract_params
@@ -165,6 +165,29 @@ def test_an_empty_block_changes_not_a_bit():
   found = value_and_grad(TINY, Task("retrieval"), one_device(TINY), with_empty_block, **options)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(blocks_of_one_width()), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_only_blocks_with_a_text_are_encoded():
+  arrays = with_empty_block(batch_of(**BLOCKS))
+  used = sum(int(np.any(s["texts"] < 64, axis=(1, 2)).sum()) for s in arrays["sheets"])
+  encoded = []
+
+  def encode(scale, block):
+    jax.debug.callback(lambda: encoded.append(1))
+    return (scale * block["texts"])[None, ..., None]
+
+  def run(scale, sheets):
+    loss = lambda states, _, head: (jnp.sum(states) + head, states)  # noqa: E731
+    nothing = lambda _: None  # noqa: E731
+    return gradcache.value_and_grad(encode, nothing, loss, scale, scale, sheets, (16, 4))
+
+  with on_mesh(one_device(TINY)):
+    (_, states), grads = jax.jit(run)(jnp.float32(2), arrays["sheets"])
+  jax.effects_barrier()
+  np.testing.assert_array_equal(states.reshape(-1), 2 * np.arange(64))
+  assert grads == (np.sum(np.arange(64)), 1)
+  assert used < sum(len(s["texts"]) for s in arrays["sheets"]) - 2
+  assert len(encoded) == 2 * used
 
 
 COLLECTIVE = re.compile(
