@@ -9,7 +9,8 @@ def packed(ends_BK: Int[Array, "B K"], size: int) -> tuple[Array, Array]:
 
   `ends` holds the last token of each text, ascending, and `size` where there are no more texts.
   Text k is segment k + 1, what follows the last text is padding, segment 0. The mask comes from
-  the ends, never from a token id: the padding id may be the pooled one.
+  the ends, never from a token id: the padding id may be the pooled one. Rotary attention sees only
+  differences of positions; starting at 0 each time, a text is rounded wherever it is as alone.
   """
   at_11T = jnp.arange(size)[None, None]
   over_BKT = ends_BK[:, :, None] < at_11T  # texts that a token comes after

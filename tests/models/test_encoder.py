@@ -10,6 +10,7 @@ import pytest
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
+from mlembed_jax.models import pooling
 from mlembed_jax.models.attention import attention, rotary
 from mlembed_jax.models.encoder import Encoder, RMSNorm, abstract_params
 from mlembed_jax.sharding import RULES
@@ -91,6 +92,18 @@ def test_rows_never_influence_each_other(encode, params, batch, states):
   result = np.asarray(encode({"params": params}, changed, lengths))
   np.testing.assert_array_equal(result[:, 1:], states[:, 1:])
   assert np.abs(result[:, 0] - states[:, 0]).max() > 0.1
+
+
+def test_positions_and_segments_worked_example():
+  positions, segments = pooling.packed(np.array([[1, 2, 5, 7], [5, 7, 7, 7], [7, 7, 7, 7]]), 7)
+  np.testing.assert_array_equal(positions[:2], [[0, 1, 0, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 0]])
+  np.testing.assert_array_equal(segments, [[1, 1, 2, 3, 3, 3, 0], [1] * 6 + [0], [0] * 7])
+
+
+def test_vectors_at_the_ends_worked_example():
+  x = np.arange(4, dtype=np.float32).reshape(1, 4, 1) * 10
+  np.testing.assert_array_equal(pooling.last_tokens(x, np.array([[0, 2, 4]]))[0, :2, 0], [0, 20])
+  assert np.all(np.isfinite(pooling.last_tokens(x, np.array([[0, 2, 4]]))))
 
 
 @pytest.fixture(scope="module")
