@@ -10,11 +10,13 @@ data/             what `data.builder` wrote
 export/           the Hugging Face folder of `export.at_end`
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from mlembed_jax.config import from_mapping
@@ -67,12 +69,25 @@ def open_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
   return workdir
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file under a temporary name and renames it, so readers see all of it or none."""
+@contextlib.contextmanager
+def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary path that is renamed to `path` at the end, unless there is an error.
+
+  So readers see all of a file or nothing.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(path)
+  try:
+    yield temporary
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file the same way."""
+  with new_file(path) as new:
+    new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -84,9 +99,8 @@ def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies a file the same way; nothing where both are one file."""
   if target.exists() and target.samefile(source):
     return
-  temporary = target.with_name(f".{target.name}.{os.getpid()}")
-  shutil.copyfile(source, temporary)
-  temporary.replace(target)
+  with new_file(target) as new:
+    shutil.copyfile(source, new)
 
 
 def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:

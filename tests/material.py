@@ -206,7 +206,7 @@ def packed(
   flat = zip(tokens.reshape(-1, size), lengths.reshape(-1), strict=True)
   ids = [text[:length] for text, length in flat]
   local = [ids[i : i + layout.texts] for i in range(0, len(ids), layout.texts)]
-  return tuple(s.arrays() for s in packing.pack(local, layout))
+  return packing.whole(packing.pack(local, layout), layout)
 
 
 def with_positives(columns: dict[str, Any], positives: int) -> dict[str, Any]:

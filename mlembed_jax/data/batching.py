@@ -1,17 +1,12 @@
-"""Which rows make up each step, and rows of token ids as arrays of a few fixed shapes.
-
-The batch of step n is a pure function of (files, seed, n): there is no iterator state, so a run
-resumes anywhere and on any number of hosts. No jax here.
-"""
+"""What one step reads and of what shape: kinds of batches, drawn negatives, padded rows."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from mlembed_jax.data.tokenizer import DataError
+NEGATIVES, INSTRUCTIONS = 0x4E45, 0x494E  # separate the draws from every other use of the seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,47 +25,24 @@ class Kind:
     return 1 + self.positives + self.negatives
 
 
-def order(sizes: Mapping[str, int], batch_size: int, seed: int) -> grain.MapDataset:
-  """Returns an endless dataset whose element n is (file, row numbers [batch_size]) of step n.
-
-  All rows of a step come from one file. Every epoch shuffles the rows of each file, cuts them
-  into batches (a remainder shorter than a batch waits for another epoch's shuffle) and visits all
-  batches of all files in a new order, so files appear in proportion to their size.
-
-  Raises:
-    DataError: a file has fewer rows than one batch.
-  """
-  for name, rows in sizes.items():
-    if rows < batch_size:
-      raise DataError(
-        f"{name}: {rows} usable rows are fewer than data.global_batch = {batch_size}; "
-        "lower it, or leave the file out of data.train"
-      )
-  files = [
-    # Batching after the shuffle and before the repeat: no batch holds a row twice.
-    grain.MapDataset.range(rows)
-    .seed(seed + 1 + i)
-    .shuffle()
-    .batch(batch_size, drop_remainder=True, batch_fn=np.array)
-    .map(lambda chosen, name=name: (name, chosen))
-    for i, (name, rows) in enumerate(sizes.items())
-  ]
-  return grain.MapDataset.concatenate(files).seed(seed).shuffle().repeat()
-
-
-def steps_per_epoch(sizes: Mapping[str, int], batch_size: int) -> int:
-  """Returns the number of batches in one pass over all files."""
-  return sum(rows // batch_size for rows in sizes.values())
+def _generator(*entropy: int) -> np.random.Generator:
+  return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def negative_columns(stored: int, used: int, seed: int, step: int) -> Int[np.ndarray, "k"]:
   """Returns the hard-negative columns of one step: `used` of `stored`, without replacement.
 
-  All rows of a step use the same columns, as in F2LLM-v2. The first argument of the generator
-  separates this stream from every other use of the seed.
+  All rows of a step use the same columns, as in F2LLM-v2.
   """
-  generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([0x4E45, seed, step])))
+  generator = _generator(NEGATIVES, seed, step)
   return np.sort(generator.choice(stored, size=min(used, stored), replace=False))
+
+
+def with_instruction(
+  shape: tuple[int, int], share: float, seed: int, step: int
+) -> Bool[np.ndarray, "B D"]:
+  """Returns which documents of a step have the instruction, each with a chance of `share`."""
+  return _generator(INSTRUCTIONS, seed, step).random(shape) < share
 
 
 def bucket(length: int, lengths: Sequence[int]) -> int:

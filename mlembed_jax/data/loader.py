@@ -1,21 +1,30 @@
-"""Batches of token ids, prepared in background threads while the device works."""
+"""Batches of token sheets, each a pure function of (dataset, plan, step); processes read ahead."""
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt32
+from jaxtyping import Float32, Int64, UInt32
 
-from mlembed_jax.data import batching
-from mlembed_jax.data.sources import SCORED, Dataset
+from mlembed_jax.data import batching, packing
+from mlembed_jax.data.batching import Kind
+from mlembed_jax.data.manifest import SCORED, File
+from mlembed_jax.data.order import Order
+from mlembed_jax.data.packing import Layout, Sheets
+from mlembed_jax.data.processes import end_with_parent
+from mlembed_jax.data.records import Row, Text, decode, decode_text
+from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import DataError, Tokenizer
 
-THREADS = 2
-# Batches ready ahead of the device. The slowest batch seen costs about three steps' tokenisation.
-PREFETCH = 4
+PREFETCH = 2  # batches ready per worker
+STALLED_S = 300.0  # without a batch from a worker: it is ended, and another one reads the step
+TRIES = 3  # of one step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,125 +36,294 @@ class Batch:
   task_type: str
   positives: int  # per row
   rows: Int64[np.ndarray, "B"]  # of the file, counted from 0
-  tokens: Int32[np.ndarray, "B C T"]
-  lengths: Int32[np.ndarray, "B C"]
+  languages: list[str]  # of the rows
+  sheets: list[Sheets]  # by width; the used blocks of this host
+  layout: Layout  # of this host
   hashes: UInt32[np.ndarray, "B C 2"]  # 64 bits of each text without instruction
   scores: Float32[np.ndarray, "B"] | None  # of scored pairs
   teacher: Float32[np.ndarray, "B C2 D2"] | None  # a teacher's vectors of the first C2 texts
+  real_tokens: int
 
-  def arrays(self) -> dict[str, np.ndarray]:
+  def arrays(self) -> dict[str, Any]:
     """Returns what the device needs."""
-    names = ("tokens", "lengths", "hashes", "scores", "teacher")
-    return {name: array for name in names if (array := getattr(self, name)) is not None}
+    optional = {"scores": self.scores, "teacher": self.teacher}
+    return {
+      "sheets": packing.whole(self.sheets, self.layout),
+      "hashes": self.hashes,
+      **{name: array for name, array in optional.items() if array is not None},
+    }
 
   @property
-  def real_tokens(self) -> int:
-    """Tokens that are not padding."""
-    return int(self.lengths.sum())
+  def computed_tokens(self) -> int:
+    """Places of tokens that this host's devices compute, real ones and padding."""
+    return sum(sheets.tokens.size for sheets in self.sheets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How rows become batches."""
+
+  negatives: Mapping[str, int]  # hard ones used per row, by task type; scored pairs have none
+  inbatch: Mapping[str, bool]  # whether positives of other rows are candidates, by task type
+  query_instructions: bool
+  document_instructions: float  # share of the documents of symmetric files
+  teacher_vectors: bool
+  lengths: tuple[int, ...]
+  packing: bool
+  batch_size: int  # rows over all hosts
+  block_tokens: int  # encoded at a time over all hosts
+  shards: int  # data-parallel devices over all hosts
+  seed: int
+  steps: int
+  host: int = 0
+  hosts: int = 1
 
 
 class Batches:
-  """Random access: element n is the batch of step n, a pure function of (files, seed, n)."""
+  """Random access: element n is this host's part of step n's batch."""
 
-  def __init__(
-    self,
-    datasets: Sequence[Dataset],
-    tokenizer: Tokenizer,
-    *,
-    negatives: Mapping[str, int],
-    inbatch: Mapping[str, bool],
-    lengths: Sequence[int],
-    batch_size: int,
-    seed: int,
-    steps: int,
-    host: int = 0,
-    hosts: int = 1,
-  ):
-    """`negatives`: hard negatives used per row, by task type; `batch_size`: over all hosts.
-
-    `inbatch`: whether the positives of the whole batch are candidates, by task type. Scored pairs
-    are in neither.
-
-    Raises:
-      DataError: a file is smaller than a batch, or has nothing to learn from, or the vectors of
-        two files' teachers differ in width.
-    """
-    for d in datasets:
-      _check_negatives(d, negatives, inbatch)
-    _check_widths(datasets)
-    self._datasets = {d.name: d for d in datasets}
-    self._order: Any = batching.order({d.name: len(d) for d in datasets}, batch_size, seed)
-    self._tokenizer = tokenizer
-    self._negatives = negatives
-    self._lengths = tuple(lengths)
-    self._seed = seed
-    self._steps = steps
-    self._part = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+  def __init__(self, split: Split, order: Order, tokenizer: Tokenizer, options: Options):
+    """Raises DataError: a file has nothing to learn from, or teachers differ in width."""
+    for file in split.files:
+      _check_negatives(file, options)
+    self._split, self._order, self._options = split, order, options
+    self._prefix = {
+      file.name: np.array(tokenizer.prefix(file.entry["instruction"]), np.int32)
+      for file in split.files
+      if file.entry["instruction"]
+    }
+    self._pooled = np.array([tokenizer.pooled_id], np.int32)
+    self._kinds = self._make_kinds()
+    self._layouts = {kind: self._layout(kind) for kind in set(self._kinds.values())}
 
   def __len__(self) -> int:
-    return self._steps
+    return self._options.steps
+
+  @property
+  def kinds(self) -> list[Kind]:
+    """The kinds of batches there are; one program is compiled for each."""
+    return list(dict.fromkeys(self._kinds.values()))
+
+  def _make_kinds(self) -> dict[str, Kind]:
+    """Returns the kind of each file; files that differ only in their longest text share one."""
+    own = {file.name: self._own_kind(file) for file in self._split.files}
+    longest: dict[Kind, int] = {}
+    for kind in own.values():
+      key = dataclasses.replace(kind, longest=0)
+      longest[key] = max(longest.get(key, 0), kind.longest)
+    keys = {name: dataclasses.replace(kind, longest=0) for name, kind in own.items()}
+    return {name: dataclasses.replace(key, longest=longest[key]) for name, key in keys.items()}
+
+  def _own_kind(self, file: File) -> Kind:
+    options, task = self._options, file.entry["task_type"]
+    prefix = self._prefix.get(file.name, ()) if options.query_instructions else ()
+    vectors = self._split.vectors_shape(file) if options.teacher_vectors else None
+    used = min(file.negatives, options.negatives.get(task, 0))
+    if vectors and vectors[0] > 1 + file.positives:  # negatives have vectors, too
+      vectors = 1 + file.positives + used, vectors[1]
+    longest = min(options.lengths[-1], self._split.longest(file) + len(prefix) + 1)
+    return Kind(task, file.positives, used, longest, vectors)
+
+  def _layout(self, kind: Kind) -> Layout:
+    options = self._options
+    return packing.layout(
+      rows=options.batch_size // options.hosts,
+      texts_per_row=kind.texts,
+      longest=kind.longest,
+      widths=options.lengths,
+      block_tokens=options.block_tokens // options.hosts,
+      shards=options.shards // options.hosts,
+      packed=options.packing,
+    )
 
   def __getitem__(self, step: int) -> Batch:
-    name, chosen = self._order[step]
-    dataset, part = self._datasets[name], self._part
-    used = self._negatives.get(dataset.task_type, 0)  # none of scored pairs
-    columns = batching.negative_columns(dataset.negatives, used, self._seed, step)
-    queries, bare, documents = dataset.read(chosen, columns)
-    # Every host tokenises the global batch, because all must agree on its padded length.
-    texts = [[q, *docs] for q, docs in zip(queries, documents, strict=True)]
-    tokens, lengths = self._tokenize(texts)
-    hashes = [[hash64(t) for t in (q, *docs)] for q, docs in zip(bare, documents, strict=True)]
+    options, chosen = self._options, self._order[step]
+    file = self._split.files[chosen.file]
+    kind = self._kinds[file.name]
+    negatives = batching.negative_columns(file.negatives, kind.negatives, options.seed, step)
+    columns = np.concatenate([np.arange(1 + file.positives), 1 + file.positives + negatives])
+    instructed = self._instructed(file, kind, step)
+    places = self._split.rows.place(chosen.units, chosen.rows)
+    mine = self._mine(places, columns, instructed, self._prefix_of(file).size)
+    read = [self._read(int(places[i]), columns[1:] - 1) for i in mine]
+    ids = [
+      [self._ids(text, file, asked) for text, asked in zip(texts, instructed[i], strict=True)]
+      for i, (_, texts) in zip(mine, read, strict=True)
+    ]
+    layout = self._layouts[kind]
+    shards = [[text for row in part for text in row] for part in _split(ids, layout.shards)]
+    rows = [row for row, _ in read]
+    scored = file.entry["task_type"] == SCORED
     return Batch(
       step=step,
-      dataset=name,
-      task_type=dataset.task_type,
-      positives=dataset.positives,
-      rows=dataset.rows[chosen[part]],
-      tokens=tokens[part],
-      lengths=lengths[part],
-      hashes=np.array(hashes, np.uint64)[part].view(np.uint32).reshape(*lengths[part].shape, 2),
-      scores=None if dataset.scores is None else dataset.scores[chosen[part]],
-      teacher=dataset.read_vectors(chosen[part], columns),
+      dataset=file.name,
+      task_type=kind.task_type,
+      positives=kind.positives,
+      rows=np.array([row.row for row in rows]),
+      languages=[row.language for row in rows],
+      sheets=packing.pack(shards, layout),
+      layout=layout,
+      hashes=np.array([[text.hash for text in texts] for _, texts in read]),
+      scores=np.array([row.score for row in rows], np.float32) if scored else None,
+      teacher=self._teacher(kind, [int(places[i]) for i in mine], columns),
+      real_tokens=sum(len(text) for row in ids for text in row),
     )
 
-  def _tokenize(self, texts: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-    flat = [text for row in texts for text in row]
-    ids = self._tokenizer.encode(flat, self._lengths[-1])
-    tokens, lengths = batching.pad(ids, batching.bucket(max(map(len, ids)), self._lengths))
-    shape = (len(texts), len(texts[0]))
-    return tokens.reshape(*shape, -1), lengths.reshape(shape)
+  def _prefix_of(self, file: File) -> np.ndarray:
+    return self._prefix.get(file.name, np.empty(0, np.int32))
 
+  def _instructed(self, file: File, kind: Kind, step: int) -> np.ndarray:
+    """Returns which texts of the batch have the instruction, [B, C]."""
+    options = self._options
+    asked = np.zeros((options.batch_size, kind.texts), bool)
+    if file.entry["instruction"]:
+      asked[:, 0] = options.query_instructions
+      if file.symmetric and options.document_instructions:
+        shape, share = (len(asked), kind.texts - 1), options.document_instructions
+        asked[:, 1:] = batching.with_instruction(shape, share, options.seed, step)
+    return asked
 
-def _check_negatives(d: Dataset, negatives: Mapping[str, int], inbatch: Mapping[str, bool]) -> None:
-  if d.task_type == SCORED or inbatch[d.task_type]:
-    return
-  if not min(d.negatives, negatives[d.task_type]):
-    raise DataError(
-      f"{d.name}: {d.task_type} learns from hard negatives, but {d.negatives} are stored and "
-      f"losses.{d.task_type}.negatives = {negatives[d.task_type]}; raise it, store some, or set "
-      f"losses.{d.task_type}.inbatch"
-    )
+  def _mine(
+    self, places: np.ndarray, columns: np.ndarray, instructed: np.ndarray, prefix: int
+  ) -> np.ndarray:
+    """Returns which rows of the batch are this host's, shard after shard.
 
-
-def _check_widths(datasets: Sequence[Dataset]) -> None:
-  widths = {d.name: d.vectors["query"].width for d in datasets if d.vectors}
-  for name, width in widths.items():
-    first = next(iter(widths))
-    if width != widths[first]:
-      raise DataError(
-        f"{name}: its teacher_vectors are {width} numbers wide, but those of {first} "
-        f"{widths[first]}; one teacher must have made both"
+    Rows go to shards by their tokens, which every host knows of all rows without reading them.
+    """
+    options = self._options
+    order = np.arange(len(places))
+    if options.shards > 1:
+      counts = np.array(
+        [self._split.lengths.row(*self._split.queries.place(int(p)))[columns] for p in places]
       )
+      tokens = np.minimum(counts + prefix * instructed + 1, options.lengths[-1]).sum(axis=1)
+      order = packing.balance(tokens, options.shards)
+    return np.split(order, options.hosts)[options.host]
+
+  def _read(self, place: int, columns: np.ndarray) -> tuple[Row, list[Text]]:
+    """Returns a row and its texts: the query, then the documents of these columns."""
+    query, row = decode(self._split.queries[place])
+    documents = np.concatenate([row.positives, row.negatives])[columns]
+    return row, [query, *(decode_text(self._split.documents[int(i)]) for i in documents)]
+
+  def _ids(self, text: Text, file: File, instructed: bool) -> np.ndarray:
+    """Returns a text's ids as the model reads them, ending with the pooled token."""
+    ids = text.tokens
+    if instructed:
+      ids = np.concatenate([self._prefix_of(file), text.head, ids[text.skip :]])
+    return np.concatenate([ids[: self._options.lengths[-1] - 1], self._pooled])
+
+  def _teacher(self, kind: Kind, places: list[int], columns: np.ndarray) -> np.ndarray | None:
+    if not kind.vectors:
+      return None
+    wanted = columns[: kind.vectors[0]]
+    place = self._split.queries.place
+    rows = [self._split.vectors.row(*place(i))[wanted] for i in places]
+    return np.array(rows, np.float32)
 
 
-def hash64(text: str) -> int:
-  """Returns 64 bits of a text; equal texts are never each other's negatives."""
-  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _split(rows: list[Any], parts: int) -> list[list[Any]]:
+  size = len(rows) // parts
+  return [rows[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def iterate(batches: Batches, start: int) -> Iterator[Batch]:
-  """Yields the batches from step `start` on, read ahead by threads."""
-  options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
-  yield from (
-    grain.MapDataset.range(start, len(batches)).map(batches.__getitem__).to_iter_dataset(options)
+def _check_negatives(file: File, options: Options) -> None:
+  task = file.entry["task_type"]
+  if task == SCORED or options.inbatch[task] or min(file.negatives, options.negatives[task]):
+    return
+  raise DataError(
+    f"{file.name}: {task} learns from hard negatives, but {file.negatives} are stored and "
+    f"losses.{task}.negatives = {options.negatives[task]}; raise it, store some, or set "
+    f"losses.{task}.inbatch"
   )
+
+
+def iterate(batches: Batches, start: int, workers: int) -> Iterator[Batch]:
+  """Yields the batches from step `start` on, read ahead by processes (0: by a thread).
+
+  A worker that dies or stalls is named on stderr, and its step is read again.
+
+  Raises:
+    DataError: a file cannot be read, or TRIES workers died at one step.
+  """
+  step, failures = start, 0
+  while step < len(batches):
+    reader = _Reader(batches, step, workers)
+    try:
+      for batch in reader:
+        yield batch
+        step, failures = batch.step + 1, 0
+    except WorkerDied as error:
+      failures += 1
+      print(f"warning: {error}; reading step {step + 1} again", file=sys.stderr, flush=True)
+      if failures == TRIES:
+        raise DataError(
+          f"step {step + 1}: {TRIES} data workers in turn died; {error}. Look for "
+          "want of memory, or read in the main process with data.workers = 0"
+        ) from error
+    finally:
+      reader.close()
+
+
+class WorkerDied(RuntimeError):
+  """A process that read data ended or stalled; the message names it."""
+
+
+class _Reader:
+  """The batches from one step on, until a worker dies."""
+
+  def __init__(self, batches: Batches, start: int, workers: int):
+    self._next, self._start, self._workers = start, start, workers
+    before = set(multiprocessing.active_children())
+    threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+    dataset = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
+    iterable = dataset.to_iter_dataset(threads)
+    if workers:
+      options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=PREFETCH)
+      iterable = iterable.mp_prefetch(options, worker_init_fn=_Init(os.getpid()))
+    self._iterator, self._before = iter(iterable), before
+
+  def __iter__(self) -> Iterator[Batch]:
+    while True:
+      watch = threading.Timer(STALLED_S, self._end_workers)
+      watch.daemon = True
+      watch.start()
+      try:
+        batch = next(self._iterator)
+      except StopIteration:
+        return
+      except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+          raise
+        raise WorkerDied(f"data worker {self._worker()}: {str(error).splitlines()[0]}") from error
+      finally:
+        watch.cancel()
+      self._next += 1
+      yield batch
+
+  def _worker(self) -> str:
+    number = (self._next - self._start) % self._workers
+    return f"{number + 1} of {self._workers}, which had to read step {self._next + 1}"
+
+  def _end_workers(self) -> None:
+    print(
+      f"warning: data worker {self._worker()} gave nothing for {STALLED_S:.0f} s; ending it",
+      file=sys.stderr,
+      flush=True,
+    )
+    for process in set(multiprocessing.active_children()) - self._before:
+      process.kill()
+
+  def close(self) -> None:
+    """Ends the workers."""
+    self._iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Init:
+  """What a worker does first."""
+
+  parent: int
+
+  def __call__(self) -> None:
+    end_with_parent(self.parent)

@@ -49,10 +49,6 @@ class Sheets:
   ends: Int32[np.ndarray, "blocks S K"]  # where each text ends, ascending; T: no more texts
   texts: Int32[np.ndarray, "blocks S K"]  # which of its shard's texts; Layout.texts: none
 
-  def arrays(self) -> dict[str, np.ndarray]:
-    """Returns what the device needs."""
-    return dict(vars(self))
-
 
 def layout(
   *,
@@ -88,19 +84,43 @@ def balance(tokens: np.ndarray, shards: int) -> np.ndarray:
 
 
 def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
-  """Returns the sheets of each width; `ids` holds the token ids of every text of every shard."""
-  made = [_empty(layout, i) for i in range(len(layout.widths))]
-  for shard, texts in enumerate(ids):
-    lengths = np.array([len(text) for text in texts])
-    if lengths.max() > layout.widths[-1]:  # it would be missing without a word
-      raise ValueError(f"a text of {lengths.max()} tokens, sheets of {layout.widths}")
-    left = np.arange(len(texts))
-    for i, below in reversed(list(enumerate((0, *layout.widths[:-1])))):
-      width = layout.widths[i]
-      bins = fill(lengths[left], width, layout.slots(width), below)
-      _write(made[i], shard, layout, [left[members] for members in bins], texts)
-      left = np.delete(left, [text for members in bins for text in members])
+  """Returns the blocks of each width that hold a text; `ids`: of every text of every shard."""
+  bins = [_bins(np.array([len(text) for text in texts]), layout) for texts in ids]
+  made = []
+  for i in range(len(layout.widths)):
+    per_shard = layout.sheets[i] // layout.shards
+    sheets = _empty(layout, i, math.ceil(max(len(of[i]) for of in bins) / per_shard))
+    for shard, (texts, of) in enumerate(zip(ids, bins, strict=True)):
+      _write(sheets, shard, per_shard, of[i], texts)
+    made.append(sheets)
   return made
+
+
+def _bins(lengths: np.ndarray, layout: Layout) -> list[list[np.ndarray]]:
+  """Returns for each width which texts share each sheet.
+
+  Widest first: the texts that need these sheets leave room in them, which shorter ones take.
+  """
+  if lengths.max() > layout.widths[-1]:  # it would be missing without a word
+    raise ValueError(f"a text of {lengths.max()} tokens, but sheets of {layout.widths}")
+  left, made = np.arange(len(lengths)), []
+  for i, width in reversed(list(enumerate(layout.widths))):
+    below = layout.widths[i - 1] if i else 0
+    bins = fill(lengths[left], width, layout.slots(width), below)
+    made.insert(0, [left[members] for members in bins])
+    left = np.delete(left, [text for members in bins for text in members])
+  return made
+
+
+def whole(sheets: Sequence[Sheets], layout: Layout) -> tuple[dict[str, np.ndarray], ...]:
+  """Returns the arrays of each width with all blocks of the layout, the further ones empty."""
+  made = []
+  for i, used in enumerate(sheets):
+    full = vars(_empty(layout, i, layout.blocks[i]))
+    for name, array in vars(used).items():
+      full[name][: len(array)] = array
+    made.append(full)
+  return tuple(made)
 
 
 def fill(lengths: np.ndarray, width: int, slots: int, below: int = 0) -> list[list[int]]:
@@ -127,8 +147,8 @@ def fill(lengths: np.ndarray, width: int, slots: int, below: int = 0) -> list[li
   return sheets
 
 
-def _empty(layout: Layout, i: int) -> Sheets:
-  shapes = layout.shapes()[i]
+def _empty(layout: Layout, i: int, blocks: int) -> Sheets:
+  shapes = {name: (blocks, *shape[1:]) for name, shape in layout.shapes()[i].items()}
   return Sheets(
     np.zeros(shapes["tokens"], np.int32),
     np.full(shapes["ends"], layout.widths[i], np.int32),
@@ -139,12 +159,11 @@ def _empty(layout: Layout, i: int) -> Sheets:
 def _write(
   into: Sheets,
   shard: int,
-  layout: Layout,
+  per_block: int,
   bins: Sequence[np.ndarray],
   ids: Sequence[np.ndarray],
 ) -> None:
   """Writes one shard's sheets: the first ones of block 0, then of block 1 and so on."""
-  per_block = into.tokens.shape[1] // layout.shards
   for number, members in enumerate(bins):
     place = number // per_block, shard * per_block + number % per_block
     text = np.concatenate([ids[member] for member in members])

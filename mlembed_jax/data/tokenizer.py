@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import tokenizers
 
-INSTRUCTION = "Instruct: {instruction}\nQuery: {text}"
+# A query is PREFIX + QUERY. A line break ends a token for every tokenizer that we accept, so the
+# ids of the two parts, one after the other, are those of the whole.
+PREFIX = "Instruct: {instruction}\n"
+QUERY = "Query: {text}"
 
 
 class DataError(ValueError):
@@ -15,7 +18,7 @@ class DataError(ValueError):
 
 def with_instruction(instruction: str, text: str) -> str:
   """Returns the query as the model reads it; the text itself where there is no instruction."""
-  return INSTRUCTION.format(instruction=instruction, text=text) if instruction else text
+  return PREFIX.format(instruction=instruction) + QUERY.format(text=text) if instruction else text
 
 
 class Tokenizer:
@@ -29,17 +32,17 @@ class Tokenizer:
     """
     self.path = pathlib.Path(path)
     if not self.path.is_file():
-      raise DataError(f"data.tokenizer: {path} does not exist; give the path of a tokenizer.json")
+      raise DataError(f"{path} does not exist; give the path of a tokenizer.json")
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-      raise DataError(f"data.tokenizer: {path} is not a tokenizer.json: {error}") from error
+      raise DataError(f"{path} is not a tokenizer.json: {error}") from error
     # Truncation and padding are ours; a file may carry settings of its own.
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     pooled_id = self._tokenizer.token_to_id(pooled_token)
     if pooled_id is None:
-      raise DataError(f"data.pooled_token: {path} has no token {pooled_token!r}")
+      raise DataError(f"pooled_token: {path} has no token {pooled_token!r}")
     self.pooled_token = pooled_token
     self.pooled_id: int = pooled_id
 
@@ -55,10 +58,28 @@ class Tokenizer:
 
   @property
   def fingerprint(self) -> str:
-    """Hash of the file and the pooled token."""
-    return hashlib.sha256(self.path.read_bytes() + self.pooled_token.encode()).hexdigest()
+    """Hash of the file."""
+    return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+  def ids(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns all ids of each text, and no others."""
+    return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+  def prefix(self, instruction: str) -> list[int]:
+    """Returns the ids that stand before those of `Query: ...`.
+
+    Raises:
+      DataError: the tokenizer reads across the line break between the two.
+    """
+    prefix, query = PREFIX.format(instruction=instruction), QUERY.format(text="a")
+    first, second, whole = self.ids([prefix, query, prefix + query])
+    if first + second != whole:
+      raise DataError(
+        f"{self.path}: joins the end of an instruction with the query of the next line; give a "
+        "tokenizer that splits at line breaks, such as Qwen's"
+      )
+    return first
 
   def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Returns the ids of each text: its first `max_length` - 1 tokens, then the pooled token."""
-    encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [[*e.ids[: max_length - 1], self.pooled_id] for e in encodings]
+    return [[*ids[: max_length - 1], self.pooled_id] for ids in self.ids(texts)]

@@ -24,7 +24,7 @@ import safetensors.numpy
 from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
-from mlembed_jax.data.tokenizer import INSTRUCTION, Tokenizer
+from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.encode import encode
 from mlembed_jax.hf import files, names
 from mlembed_jax.hf.card import card
@@ -336,7 +336,7 @@ def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[
       "trained_length": config.data.lengths[-1],
       "max_seq_length": config.export.max_seq_length,
     },
-    "prompt_template": INSTRUCTION.format(instruction="{task}", text="{text}"),
+    "prompt_template": PREFIX.format(instruction="{task}") + QUERY,
     "training": {
       "recipe": variant.recipe,
       "step": variant.step,

@@ -57,7 +57,7 @@ def random_batch(config: Config, texts: int, mesh: Mesh) -> Batch:
   layout = memory.kind_layout(config, Kind("retrieval", 1, texts - 2, tokens, None), shards)
   shape = (shards, layout.texts, tokens)
   ids: Any = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
-  sheets = tuple(width.arrays() for width in packing.pack(ids, layout))
+  sheets = packing.whole(packing.pack(ids, layout), layout)
   return put_batch({"sheets": sheets, "hashes": common.random_hashes(rows, texts)}, mesh)
 
 

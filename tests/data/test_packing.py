@@ -30,7 +30,7 @@ def read(made, layout, shard):
   """Returns {text: its tokens} of one shard, from the sheets alone."""
   found = {}
   for sheets, width in zip(made, layout.widths, strict=True):
-    own = {k: np.split(v, layout.shards, 1)[shard] for k, v in sheets.arrays().items()}
+    own = {k: np.split(v, layout.shards, 1)[shard] for k, v in vars(sheets).items()}
     for at in np.ndindex(own["tokens"].shape[:2]):
       start = 0
       for end, text in zip(own["ends"][at], own["texts"][at], strict=True):
@@ -56,9 +56,21 @@ def test_every_text_is_in_one_place(packed, shards):
     assert sorted(found) == list(range(len(texts)))
     for number, text in found.items():
       np.testing.assert_array_equal(text, texts[number])
-  for sheets, shapes in zip(made, layout.shapes(), strict=True):
-    assert {name: array.shape for name, array in sheets.arrays().items()} == shapes
-    assert {array.dtype for array in sheets.arrays().values()} == {np.dtype(np.int32)}
+
+
+def test_whole_batches_have_the_shapes_of_the_layout_and_empty_blocks_at_the_end():
+  layout = layout_of(rows=64, block_tokens=8192)
+  made = packing.pack([texts_of(part) for part in corpus(64 * 9).reshape(8, -1)], layout)
+  for used, arrays, shapes in zip(made, packing.whole(made, layout), layout.shapes(), strict=True):
+    assert {name: array.shape for name, array in arrays.items()} == shapes
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
+    blocks, width = len(used.tokens), arrays["tokens"].shape[-1]
+    assert np.all(np.any(used.texts < layout.texts, axis=(1, 2)))
+    for name, array in vars(used).items():
+      np.testing.assert_array_equal(arrays[name][:blocks], array)
+    empty = {"tokens": 0, "ends": width, "texts": layout.texts}
+    assert all(np.all(arrays[name][blocks:] == value) for name, value in empty.items())
+    assert blocks < len(arrays["tokens"])
 
 
 def test_a_text_is_in_the_narrowest_sheet_that_holds_it_or_beside_a_longer_one():

@@ -1,0 +1,173 @@
+"""What stands in the folder of a prepared dataset beside its records, and reading it.
+
+  catalog.json          files, shards, runs of languages: all that training must know of the rows
+  prepare_report.json   rows read, kept and dropped by reason, per file; documents; tokens
+  tokenizer.json        a copy of the one that made the ids
+  features.json, dataset_info.json            read by TensorFlow Datasets
+  mlembed-{train,validation,documents}.array_record-*   the records
+  mlembed-*.lengths.npy, mlembed-*.vectors.npy          token counts and a teacher's vectors, by row
+
+catalog.json is written last: a folder that has it is complete.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from mlembed_jax.data import records
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.data.transforms import RowShard, Run, Written
+from mlembed_jax.workdir import write_json
+
+VERSION = 1  # raise it when the same input would give other files
+FILE = "catalog.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Everything that decides what a prepared folder holds."""
+
+  files: list[File]
+  sizes: dict[str, int]  # bytes of each file
+  tokenizer: str  # its fingerprint
+  max_tokens: int
+  partitions: int
+  version: int = VERSION
+
+  def as_json(self) -> dict[str, Any]:
+    """Returns it without where the files lie, which may change."""
+    entries = {file.name: file.entry for file in self.files}
+    return dataclasses.asdict(self) | {"files": entries}
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog:
+  """An opened prepared folder."""
+
+  folder: pathlib.Path
+  files: dict[str, File]
+  shards: dict[str, list[RowShard]]  # by split: train, validation
+  documents: list[int]  # of each shard
+  fingerprint: str  # of all records
+
+  @property
+  def tokenizer(self) -> pathlib.Path:
+    """The tokenizer that made the ids."""
+    return self.folder / "tokenizer.json"
+
+  def records(self, split: str) -> records.Records:
+    """Returns random access to a split."""
+    if split == records.DOCUMENTS:
+      return records.Records(self.folder, split, self.documents)
+    return records.Records(self.folder, split, [s.written.records for s in self.shards[split]])
+
+
+def save(
+  folder: pathlib.Path,
+  plan: Plan,
+  shards: dict[str, list[RowShard]],
+  documents: list[Written],
+) -> None:
+  """Writes what TensorFlow Datasets reads, then catalog.json."""
+  _write_metadata(
+    folder,
+    {split: [shard.written for shard in of] for split, of in shards.items()}
+    | {records.DOCUMENTS: documents},
+  )
+  digests = [shard.written.digest for of in shards.values() for shard in of]
+  digests += [written.digest for written in documents]
+  value = {
+    "plan": plan.as_json(),
+    "shards": {split: [dataclasses.asdict(s) for s in of] for split, of in shards.items()},
+    "documents": [written.records for written in documents],
+  }
+  value["fingerprint"] = hashlib.sha256(json.dumps([plan.as_json(), digests]).encode()).hexdigest()
+  write_json(folder / FILE, value)
+
+
+def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> None:
+  import tensorflow_datasets as tfds
+
+  template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+  infos = [
+    tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=[shard.records for shard in shards],
+      num_bytes=sum(shard.size for shard in shards),
+      filename_template=tfds.core.ShardedFileTemplate(
+        data_dir=folder,
+        dataset_name=records.NAME,
+        split=split,
+        filetype_suffix="array_record",
+        template=template,
+      ),
+    )
+    for split, shards in splits.items()
+    if any(shard.records for shard in shards)  # it cannot open a split without rows
+  ]
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder,
+    features=records.features(),
+    split_infos=infos,
+    check_data=False,
+    filename_template=template,
+  )
+
+
+def read(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns catalog.json, None where the folder has none.
+
+  Raises:
+    DataError: it is not what this version writes.
+  """
+  path = folder / FILE
+  if not path.is_file():
+    return None
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    version = value["plan"]["version"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise DataError(f"{path} is damaged: {error}; prepare the dataset again") from error
+  if version != VERSION:
+    raise DataError(
+      f"{folder} was prepared by another version ({version}, this is {VERSION}); prepare it again"
+    )
+  return value
+
+
+def load(folder: pathlib.Path) -> Catalog:
+  """Returns the opened folder.
+
+  Raises:
+    DataError: it is no finished dataset of this version, or one of its files is missing.
+  """
+  if (value := read(folder)) is None:
+    raise DataError(
+      f"data.dataset: {folder} is no prepared dataset; write one with "
+      "python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE --out DIR"
+    )
+  shards = {split: [_row_shard(s) for s in of] for split, of in value["shards"].items()}
+  files = {name: File(name, entry, "") for name, entry in value["plan"]["files"].items()}
+  catalog = Catalog(folder, files, shards, value["documents"], value["fingerprint"])
+  _check_files(catalog)
+  return catalog
+
+
+def _row_shard(value: dict[str, Any]) -> RowShard:
+  runs = [Run(**run) for run in value["runs"]]
+  return RowShard(value["file"], Written(**value["written"]), value["longest"], runs)
+
+
+def _check_files(catalog: Catalog) -> None:
+  counts = {split: len(of) for split, of in catalog.shards.items()}
+  counts[records.DOCUMENTS] = len(catalog.documents)
+  there = {path.name for path in catalog.folder.iterdir()}
+  names = [records.file_name(split, i, n) for split, n in counts.items() for i in range(n)]
+  if missing := [name for name in ["tokenizer.json", *names] if name not in there]:
+    raise DataError(
+      f"{catalog.folder}: {missing[0]} is missing ({len(missing)} files in all); copy the whole "
+      "folder, or delete it and prepare the dataset again"
+    )

@@ -1,0 +1,197 @@
+"""The manifest: which files there are, and what their rows are. One JSON object, file -> entry.
+
+Required of an entry: task_type, instruction, query_has_instruction, negatives. Optional: path
+(where the file lies if not beside the manifest, e.g. hf://...), lang (of a file without a
+`lang` column), positives (per row), symmetric (documents are queries of their own kind, as in
+bitext), teacher_vectors (.npy files with a teacher's vectors of every row).
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import fsspec
+
+from mlembed_jax.data.tokenizer import DataError
+
+SCORED = "scored_pairs"  # a query, a passage and how alike they are; no negatives
+TASK_TYPES = ("retrieval", "bitext", "clustering", "classification", SCORED)
+SYMMETRIC = ("bitext", "clustering", SCORED)  # unless the manifest says otherwise
+REQUIRED = {"task_type": str, "instruction": str, "query_has_instruction": bool, "negatives": int}
+OPTIONAL = {
+  "path": str,
+  "lang": str,
+  "positives": int,
+  "symmetric": bool,
+  "teacher_vectors": dict,
+}
+VECTORS = ("query", "passage", "negatives")  # keys of teacher_vectors; the last one is optional
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """One file of a manifest."""
+
+  name: str
+  entry: dict[str, Any]
+  folder: str  # of the manifest
+
+  @property
+  def path(self) -> str:
+    """Where it lies: a local path or any URL that fsspec knows."""
+    return join(self.folder, self.entry.get("path", self.name))
+
+  @property
+  def positives(self) -> int:
+    """Positives per row."""
+    return self.entry.get("positives", 1)
+
+  @property
+  def negatives(self) -> int:
+    """Negatives stored per row."""
+    return self.entry["negatives"]
+
+  @property
+  def symmetric(self) -> bool:
+    """Whether documents are of the queries' kind, so that some get the instruction too."""
+    return self.entry.get("symmetric", self.entry["task_type"] in SYMMETRIC)
+
+  @property
+  def vectors(self) -> dict[str, str]:
+    """Paths of a teacher's vectors by key, in the order of VECTORS."""
+    named = self.entry.get("teacher_vectors", {})
+    return {key: join(self.folder, named[key]) for key in VECTORS if key in named}
+
+
+def join(folder: str, path: str) -> str:
+  """Returns `path`, relative to `folder` unless it is absolute or a URL."""
+  absolute = "://" in path or path.startswith("/")
+  return path if absolute else f"{folder}/{path}"
+
+
+def open_input(path: str) -> Any:
+  """Returns a readable binary file, of a local path or of any URL that fsspec knows.
+
+  Raises:
+    DataError: there is none, or the package that reads such URLs is not installed.
+  """
+  try:
+    return fsspec.open(path, "rb", compression="infer").open()
+  except FileNotFoundError as error:
+    raise DataError(f"{path} does not exist") from error
+  except (ImportError, ValueError) as error:  # a protocol without its package, or an unknown one
+    raise DataError(f"{path}: {error}") from error
+  except OSError as error:
+    raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def read_manifest(path: str) -> dict[str, dict[str, Any]]:
+  """Returns {file: entry} of a manifest.
+
+  Raises:
+    DataError: the file is missing or no JSON object, or names a file twice.
+  """
+  with open_input(path) as file:
+    text = file.read()
+  try:
+    manifest = json.loads(text, object_pairs_hook=functools.partial(_once, path))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise DataError(f"{path} is not JSON: {error}") from error
+  if not isinstance(manifest, dict):
+    raise DataError(f"{path} must be an object: file -> entry")
+  return manifest
+
+
+def _once(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns the pairs of a JSON object, which would else lose one of two equal names."""
+  names = [name for name, _ in pairs]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise DataError(f"{path}: {twice[0]!r} stands there twice; keep one")
+  return dict(pairs)
+
+
+def select(manifest_path: str, patterns: Iterable[str], field: str) -> list[File]:
+  """Returns the checked files of a manifest that match any of the patterns, in its order.
+
+  Raises:
+    DataError: a pattern matches nothing, or an entry lacks a field; `field` names the setting.
+  """
+  manifest, folder = read_manifest(manifest_path), manifest_path.rpartition("/")[0] or "."
+  chosen: set[str] = set()
+  for pattern in patterns:
+    names = fnmatch.filter(manifest, pattern)
+    if not names:
+      raise DataError(
+        f"{field}: {pattern!r} matches no file of {manifest_path}; it lists {', '.join(manifest)}"
+      )
+    chosen |= set(names)
+  return [
+    File(name, check_entry(manifest_path, name, entry), folder)
+    for name, entry in manifest.items()
+    if name in chosen
+  ]
+
+
+def select_all(manifests: Iterable[str], patterns: Iterable[str], field: str) -> list[File]:
+  """Returns the files of several manifests; raises DataError where two have one of a name."""
+  patterns, files = list(patterns), {}
+  for path in manifests:
+    for file in select(path, patterns, field):
+      if file.name in files:
+        raise DataError(
+          f"{path} and the manifest in {files[file.name].folder} both have {file.name}; "
+          "give one of them another name (its `path` says where the file lies)"
+        )
+      files[file.name] = file
+  return list(files.values())
+
+
+def check_entry(manifest: str, name: str, entry: Any) -> dict[str, Any]:
+  """Returns the entry; raises DataError where a field is missing, wrong or of another type."""
+  fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+  problem = next(itertools.chain(_type_problems(fields), _value_problems(fields)), None)
+  if problem:
+    raise DataError(f"{manifest}: {name}: {problem}")
+  return fields
+
+
+def _type_problems(entry: dict[str, Any]) -> Iterator[str]:
+  known = REQUIRED | OPTIONAL
+  for field in entry.keys() - known:  # others are notes of their own, such as a licence
+    if close := difflib.get_close_matches(field, known, n=1, cutoff=0.8):
+      yield f"{field}: unknown field; did you mean {close[0]}?"
+  for field, kind in known.items():
+    if (field in entry or field in REQUIRED) and type(entry.get(field)) is not kind:
+      found = repr(entry[field]) if field in entry else "nothing"
+      yield f"{field}: expected {kind.__name__}, found {found}"
+
+
+def _value_problems(entry: dict[str, Any]) -> Iterator[str]:
+  task, negatives, positives = entry["task_type"], entry["negatives"], entry.get("positives", 1)
+  if task not in TASK_TYPES:
+    yield f"task_type: {task!r} is unknown; known: {', '.join(TASK_TYPES)}"
+  if negatives < 0:
+    yield "negatives: must not be negative"
+  if positives < 1:
+    yield f"positives: must be at least 1, found {positives}"
+  if task == SCORED and negatives:
+    yield f"negatives: must be 0 for {task} (query, passage, score), found {negatives}"
+  if task == SCORED and positives > 1:
+    yield f"positives: must be 1 for {task} (query, passage, score), found {positives}"
+  if "teacher_vectors" in entry:
+    yield from _vector_problems(entry["teacher_vectors"])
+
+
+def _vector_problems(files: dict[str, Any]) -> Iterator[str]:
+  for key in files:
+    if key not in VECTORS:
+      yield f"teacher_vectors: {key!r} is unknown; known: {', '.join(VECTORS)}"
+  for key in ("query", "passage", *files):
+    if type(files.get(key)) is not str:
+      found = repr(files[key]) if key in files else "nothing"
+      yield f"teacher_vectors.{key}: expected the path of an .npy file, found {found}"

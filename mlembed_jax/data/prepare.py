@@ -1,0 +1,263 @@
+"""Prepares a dataset on one machine: every step a process per part, safe to be killed.
+
+A part writes its files under temporary names, renames them, and marks itself done last. Run again,
+the command leaves out what is done; what was half written is written anew. The result does not
+depend on the number of processes, nor on how often it was stopped.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import tqdm
+
+from mlembed_jax.data import catalog, report, rows, transforms, vectors
+from mlembed_jax.data.catalog import Plan
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.processes import end_with_parent
+from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
+from mlembed_jax.data.report import FileCount
+from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.transforms import RowShard, Slice, Written
+from mlembed_jax.workdir import copy_file, new_file, write_json
+
+WORK = ".work"  # folder of what is not part of the result
+# Compressed input per documents file: 1,000 files for 60 GB. A process holds one at a time, which
+# uncompressed and with each text once is about twice this.
+PARTITION_BYTES = 64 * 2**20
+LEAST_PARTITIONS = 8  # so that several processes have something to do
+MAX_TOKENS = 60_000  # counts are stored in 16 bits, and a query has a few more than its text
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What every process knows."""
+
+  plan: Plan
+  out: pathlib.Path
+  tokenizer_path: pathlib.Path
+  pooled_token: str
+
+  @property
+  def work(self) -> pathlib.Path:
+    """Folder of intermediate files."""
+    return self.out / WORK
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """Opened once per process."""
+    return Tokenizer(self.tokenizer_path, self.pooled_token)
+
+
+def make_plan(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> Plan:
+  """Returns what there is to do.
+
+  Raises:
+    DataError: a file is missing, unreadable or of another form than its entry says, or the
+      tokenizer does not fit our queries.
+  """
+  if not 2 <= max_tokens <= MAX_TOKENS:
+    raise DataError(f"--max_tokens: {max_tokens} is not between 2 and {MAX_TOKENS}")
+  for file in files:
+    rows.check(file)
+    vectors.check_shapes(file)
+    tokenizer.prefix(file.entry["instruction"])
+  sizes = {file.name: _size(file.path) for file in files}
+  needed = max(LEAST_PARTITIONS, sum(sizes.values()) // PARTITION_BYTES)
+  partitions = 1 << (needed - 1).bit_length()
+  return Plan(list(files), sizes, tokenizer.fingerprint, max_tokens, partitions)
+
+
+def _size(path: str) -> int:
+  filesystem, inner = fsspec.core.url_to_fs(path)
+  return int(filesystem.size(inner) or 0)
+
+
+def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
+  """Writes the dataset to `job.out`; nothing where it is there already.
+
+  Raises:
+    DataError: the folder holds something else, a file cannot be read, or more rows than
+      `max_dropped_share` of a file cannot be used.
+  """
+  if (done := catalog.read(job.out)) is not None:
+    return _check_same(job, done["plan"], job.out)
+  _open_work(job)
+  with _pool(processes) as pool:
+    counts = _each(pool, "reading", _read_file, job, range(len(job.plan.files)))
+    report.check(counts, max_dropped_share, job.out)
+    documents = _each(pool, "documents", _write_documents, job, range(job.plan.partitions))
+    chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
+    numbered = [(number, len(chunks), *chunk) for number, chunk in enumerate(chunks)]
+    made = _each(pool, "rows", _write_rows, job, numbered)
+  shards = {split: [shards[split] for shards in made] for split in (TRAIN, VALIDATION)}
+  report.write(job.out, counts, shards, documents)
+  copy_file(job.tokenizer_path, job.out / "tokenizer.json")
+  catalog.save(job.out, job.plan, shards, documents)
+  shutil.rmtree(job.work)
+
+
+def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
+  asked = json.loads(json.dumps(job.plan.as_json()))
+  different = [key for key in asked if asked[key] != found.get(key)]
+  if different:
+    raise DataError(
+      f"--out: {folder} holds a dataset of other input: {', '.join(different)} differ; "
+      "name another folder, or delete this one"
+    )
+
+
+def _open_work(job: Job) -> None:
+  path = job.work / "plan.json"
+  if path.is_file():
+    _check_same(job, json.loads(path.read_text(encoding="utf-8")), job.out)
+  elif job.out.exists() and any(job.out.iterdir()):
+    raise DataError(f"--out: {job.out} holds files that are no dataset; name another folder")
+  job.work.mkdir(parents=True, exist_ok=True)
+  write_json(path, job.plan.as_json())
+
+
+# Processes.
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
+  context = multiprocessing.get_context("spawn")
+  return ProcessPoolExecutor(processes, context, end_with_parent, (os.getpid(),))
+
+
+def _each(
+  pool: ProcessPoolExecutor,
+  title: str,
+  function: Callable[[Job, Any], Any],
+  job: Job,
+  items: Sequence[Any],
+) -> list[Any]:
+  """Returns the result of every item, computed now or in an earlier run; shows progress."""
+  futures = [pool.submit(_once, title, function, job, n, item) for n, item in enumerate(items)]
+  try:
+    for future in tqdm.tqdm(as_completed(futures), title, len(futures), unit="part"):
+      future.result()
+  except BrokenProcessPool as error:
+    raise DataError(
+      f"{title}: a process was ended from outside, perhaps for want of memory; run the command "
+      "again, with fewer --processes: it goes on where it stopped"
+    ) from error
+  finally:
+    for future in futures:
+      future.cancel()  # does nothing to those that are done
+  return [future.result() for future in futures]
+
+
+def _once(title: str, function: Callable[[Job, Any], Any], job: Job, n: int, item: Any) -> Any:
+  path = job.work / title / f"{n:05d}.done"
+  if path.is_file():
+    return pickle.loads(path.read_bytes())
+  value = function(job, item)
+  with new_file(path) as new:
+    new.write_bytes(pickle.dumps(value))
+  return value
+
+
+# Steps, each run in one of the processes.
+
+
+def _chunk(job: Job, file: int, chunk: int, table: str) -> pathlib.Path:
+  return job.work / "chunks" / f"{file:05d}-{chunk:05d}.{table}.arrow"
+
+
+def _read_file(job: Job, number: int) -> FileCount:
+  """Writes rows and texts of every chunk; returns what there was."""
+  file = job.plan.files[number]
+  count = FileCount(file.name)
+  for k, chunk in enumerate(rows.read(file)):
+    vectors.check_rows(file, chunk.rows["row"].to_numpy())
+    for name in ("rows", "texts"):
+      with new_file(_chunk(job, number, k, name)) as new, pa.OSFile(str(new), "wb") as sink:
+        table = getattr(chunk, name)
+        with pa.ipc.new_file(sink, table.schema) as writer:
+          writer.write_table(table)
+    count.add(chunk)
+  vectors.check_shapes(file, count.read)
+  return count
+
+
+def _read_table(job: Job, file: int, chunk: int, name: str) -> pa.Table:
+  """Returns a table of a chunk, left on disk."""
+  with pa.memory_map(str(_chunk(job, file, chunk, name))) as source:
+    return pa.ipc.open_file(source).read_all()
+
+
+def _slice(job: Job, file: int, chunk: int, number: int) -> Slice:
+  table = _read_table(job, file, chunk, "texts")
+  hashes = table["hash"].to_numpy()
+  part = transforms.partition(hashes, number, job.plan.partitions)
+  texts = table["text"].slice(part.start, part.stop - part.start).combine_chunks()
+  return Slice(hashes[part], texts, job.plan.files[file].symmetric)
+
+
+def _documents(job: Job, number: int) -> pathlib.Path:
+  return job.work / "index" / f"{number:05d}.npz"
+
+
+def _write_documents(job: Job, number: int) -> Written:
+  paths = sorted((job.work / "chunks").glob("*.texts.arrow"))
+  chunks = [tuple(map(int, path.name.split(".")[0].split("-"))) for path in paths]
+  slices = [_slice(job, file, chunk, number) for file, chunk in chunks]
+  target = job.out / file_name(DOCUMENTS, number, job.plan.partitions)
+  with new_file(target) as new:
+    written, documents = transforms.write_documents(new, slices, job.tokenizer, job.plan.max_tokens)
+  with new_file(_documents(job, number)) as new, new.open("wb") as file:
+    np.savez(file, hashes=documents.hashes, lengths=documents.lengths)
+  return written
+
+
+def _write_rows(job: Job, item: tuple[int, int, int, int]) -> dict[str, RowShard]:
+  number, shards, file, chunk = item
+  table = _read_table(job, file, chunk, "rows")
+  places, lengths = _look_up(job, _read_table(job, file, chunk, "texts")["hash"].to_numpy())
+  width = table["documents"].type.list_size
+  texts = table["documents"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+  with contextlib.ExitStack() as stack:
+    paths = {
+      split: {
+        suffix: stack.enter_context(new_file(job.out / (file_name(split, number, shards) + suffix)))
+        for suffix in transforms.suffixes(job.plan.files[file])
+      }
+      for split in (TRAIN, VALIDATION)
+    }
+    return transforms.write_rows(
+      paths,
+      job.plan.files[file],
+      table,
+      places[texts],
+      lengths[texts],
+      job.tokenizer,
+      job.plan.max_tokens,
+    )
+
+
+def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the place of each text in the split `documents`, and its tokens; hashes ascend."""
+  places, lengths = np.zeros(hashes.size, np.int64), np.zeros(hashes.size, np.uint16)
+  start = 0
+  for number in range(job.plan.partitions):
+    part = transforms.partition(hashes, number, job.plan.partitions)
+    with np.load(_documents(job, number)) as documents:
+      found = np.searchsorted(documents["hashes"], hashes[part])
+      places[part], lengths[part] = start + found, documents["lengths"][found]
+      start += documents["hashes"].size
+  return places, lengths

@@ -1,0 +1,97 @@
+"""prepare_report.json: what became of every row."""
+
+import dataclasses
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
+from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.data.transforms import RowShard, Written
+from mlembed_jax.workdir import write_json
+
+FILE = "prepare_report.json"
+
+
+@dataclasses.dataclass
+class FileCount:
+  """What was read of one file."""
+
+  name: str
+  chunks: int = 0
+  read: int = 0
+  other_instructions: int = 0
+  dropped: dict[str, Dropped] = dataclasses.field(default_factory=dict)
+
+  def add(self, chunk: Chunk) -> None:
+    """Counts one chunk."""
+    self.chunks += 1
+    self.read += chunk.read
+    self.other_instructions += chunk.other_instructions
+    for reason, more in chunk.dropped.items():
+      old = self.dropped.get(reason, Dropped(0, []))
+      examples = (old.examples + more.examples)[:EXAMPLES]
+      self.dropped[reason] = Dropped(old.rows + more.rows, examples)
+
+  @property
+  def lost(self) -> int:
+    """Rows that cannot be used."""
+    return sum(dropped.rows for dropped in self.dropped.values())
+
+  def as_json(self) -> dict[str, Any]:
+    """Returns the counts."""
+    reasons = {reason: dataclasses.asdict(of) for reason, of in sorted(self.dropped.items())}
+    return {
+      "read": self.read,
+      "other_instructions": self.other_instructions,
+      "dropped": self.lost,
+      "dropped_by_reason": reasons,
+    }
+
+
+def check(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Path) -> None:
+  """Writes the report as far as it goes; raises DataError where too many rows are unusable."""
+  write_json(out / FILE, {"files": {count.name: count.as_json() for count in counts}})
+  for count in counts:
+    if count.lost > max_dropped_share * count.read or count.lost == count.read:
+      reasons = "; ".join(
+        f"{reason}: {of.rows}, e.g. row {', '.join(map(str, of.examples))}"
+        for reason, of in sorted(count.dropped.items())
+      )
+      raise DataError(
+        f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
+        f"--max_dropped_share={max_dropped_share} ({reasons}); mend the file or raise the share"
+      )
+
+
+def write(
+  out: pathlib.Path,
+  counts: Sequence[FileCount],
+  shards: dict[str, list[RowShard]],
+  documents: Sequence[Written],
+) -> None:
+  """Writes the whole report."""
+  files = {count.name: count.as_json() for count in counts}
+  for split, of in shards.items():
+    for name, value in files.items():
+      mine = [shard for shard in of if shard.file == name]
+      value[split] = sum(shard.written.records for shard in mine)
+      languages: Counter[str] = Counter()
+      for run in (run for shard in mine for run in shard.runs):
+        languages[run.language] += run.rows
+      value[f"{split}_languages"] = dict(sorted(languages.items()))
+  totals = {
+    "read": sum(count.read for count in counts),
+    "dropped": sum(count.lost for count in counts),
+    **{split: sum(shard.written.records for shard in of) for split, of in shards.items()},
+    "documents": sum(written.records for written in documents),
+    "query_tokens": _tokens(shards, "query_tokens"),
+    "positive_tokens": _tokens(shards, "positive_tokens"),
+    "negative_tokens": _tokens(shards, "negative_tokens"),
+  }
+  write_json(out / FILE, {"totals": totals, "files": files})
+
+
+def _tokens(shards: dict[str, list[RowShard]], kind: str) -> int:
+  return sum(getattr(run, kind) for of in shards.values() for shard in of for run in shard.runs)

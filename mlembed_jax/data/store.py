@@ -1,0 +1,124 @@
+"""The rows of a split as training asks for them: by file, language and number."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from mlembed_jax.data import mixture, records
+from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.mixture import Unit
+from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.data.transforms import LENGTHS, VECTORS, RowShard
+
+
+class Rows:
+  """Where the rows of each unit stand in a split.
+
+  A shard holds a run of rows of each of its languages, so a few thousand runs place 60 million
+  rows.
+  """
+
+  def __init__(self, shards: list[RowShard], chosen: list[Unit]):
+    """`chosen`: the units of the files that are trained on."""
+    number = {(unit.file, unit.language): n for n, unit in enumerate(chosen)}
+    found: list[tuple[int, int, int]] = []  # unit, first record, rows
+    start = 0
+    for shard in shards:
+      for run in shard.runs:
+        if (shard.file, run.language) in number:
+          found.append((number[shard.file, run.language], start, run.rows))
+        start += run.rows
+    runs = np.array(sorted(found), np.int64)
+    self._first, self._virtual = runs[:, 1], np.concatenate([[0], np.cumsum(runs[:, 2])])
+    self._units = self._virtual[np.searchsorted(runs[:, 0], np.arange(len(chosen)))]
+
+  def place(self, units: np.ndarray, rows: np.ndarray) -> Int64[np.ndarray, "B"]:
+    """Returns the record of each row of its unit."""
+    virtual = self._units[units] + rows
+    run = np.searchsorted(self._virtual, virtual, side="right") - 1
+    return self._first[run] + virtual - self._virtual[run]
+
+
+class Columns:
+  """Numbers per row beside the shards of a split: token counts, a teacher's vectors.
+
+  Read without mapping the files to memory, whose pages would be counted as this process's.
+  """
+
+  def __init__(self, folder: pathlib.Path, split: str, shards: list[RowShard], suffix: str):
+    names = [records.file_name(split, i, len(shards)) for i in range(len(shards))]
+    self._paths = [folder / f"{name}{suffix}" for name in names]
+    self._open: dict[int, tuple[int, int, tuple[int, ...], np.dtype]] = {}
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {"_open": {}}  # another process opens its own
+
+  def row(self, shard: int, place: int) -> np.ndarray:
+    """Returns the numbers of one row; raises DataError where they cannot be read."""
+    descriptor, offset, shape, dtype = self._header(shard)
+    size = dtype.itemsize * int(np.prod(shape))
+    data = os.pread(descriptor, size, offset + place * size)
+    if len(data) != size:
+      raise DataError(f"{self._paths[shard]}: row {place} is missing; prepare the dataset again")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+  def shape(self, shard: int) -> tuple[int, ...]:
+    """Returns the shape of a row."""
+    return self._header(shard)[2]
+
+  def _header(self, shard: int) -> tuple[int, int, tuple[int, ...], np.dtype]:
+    if shard not in self._open:
+      try:
+        array = np.load(self._paths[shard], mmap_mode="r")
+        descriptor = os.open(self._paths[shard], os.O_RDONLY)
+      except (OSError, ValueError) as error:
+        raise DataError(f"{self._paths[shard]} cannot be read: {error}") from error
+      self._open[shard] = (descriptor, array.offset, array.shape[1:], array.dtype)
+    return self._open[shard]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The rows of the chosen files of a split, and all documents."""
+
+  files: list[File]
+  units: list[Unit]
+  shards: list[RowShard]
+  rows: Rows
+  queries: records.Records
+  documents: records.Records
+  lengths: Columns
+  vectors: Columns
+
+  def longest(self, file: File) -> int:
+    """Returns the tokens of the longest text of a file."""
+    return max(shard.longest for shard in self.shards if shard.file == file.name)
+
+  def vectors_shape(self, file: File) -> tuple[int, int] | None:
+    """Returns texts per row and width of the teacher's vectors of a file, if it has any."""
+    if not file.vectors:
+      return None
+    shard = next(i for i, shard in enumerate(self.shards) if shard.file == file.name)
+    texts, width = self.vectors.shape(shard)
+    return texts, width
+
+
+def open_split(catalog: Catalog, split: str, names: list[str]) -> Split:
+  """Returns a split of these files, in this order."""
+  shards = catalog.shards[split]
+  units = [u for name in names for u in mixture.units([s for s in shards if s.file == name])]
+  return Split(
+    files=[catalog.files[name] for name in names],
+    units=units,
+    shards=shards,
+    rows=Rows(shards, units),
+    queries=catalog.records(split),
+    documents=catalog.records(records.DOCUMENTS),
+    lengths=Columns(catalog.folder, split, shards, LENGTHS),
+    vectors=Columns(catalog.folder, split, shards, VECTORS),
+  )

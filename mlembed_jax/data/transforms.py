@@ -1,0 +1,229 @@
+"""The steps of preparing a dataset, each a function of its inputs alone.
+
+  chunks of rows  ->  documents by hash, tokenised  ->  rows that refer to them by place
+
+The documents of all files are split into partitions by hash, so that equal texts meet in one
+partition and are tokenised and stored once. `prepare.py` runs the steps as processes of one
+machine, `beam.py` as a pipeline.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from mlembed_jax.data import records, vectors
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.records import TRAIN, VALIDATION, Row, Text
+from mlembed_jax.data.rows import hash64
+from mlembed_jax.data.tokenizer import QUERY, Tokenizer
+
+BATCH = 8192  # texts tokenised at a time
+VALIDATION_OF = 100  # one query in so many, by its text: equal queries are on one side
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """The documents of one chunk that belong to one partition."""
+
+  hashes: np.ndarray  # [N] uint64, ascending
+  texts: pa.Array
+  queried: bool  # documents of a symmetric file: some will have an instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """A shard that was written."""
+
+  records: int
+  size: int  # bytes of its messages
+  digest: str  # of its messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """What rows must know of a partition's documents, in their order."""
+
+  hashes: np.ndarray  # [N] uint64, ascending
+  lengths: np.ndarray  # [N] tokens
+
+
+def partition(hashes: np.ndarray, number: int, partitions: int) -> slice:
+  """Returns which of the ascending hashes belong to a partition; `partitions`: a power of two."""
+  bits = 64 - (partitions.bit_length() - 1)
+  bounds = np.array([number << bits, ((number + 1) << bits) - 1], np.uint64)
+  first = np.searchsorted(hashes, bounds[0], side="left")
+  return slice(int(first), int(np.searchsorted(hashes, bounds[1], side="right")))
+
+
+def write_documents(
+  path: pathlib.Path, slices: Sequence[Slice], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[Written, Documents]:
+  """Writes the documents of a partition, each text once, in the order of their hashes."""
+  hashes = np.concatenate([part.hashes for part in slices])
+  queried = np.concatenate([np.full(part.hashes.size, part.queried) for part in slices])
+  unique, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+  as_query = np.zeros(unique.size, bool)
+  np.logical_or.at(as_query, inverse, queried)
+  texts = pa.concat_arrays([part.texts for part in slices]).take(pa.array(first))
+  lengths = np.zeros(unique.size, np.uint16)
+
+  def messages() -> Iterator[bytes]:
+    made = tokenized(texts.to_pylist(), unique, as_query, tokenizer, max_tokens)
+    for i, text in enumerate(made):
+      lengths[i] = text.longest
+      yield records.encode(text)
+
+  return _write(path, messages()), Documents(unique, lengths)
+
+
+def _write(path: pathlib.Path, messages: Iterable[bytes]) -> Written:
+  digest, count = hashlib.sha256(), 0
+
+  def counted() -> Iterator[bytes]:
+    nonlocal count
+    for message in messages:
+      digest.update(message)
+      count += 1
+      yield message
+
+  size = records.write(path, counted())
+  return Written(count, size, digest.hexdigest())
+
+
+def tokenized(
+  texts: Sequence[str],
+  hashes: np.ndarray,
+  as_query: np.ndarray,
+  tokenizer: Tokenizer,
+  max_tokens: int,
+) -> Iterator[Text]:
+  """Yields the token ids of each text; with those of its form as a query where that is asked."""
+  for start in range(0, len(texts), BATCH):
+    part = slice(start, start + BATCH)
+    bare = tokenizer.ids(texts[part])
+    wanted = np.flatnonzero(as_query[part])
+    queries = [QUERY.format(text=texts[start + i]) for i in wanted.tolist()]
+    by_place = dict(zip(wanted.tolist(), tokenizer.ids(queries), strict=True))
+    for i, ids in enumerate(bare):
+      head, skip = _head(ids, by_place[i]) if i in by_place else ([], 0)
+      yield Text(
+        np.array(ids[:max_tokens], np.int32),
+        np.array(head[:max_tokens], np.int32),
+        skip,
+        hashes[start + i : start + i + 1].view(np.uint32),
+      )
+
+
+def _head(bare: list[int], query: list[int]) -> tuple[list[int], int]:
+  """Returns the ids of `query` before what it shares with the end of `bare`, and what they skip."""
+  for skip in range(len(bare)):
+    shared = len(bare) - skip
+    if query[-shared:] == bare[skip:]:
+      return query[:-shared], skip
+  return query, len(bare)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Successive rows of one language in a shard, and the tokens of their texts."""
+
+  language: str
+  rows: int
+  query_tokens: int
+  positive_tokens: int
+  negative_tokens: int  # of all stored
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShard:
+  """A shard of rows; several make up a file."""
+
+  file: str
+  written: Written
+  longest: int  # tokens of its longest text
+  runs: list[Run]
+
+
+LENGTHS, VECTORS = ".lengths.npy", ".vectors.npy"  # files beside a shard of rows
+
+
+def suffixes(file: File) -> list[str]:
+  """Returns what follows the name of a shard of rows in the names of its files."""
+  return ["", LENGTHS, *([VECTORS] if file.vectors else [])]
+
+
+def write_rows(
+  paths: dict[str, dict[str, pathlib.Path]],
+  file: File,
+  rows: pa.Table,
+  places: np.ndarray,
+  lengths: np.ndarray,
+  tokenizer: Tokenizer,
+  max_tokens: int,
+) -> dict[str, RowShard]:
+  """Writes the rows of a chunk to a shard for training and one for validation, by language.
+
+  `paths`: by split and suffix. `places` and `lengths`, [N, positives + negatives]: where each row's
+  documents stand in the split `documents`, and their tokens. Beside each shard go the token counts
+  of its texts and, where the manifest names them, a teacher's vectors.
+  """
+  hashes = hash64(rows["query"].to_pylist())
+  held = hashes % VALIDATION_OF == 0
+  _, language = np.unique(np.array(rows["language"].to_pylist(), object), return_inverse=True)
+  order = np.lexsort((rows["row"].to_numpy(), language))
+  made = {}
+  for split, chosen in ((TRAIN, order[~held[order]]), (VALIDATION, order[held[order]])):
+    table = rows.take(pa.array(chosen))
+    texts = tokenized(
+      table["query"].to_pylist(), hashes[chosen], np.ones(chosen.size, bool), tokenizer, max_tokens
+    )
+    counts = np.zeros((chosen.size, 1 + places.shape[1]), np.uint16)
+    counts[:, 1:] = lengths[chosen]
+    written = _write(paths[split][""], _messages(file, table, places[chosen], texts, counts))
+    _save(paths[split][LENGTHS], counts)
+    if file.vectors:
+      found = vectors.read(file, table["row"].to_numpy())
+      _save(paths[split][VECTORS], found)
+      digest = hashlib.sha256(written.digest.encode() + found.tobytes()).hexdigest()
+      written = dataclasses.replace(written, digest=digest)
+    runs = _runs(file, table["language"].to_pylist(), counts)
+    made[split] = RowShard(file.name, written, int(counts.max(initial=0)), runs)
+  return made
+
+
+def _messages(
+  file: File, table: pa.Table, places: np.ndarray, texts: Iterable[Text], counts: np.ndarray
+) -> Iterator[bytes]:
+  columns = zip(
+    texts,
+    table["language"].to_pylist(),
+    table["row"].to_pylist(),
+    table["score"].to_pylist(),
+    places,
+    strict=True,
+  )
+  for i, (text, language, row, score, own) in enumerate(columns):
+    counts[i, 0] = text.longest
+    positives, negatives = own[: file.positives], own[file.positives :]
+    yield records.encode(text, Row(file.name, language, row, score, positives, negatives))
+
+
+def _runs(file: File, languages: list[str], counts: np.ndarray) -> list[Run]:
+  names, starts = np.unique(np.array(languages, object), return_index=True)
+  runs = []
+  parts = np.split(counts.astype(np.int64), starts[1:]) if languages else []
+  for name, part in zip(names, parts, strict=True):
+    query, documents = part[:, 0], part[:, 1:]
+    positives, negatives = documents[:, : file.positives], documents[:, file.positives :]
+    sums = (int(x.sum()) for x in (query, positives, negatives))
+    runs.append(Run(str(name), len(part), *sums))
+  return runs
+
+
+def _save(path: pathlib.Path, array: np.ndarray) -> None:
+  with path.open("wb") as file:  # np.save would add .npy to a temporary name
+    np.save(file, array)

@@ -1,0 +1,66 @@
+"""A teacher's vectors of training texts: .npy files named by the manifest, left on disk."""
+
+import functools
+
+import numpy as np
+
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.tokenizer import DataError
+
+
+@functools.lru_cache(maxsize=64)
+def _open(path: str) -> np.ndarray:
+  try:
+    array = np.lib.format.open_memmap(path, mode="r")
+  except FileNotFoundError as error:
+    raise DataError(f"{path}: this file of teacher_vectors does not exist") from error
+  except (ValueError, OSError) as error:
+    raise DataError(f"{path}: not a readable .npy file: {error}") from error
+  if array.dtype not in (np.float16, np.float32):
+    raise DataError(f"{path}: expected float16 or float32, found {array.dtype}")
+  return np.asarray(array)
+
+
+def check_shapes(file: File, rows: int | None = None) -> None:
+  """Raises DataError where the files do not fit the manifest, or this number of rows."""
+  width = None
+  for key, path in file.vectors.items():
+    array = _open(path)
+    each = {"query": (), "passage": (file.positives,) if file.positives > 1 else ()}
+    shape = (rows or len(array), *each.get(key, (file.negatives,)))
+    width = width or array.shape[-1]
+    if array.shape[:-1] != shape:
+      expected = ", ".join(map(str, (*shape, "D")))
+      raise DataError(
+        f"{path}: expected [{expected}], found {list(array.shape)}; write the vectors of every row "
+        f"of {file.name}, unusable ones too, in order"
+      )
+    if array.shape[-1] != width:
+      raise DataError(
+        f"{path}: its vectors are {array.shape[-1]} numbers wide, but those of the queries {width}"
+      )
+
+
+def check_rows(file: File, rows: np.ndarray) -> None:
+  """Raises DataError where a vector of these rows is missing, not finite or zero."""
+  for path in file.vectors.values():
+    array = _open(path)
+    if rows.size and rows[-1] >= len(array):
+      check_shapes(file, int(rows[-1]) + 1)
+    for part in np.array_split(rows, -(-rows.size // 4096) or 1):  # so little of it is in memory
+      vectors = array[part].reshape(part.size, -1, array.shape[-1])
+      finite = np.all(np.isfinite(vectors), axis=(1, 2))
+      zero = np.any(np.all(vectors == 0, axis=2), axis=1)
+      if not finite.all():
+        raise DataError(
+          f"{path}: row {part[~finite][0]} holds NaN or infinity (float16 ends at 65504); "
+          "write finite vectors"
+        )
+      if zero.any():
+        raise DataError(f"{path}: row {part[zero][0]} holds a vector of zeros; write real ones")
+
+
+def read(file: File, rows: np.ndarray) -> np.ndarray:
+  """Returns the vectors of these rows: query, positives, negatives, [N, C, D]."""
+  parts = [_open(path)[rows] for path in file.vectors.values()]
+  return np.concatenate([part.reshape(rows.size, -1, part.shape[-1]) for part in parts], axis=1)

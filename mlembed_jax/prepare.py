@@ -1,0 +1,55 @@
+"""Prepares text for training: python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE ...
+
+Reads training files in the layout of the public release, checks every row, tokenises each text
+once, and writes a dataset of TensorFlow Datasets that `data.dataset` of a training run names.
+"""
+
+import os
+import pathlib
+import time
+
+from absl import flags
+
+from mlembed_jax import cli
+from mlembed_jax.data import manifest, prepare, report
+from mlembed_jax.data.tokenizer import Tokenizer
+
+MANIFEST = flags.DEFINE_multi_string(
+  "manifest",
+  None,
+  "JSON that describes the files, a path or any URL that fsspec knows (gs://, s3://, hf://). May "
+  "be given several times.",
+  required=True,
+)
+FILES = flags.DEFINE_list("files", ["train/*"], "Patterns over the files of the manifests.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Path of a tokenizer.json.", required=True)
+POOLED_TOKEN = flags.DEFINE_string(
+  "pooled_token", "<|endoftext|>", "What training will end every text with; looked up here."
+)
+OUT = flags.DEFINE_string(
+  "out", None, "Folder of the dataset. Made if it does not exist.", required=True
+)
+MAX_TOKENS = flags.DEFINE_integer(
+  "max_tokens", 2047, "Tokens stored of a text; the end token is added in training."
+)
+MAX_DROPPED_SHARE = flags.DEFINE_float(
+  "max_dropped_share", 0.01, "The command stops where more rows of a file cannot be used."
+)
+PROCESSES = flags.DEFINE_integer(
+  "processes", os.cpu_count() or 1, "Processes that work at a time.", lower_bound=1
+)
+
+
+def main() -> None:
+  """Reads the flags."""
+  files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
+  tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
+  out, start = pathlib.Path(OUT.value).absolute(), time.perf_counter()
+  plan = prepare.make_plan(files, tokenizer, MAX_TOKENS.value)
+  job = prepare.Job(plan, out, tokenizer.path.absolute(), POOLED_TOKEN.value)
+  prepare.run(job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value)
+  print(f"{out}: prepared in {time.perf_counter() - start:.0f} s; see {report.FILE} there")
+
+
+if __name__ == "__main__":
+  cli.run(main)
