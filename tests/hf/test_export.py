@@ -96,7 +96,7 @@ class Trained:
 def trained(data: pathlib.Path, **overrides: Any) -> Trained:
   sizes = {"model.layers": 4, "matryoshka.exits": (1, 2, 3, 4)}
   config = from_mapping(material.config_dict(data, **sizes | overrides))
-  tokenizer = Tokenizer(config.data.tokenizer, config.data.pooled_token)
+  tokenizer = Tokenizer(data / "tokenizer.json", config.data.pooled_token)
   return Trained(run_of(config), material.random_params(config.model), tokenizer)
 
 

@@ -138,7 +138,7 @@ def test_export_import_export_is_bitwise_equal(
   run = Run(dataclasses.replace(tiny, export=stored), {}, "f" * 64)
   options: dict[str, Any] = {
     "run": run,
-    "tokenizer": Tokenizer(tiny.data.tokenizer, tiny.data.pooled_token),
+    "tokenizer": Tokenizer(data / "tokenizer.json", tiny.data.pooled_token),
     "step": 1,
     "cut": Slice(),
   }
@@ -154,9 +154,11 @@ def test_export_import_export_is_bitwise_equal(
   assert_same((smaller["table"], smaller["up"]), (cut["table"], cut["up"]))
 
 
-def test_stale_factors_are_refused(tiny: Config, params: Any, tmp_path: pathlib.Path):
+def test_stale_factors_are_refused(
+  data: pathlib.Path, tiny: Config, params: Any, tmp_path: pathlib.Path
+):
   run = Run(tiny, {}, "f" * 64)
-  tokenizer = Tokenizer(tiny.data.tokenizer, tiny.data.pooled_token)
+  tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
   folder = export_folder(
     tmp_path / "out", run=run, params=params, tokenizer=tokenizer, step=1, cut=Slice()
   )
