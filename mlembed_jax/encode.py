@@ -20,8 +20,8 @@ def _program(model: ModelConfig, exits: tuple[int, ...]) -> Callable[..., Any]:
 
   @jax.jit
   def run(params: Any, tokens: Any, lengths: Any) -> Any:
-    states: Any = Encoder(model).apply({"params": params}, tokens, lengths)
-    return states[rows].astype(jnp.float32)
+    states: Any = Encoder(model).apply({"params": params}, tokens, lengths[:, None] - 1)
+    return states[rows, :, 0].astype(jnp.float32)
 
   return run
 

@@ -1,7 +1,7 @@
-"""How many rows fit the devices at a time, by the compiler's own account of memory."""
+"""How many tokens fit the devices at a time, by the compiler's own account of memory."""
 
 import dataclasses
-import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 
 from mlembed_jax import optimizer, train_state, train_step
 from mlembed_jax.config_fields import Config, ConfigError
-from mlembed_jax.data.sources import Dataset
+from mlembed_jax.data import packing
+from mlembed_jax.data.batching import Kind
 from mlembed_jax.losses import Task
-from mlembed_jax.sharding import abstract_batch, replicas
+from mlembed_jax.sharding import abstract_batch, replicas, smallest_micro_batch
 from mlembed_jax.teacher import Teacher
 
 # Of a device's memory; the rest is for batches on their way, and for fragmentation.
 USABLE = 0.9
-# Of a batch: {name: (shape, dtype)}.
-Shapes = dict[str, tuple[tuple[int, ...], Any]]
+PADDING = 0.02  # of a step's tokens
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
@@ -44,9 +44,15 @@ def needed_bytes(compiled: Any) -> int:
   return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - donated
 
 
-def sizes(global_batch: int, replicas: int) -> list[int]:
-  """Returns the micro-batches that divide the batch and split over the devices, ascending."""
-  return [n for n in range(replicas, global_batch + 1, replicas) if global_batch % n == 0]
+def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
+  """Returns the micro-batches to choose from, ascending: the smallest one, doubled and doubled.
+
+  A step pads the last block of each width, by half of it on average; larger ones would make this
+  more than the share PADDING of its tokens.
+  """
+  size, widths = smallest_micro_batch(config, mesh.shape), len(config.data.lengths)
+  doublings = math.log2(max(1.0, 2 * PADDING * tokens_per_step / (widths * size)))
+  return [size * 2**i for i in range(int(doublings) + 1)]
 
 
 def largest_micro_batch(
@@ -69,8 +75,8 @@ def largest_micro_batch(
   low, high = 0, len(sizes) - 1  # sizes[high] does not fit
   if high == 0 or not fits(sizes[0]):
     raise ConfigError(
-      f"data.micro_batch: not even {sizes[0]} rows at a time fit {available / 2**30:.1f} GiB per "
-      "device; use more devices, mesh.tensor, shorter data.lengths or fewer negatives"
+      f"data.micro_batch: not even {sizes[0]:,} tokens at a time fit {available / 2**30:.1f} GiB "
+      "per device; use more devices, mesh.tensor, shorter data.lengths or fewer negatives"
     )
   while high - low > 1:
     middle = (low + high) // 2
@@ -81,35 +87,34 @@ def largest_micro_batch(
 def with_micro_batch(
   config: Config,
   chosen: int,
-  datasets: Sequence[Dataset],
+  kinds: Sequence[Kind],
+  tokens_per_step: float,
   steps: int,
   mesh: Mesh,
   teacher: Teacher | None,
 ) -> Config:
   """Returns the configuration with `data.micro_batch` chosen where it is 0.
 
-  The largest that fits the longest rows of the dataset with most texts per row (of several such,
-  the one with most beside them: other rows, both directions, a teacher's vectors). `chosen` is the
-  choice of the run that is continued, 0 for a new one; it stays unless the mesh cannot split it.
+  The largest of `sizes` with which every kind of batch fits. `chosen` is the choice of the run that
+  is continued, 0 for a new one; it stays unless the mesh cannot split it.
 
   Raises:
-    ConfigError: not even one row per device fits.
+    ConfigError: not even one sheet per device fits.
   """
   if config.data.micro_batch:
     return config
-  available, candidates = device_bytes(), sizes(config.data.global_batch, replicas(mesh.shape))
-  if chosen in candidates:
+  if chosen >= smallest_micro_batch(config, mesh.shape):
     return _sized(config, chosen)
-  widest = max(datasets, key=functools.partial(_demand, config))
+  available, kind = device_bytes(), widest(config, kinds)
   needed: dict[int, int | None] = {}
 
   def compiled_bytes(size: int) -> int | None:
-    needed[size] = _step_bytes(_sized(config, size), widest, steps, mesh, teacher)
+    needed[size] = _step_bytes(_sized(config, size), kind, steps, mesh, teacher)
     return needed[size]
 
-  chosen = largest_micro_batch(candidates, compiled_bytes, available)
+  chosen = largest_micro_batch(sizes(config, tokens_per_step, mesh), compiled_bytes, available)
   print(
-    f"data.micro_batch: {chosen} of {config.data.global_batch} rows at a time, which take "
+    f"data.micro_batch: {chosen:,} tokens at a time, with which a step takes "
     f"{(needed[chosen] or 0) / 2**30:.1f} of {available / 2**30:.1f} GiB per device",
     flush=True,
   )
@@ -120,55 +125,66 @@ def _sized(config: Config, micro_batch: int) -> Config:
   return dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
 
 
-def _demand(config: Config, d: Dataset) -> tuple[int, bool, bool, int]:
-  task = config.losses.task(d.task_type)
-  width = d.vectors["query"].width if d.vectors else 0
-  return texts_per_row(config, d), bool(task and task.inbatch), bool(task and task.symmetric), width
+def widest(config: Config, kinds: Sequence[Kind]) -> Kind:
+  """Returns a kind that needs as much as any of `kinds`.
+
+  Of those with most texts per row the one with most beside them (other rows, both directions, a
+  teacher's vectors), with the longest texts of all kinds.
+  """
+
+  def demand(kind: Kind) -> tuple[int, bool, bool, int]:
+    task = config.losses.task(kind.task_type)
+    width = kind.vectors[1] if kind.vectors else 0
+    return kind.texts, bool(task and task.inbatch), bool(task and task.symmetric), width
+
+  longest = max(kind.longest for kind in kinds)
+  return dataclasses.replace(max(kinds, key=demand), longest=longest)
 
 
-def texts_per_row(config: Config, d: Dataset) -> int:
-  """Returns query, positives and hard negatives used per step."""
-  task = config.losses.task(d.task_type)
-  return 1 + d.positives + (min(d.negatives, task.negatives) if task else 0)
+def kind_layout(config: Config, kind: Kind, shards: int) -> packing.Layout:
+  """Returns the shapes of the sheets of this kind's batches."""
+  return packing.layout(
+    rows=config.data.global_batch,
+    texts_per_row=kind.texts,
+    longest=kind.longest,
+    widths=config.data.lengths,
+    block_tokens=config.data.micro_batch,
+    shards=shards,
+    packed=config.data.packing,
+  )
 
 
-def batch_shapes(config: Config, texts: int) -> Shapes:
-  """Returns {name: (shape, dtype)} of the arrays that every batch of the longest rows has."""
+def batch_shapes(config: Config, kind: Kind, shards: int) -> dict[str, Any]:
+  """Returns this kind's batches as shapes."""
   rows = config.data.global_batch
-  return {
-    "tokens": ((rows, texts, config.data.lengths[-1]), jnp.int32),
-    "lengths": ((rows, texts), jnp.int32),
-    "hashes": ((rows, texts, 2), jnp.uint32),
+  sheets = kind_layout(config, kind, shards).shapes()
+  shapes: dict[str, Any] = {
+    "sheets": tuple({k: jax.ShapeDtypeStruct(v, jnp.int32) for k, v in s.items()} for s in sheets),
+    "hashes": jax.ShapeDtypeStruct((rows, kind.texts, 2), jnp.uint32),
   }
+  if not config.losses.task(kind.task_type):
+    shapes["scores"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+  if kind.vectors:
+    shapes["teacher"] = jax.ShapeDtypeStruct((rows, *kind.vectors), jnp.float32)
+  return shapes
 
 
 def lowered_step(
-  config: Config,
-  shapes: Shapes,
-  task: Task,
-  steps: int,
-  mesh: Mesh,
-  teacher: Teacher | None = None,
+  config: Config, kind: Kind, steps: int, mesh: Mesh, teacher: Teacher | None = None
 ) -> Any:
-  """Returns the update for batches of these shapes, ready to be compiled."""
+  """Returns the update for batches of this kind, ready to be compiled."""
   state = train_state.abstract(config, optimizer.make(config.optimizer, steps), mesh)
   step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
+  batch = abstract_batch(batch_shapes(config, kind, replicas(mesh.shape)), mesh)
   params = teacher.abstract(mesh) if teacher else None
-  return step.lower(state, abstract_batch(shapes, mesh), params, task=task)
+  return step.lower(state, batch, params, task=Task(kind.task_type, kind.positives))
 
 
 def _step_bytes(
-  config: Config, d: Dataset, steps: int, mesh: Mesh, teacher: Teacher | None
+  config: Config, kind: Kind, steps: int, mesh: Mesh, teacher: Teacher | None
 ) -> int | None:
   """Returns what the update takes per device; None where the compiler runs out of memory."""
-  rows, texts = config.data.global_batch, texts_per_row(config, d)
-  shapes = batch_shapes(config, texts)
-  if d.scores is not None:
-    shapes["scores"] = ((rows,), jnp.float32)
-  if d.vectors:
-    known = texts if "negatives" in d.vectors else 1 + d.positives
-    shapes["teacher"] = ((rows, known, d.vectors["query"].width), jnp.float32)
-  lowered = lowered_step(config, shapes, Task(d.task_type, d.positives), steps, mesh, teacher)
+  lowered = lowered_step(config, kind, steps, mesh, teacher)
   try:
     return needed_bytes(lowered.compile())
   except jax.errors.JaxRuntimeError as error:

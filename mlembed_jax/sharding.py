@@ -1,13 +1,13 @@
 """Device mesh, and where each parameter, optimiser moment and batch row lives on it."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax.config_fields import Config, ConfigError, ModelConfig
@@ -67,15 +67,25 @@ def replicas(shape: Mapping[str, int]) -> int:
   return shape["data"] * shape["fsdp"]
 
 
+def smallest_micro_batch(config: Config, shape: Mapping[str, int]) -> int:
+  """Returns the tokens of one sheet of the longest texts on every replica."""
+  return config.data.lengths[-1] * replicas(shape)
+
+
 def _check_split(config: Config, shape: Mapping[str, int]) -> None:
   parts = replicas(shape)
   for name, size in (
     ("data.global_batch", config.data.global_batch),
-    ("data.micro_batch", config.data.micro_batch),
     ("eval.batch_size", config.eval.batch_size),
   ):
     if size % parts:
       raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {parts}")
+  tokens = smallest_micro_batch(config, shape)
+  if 0 < config.data.micro_batch < tokens:
+    raise ConfigError(
+      f"data.micro_batch: {config.data.micro_batch} tokens are less than a sheet of "
+      f"{config.data.lengths[-1]} on each of mesh.data x mesh.fsdp = {parts} parts, {tokens}"
+    )
   for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor"), ("vocab", "tensor")):
     _check_multiple(config.model, field, axis, shape)
   for field in ("heads", "kv_heads"):
@@ -129,23 +139,30 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
   )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of an array whose first axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """Returns the sharding of an array with the batch on this axis."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
 
 
-def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Returns global arrays, split by rows, from this host's rows."""
-  sharding = batch_sharding(mesh)
+def _with_sharding(one: Callable[[NamedSharding, Any], Any], batch: Any, mesh: Mesh) -> Any:
+  """Returns `one(sharding, array)` of each array: sheets are [blocks, S, ...], others [B, ...]."""
   return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()
+    name: jax.tree.map(
+      functools.partial(one, batch_sharding(mesh, axis=1 if name == "sheets" else 0)), arrays
+    )
+    for name, arrays in batch.items()
   }
 
 
-def abstract_batch(shapes: Mapping[str, tuple[Sequence[int], Any]], mesh: Mesh) -> dict[str, Any]:
-  """Returns what `put_batch` returns as shapes, from {name: (global shape, dtype)}."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    for name, (shape, dtype) in shapes.items()
-  }
+def put_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+  """Returns global arrays from this host's: its sheets of every block, and its rows."""
+  return _with_sharding(jax.make_array_from_process_local_data, arrays, mesh)
+
+
+def abstract_batch(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+  """Returns what `put_batch` returns as shapes, from global ones."""
+
+  def one(sharding: NamedSharding, x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return _with_sharding(one, shapes, mesh)

@@ -31,8 +31,8 @@ def trained(params: Any, log_temperature: Any) -> dict[str, Any]:
 
 
 def _init(config: Config, tx: optax.GradientTransformation, unbox: Any, key: Any) -> TrainState:
-  tokens, lengths = jnp.zeros((1, 2), jnp.int32), jnp.ones((1,), jnp.int32)
-  params = unbox(Encoder(config.model).init(key, tokens, lengths)["params"])
+  tokens, ends = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1), jnp.int32)
+  params = unbox(Encoder(config.model).init(key, tokens, ends)["params"])
   logs = initial_log_temperature(config)
   return TrainState(
     step=jnp.zeros((), jnp.int32),

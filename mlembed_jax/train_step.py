@@ -14,12 +14,13 @@ from jaxtyping import Array, Float
 
 from mlembed_jax import gradcache, losses, optimizer, train_state
 from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, LossesConfig, ModelConfig
+from mlembed_jax.gradcache import Sheets
 from mlembed_jax.losses import Task, Teachers
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.train_state import TrainState
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # sheets (gradcache), hashes [B, C, 2]; scores [B], teacher [B, C2, D2]
 Metrics = dict[str, jax.Array]
 
 RANK_STREAM = 0x52414E4B  # separates the draw of ranks from every other use of the seed
@@ -61,14 +62,11 @@ def at_least_lowest(log_temperature: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(
-  model: ModelConfig, exits: tuple[int, ...], params: Any, rows: Batch, mask: Any = None
-) -> Float[Array, "E B C D"]:
-  """Returns the state of every text of `rows` (tokens [B, C, T], lengths [B, C]) at the exits."""
-  B, C, T = rows["tokens"].shape
-  states: Any = Encoder(model).apply(
-    {"params": params}, rows["tokens"].reshape(B * C, T), rows["lengths"].reshape(B * C), mask
-  )
-  return states[jnp.array(exits) - 1].reshape(len(exits), B, C, -1)
+  model: ModelConfig, exits: tuple[int, ...], params: Any, sheets: Sheets, mask: Any = None
+) -> Float[Array, "E S K D"]:
+  """Returns the states of a block's texts (tokens [S, T], ends [S, K]) at the exits."""
+  states: Any = Encoder(model).apply({"params": params}, sheets["tokens"], sheets["ends"], mask)
+  return states[jnp.array(exits) - 1]
 
 
 def value_and_grad(
@@ -90,13 +88,13 @@ def value_and_grad(
   axes = plan(config.model, config.matryoshka)
   mask = None if rank is None else rank_mask(rank, config.model.rank)
 
-  def watch(rows: Batch) -> Teachers:
+  def watch(block: Sheets) -> Teachers:
     exits = full = None
     if teacher:
-      exits = encode(teacher.model, teacher.exits, teacher_params, rows)[..., : config.model.width]
+      exits = encode(teacher.model, teacher.exits, teacher_params, block)[..., : config.model.width]
     # At full rank the states of the batch are the full model's already.
     if config.losses.self_distillation and config.losses.task(task.kind) and len(axes.ranks) > 1:
-      full = encode(config.model, axes.exits[-1:], params, rows)
+      full = encode(config.model, axes.exits[-1:], params, block)
     return jax.lax.stop_gradient(Teachers(exits, full))
 
   def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
@@ -116,13 +114,13 @@ def value_and_grad(
     return result.loss, result
 
   (_, result), grads = gradcache.value_and_grad(
-    lambda p, rows: encode(config.model, axes.exits, p, rows, mask),
+    lambda p, block: encode(config.model, axes.exits, p, block, mask),
     watch,
     loss,
     params,
     log_temperature,
-    {name: batch[name] for name in ("tokens", "lengths")},
-    batch["tokens"].shape[0] // config.data.micro_batch,
+    batch["sheets"],
+    batch["hashes"].shape[:2],
   )
   return result, grads
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from mlembed_jax.config import load_module
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.data import loader, sources
+from mlembed_jax.data import loader, packing, sources
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.models.encoder import Encoder
 
@@ -152,8 +153,8 @@ def config_dict(data: pathlib.Path | None = None, **overrides: Any) -> Any:
 
 def random_params(model: ModelConfig, seed: int = 0) -> Any:
   """Returns parameters with random norm scales, so that a forgotten norm shows."""
-  tokens, lengths = np.zeros((1, 2), np.int32), np.ones(1, np.int32)
-  init = jax.jit(lambda key: nn.unbox(Encoder(model).init(key, tokens, lengths)["params"]))
+  tokens, ends = np.zeros((1, 2), np.int32), np.ones((1, 1), np.int32)
+  init = jax.jit(lambda key: nn.unbox(Encoder(model).init(key, tokens, ends)["params"]))
   params = init(jax.random.key(seed))
 
   def perturb(path: Any, leaf: jax.Array) -> jax.Array:
@@ -171,6 +172,41 @@ def random_batch(vocab: int, rows: int, size: int, seed: int = 0) -> tuple[np.nd
   lengths = generator.integers(1, size + 1, rows).astype(np.int32)
   lengths[0] = size
   return tokens, lengths
+
+
+def padded(model: ModelConfig) -> Any:
+  """Returns the encoder of rows of one text: (variables, tokens, lengths[, mask]) to [L, B, D]."""
+
+  def apply(variables: Any, tokens: Any, lengths: Any, *mask: Any) -> Any:
+    return Encoder(model).apply(variables, tokens, lengths[:, None] - 1, *mask)[:, :, 0]
+
+  return apply
+
+
+def packed(
+  tokens: np.ndarray,
+  lengths: np.ndarray,
+  shards: int = 1,
+  *,
+  widths: Sequence[int] = (32, 64),
+  block_tokens: int = 10**6,
+  share: bool = True,
+) -> tuple[dict[str, np.ndarray], ...]:
+  """Returns the sheets of the texts tokens [B, C, T], lengths [B, C]; all in one block as it is."""
+  rows, texts, size = tokens.shape
+  layout = packing.layout(
+    rows=rows,
+    texts_per_row=texts,
+    longest=size,
+    widths=widths,
+    block_tokens=block_tokens,
+    shards=shards,
+    packed=share,
+  )
+  flat = zip(tokens.reshape(-1, size), lengths.reshape(-1), strict=True)
+  ids = [text[:length] for text, length in flat]
+  local = [ids[i : i + layout.texts] for i in range(0, len(ids), layout.texts)]
+  return packing.whole(packing.pack(local, layout), layout)
 
 
 def with_positives(columns: dict[str, Any], positives: int) -> dict[str, Any]:

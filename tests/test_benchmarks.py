@@ -14,7 +14,7 @@ FLAGS = {
   "step": (*TINY, "--batch", "8", "--tokens", "32", "--repeats", "1"),
   "table": ("--vocab", "64", "--rank", "8", "--widths", "16", "--tokens", "32", "--repeats", "1"),
   "memory": (
-    *(*TINY, "--devices", "2", "--batches", "8", "--micro-batch", "4", "--negatives", "1"),
+    *(*TINY, "--devices", "2", "--batches", "8", "--micro-batch", "64", "--negatives", "1"),
     *("--tokens", "32", "--head-rows", "64", "--head-width", "16", "--head-exits", "2"),
   ),
 }

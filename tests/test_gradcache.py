@@ -1,31 +1,36 @@
-"""Micro-batches change memory, not the update: every combination equals the full batch."""
+"""Blocks change memory, not the update: every combination equals the full batch in one block."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlembed_jax import train_state, train_step
+from mlembed_jax import gradcache, train_state, train_step
 from mlembed_jax.config import from_mapping
 from mlembed_jax.losses import Task
 from mlembed_jax.models.encoder import abstract_params
-from mlembed_jax.sharding import make_mesh, put_batch, shardings
+from mlembed_jax.sharding import make_mesh, put_batch, replicas, shardings
 from mlembed_jax.train_step import TeacherShape
 from tests.material import FAST_COMPILE, config_dict, random_params
-from tests.test_train_step import batch_of, on_mesh
+from tests.test_train_step import batch_of, batch_on, on_mesh
 
 TEACHER = dataclasses.replace(
   from_mapping(config_dict()).model, layers=4, width=64, rank=0, remat="none"
 )
 
 
-def value_and_grad(config, task, mesh):
+EIGHT = {"mesh.data": 2}
+
+
+def value_and_grad(config, task, mesh, change=lambda arrays: arrays, **options):
   boxed = abstract_params(config.model)
-  arrays = batch_of()
+  texts = 2 if task.kind == "scored_pairs" else 4
+  arrays = batch_of(texts=texts, shards=replicas(mesh.shape), **options)
   if task.kind == "scored_pairs":
-    arrays = {name: array[:, :2] for name, array in arrays.items()}
     arrays["scores"] = np.random.default_rng(0).choice([0.0, 0.25, 1.0], 16).astype(np.float32)
   if config.kd.teacher == "stored":
     vectors = np.random.default_rng(1).normal(size=(16, 2 + task.positives, 64))
@@ -53,7 +58,7 @@ def value_and_grad(config, task, mesh):
     teacher_params = random_params(TEACHER, 3) if online else None
     return jax.device_get(
       jax.jit(run, compiler_options=FAST_COMPILE)(
-        params, logs, put_batch(arrays, mesh), rank, teacher_params
+        params, logs, put_batch(change(arrays), mesh), rank, teacher_params
       )
     )
 
@@ -94,19 +99,118 @@ COMBINATIONS = {
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_micro_batches_equal_the_full_batch(name):
+def test_blocks_on_eight_devices_equal_the_full_batch_on_one(name):
   kind, fields = COMBINATIONS[name]
   config = from_mapping(config_dict(**fields))
-  mesh = make_mesh(config, jax.devices()[:1])
-  full = value_and_grad(config, Task(kind), mesh)
-  small = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=4))
-  assert_equal(value_and_grad(small, Task(kind), mesh), full)
+  full = value_and_grad(config, Task(kind), one_device(config))
+  split = from_mapping(config_dict(**fields, **EIGHT))
+  # Per device 8 texts of 32 tokens at most, in 4 blocks of 2 sheets.
+  found = value_and_grad(split, Task(kind), make_mesh(split), block_tokens=512)
+  assert_equal(found, full)
 
 
-def test_two_positives_and_eight_devices_equal_the_full_batch_on_one():
+def test_two_positives_and_two_widths_on_eight_devices_equal_one_block_on_one():
   fields = {"kd.teacher": "online", "losses.self_distillation": 0.5, "losses.binary": 0.1}
   config = from_mapping(config_dict(**fields))
   task = Task("bitext", positives=2)
-  full = value_and_grad(config, task, make_mesh(config, jax.devices()[:1]))
-  split = from_mapping(config_dict(**fields, **{"data.micro_batch": 8, "mesh.data": 2}))
-  assert_equal(value_and_grad(split, task, make_mesh(split)), full)
+  full = value_and_grad(config, task, one_device(config), size=64, widths=(64,))
+  split = from_mapping(config_dict(**fields, **EIGHT))
+  found = value_and_grad(split, task, make_mesh(split), size=64, block_tokens=1024)
+  assert_equal(found, full)
+
+
+TINY = from_mapping(config_dict())
+BLOCKS = {"size": 64, "block_tokens": 512}
+
+
+@functools.cache
+def blocks_of_one_width():
+  options = BLOCKS | {"widths": (64,)}
+  return value_and_grad(TINY, Task("retrieval"), one_device(TINY), **options)
+
+
+def one_device(config):
+  return make_mesh(config, jax.devices()[:1])
+
+
+OTHERWISE = {
+  "one block": {"block_tokens": 10**6, "widths": (64,)},
+  "one block per width": {"block_tokens": 10**6},
+  "two widths": {},
+  "one text per sheet": {"share": False},
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_how_texts_are_packed_changes_nothing(name):
+  options = BLOCKS | OTHERWISE[name]
+  found = value_and_grad(TINY, Task("retrieval"), one_device(TINY), **options)
+  assert_equal(found, blocks_of_one_width())
+
+
+def with_empty_block(arrays):
+  """Adds to each width a block without a text; its tokens would change the states."""
+
+  def longer(sheets):
+    size, texts = sheets["tokens"].shape[-1], 64
+    filled = {"tokens": 7, "ends": size, "texts": texts}
+    empty = {name: np.full_like(x[:1], filled[name]) for name, x in sheets.items()}
+    return {name: np.concatenate([x, empty[name]]) for name, x in sheets.items()}
+
+  return arrays | {"sheets": tuple(map(longer, arrays["sheets"]))}
+
+
+def test_an_empty_block_changes_not_a_bit():
+  options = BLOCKS | {"widths": (64,)}
+  found = value_and_grad(TINY, Task("retrieval"), one_device(TINY), with_empty_block, **options)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(blocks_of_one_width()), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_only_blocks_with_a_text_are_encoded():
+  arrays = with_empty_block(batch_of(**BLOCKS))
+  used = sum(int(np.any(s["texts"] < 64, axis=(1, 2)).sum()) for s in arrays["sheets"])
+  encoded = []
+
+  def encode(scale, block):
+    jax.debug.callback(lambda: encoded.append(1))
+    return (scale * block["texts"])[None, ..., None]
+
+  def run(scale, sheets):
+    loss = lambda states, _, head: (jnp.sum(states) + head, states)  # noqa: E731
+    nothing = lambda _: None  # noqa: E731
+    return gradcache.value_and_grad(encode, nothing, loss, scale, scale, sheets, (16, 4))
+
+  with on_mesh(one_device(TINY)):
+    (_, states), grads = jax.jit(run)(jnp.float32(2), arrays["sheets"])
+  jax.effects_barrier()
+  np.testing.assert_array_equal(states.reshape(-1), 2 * np.arange(64))
+  assert grads == (np.sum(np.arange(64)), 1)
+  assert used < sum(len(s["texts"]) for s in arrays["sheets"]) - 2
+  assert len(encoded) == 2 * used
+
+
+COLLECTIVE = re.compile(
+  r"= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+def test_states_never_leave_their_device():
+  """Of clustering: in-batch terms gather the states of other rows for themselves."""
+  config = from_mapping(config_dict(**EIGHT))
+  mesh = make_mesh(config)
+
+  def run(params, batch):
+    return train_step.value_and_grad(
+      config, params, {}, batch, task=Task("clustering"), rank=np.int32(16), progress=0.0
+    )
+
+  with on_mesh(mesh):
+    boxed = abstract_params(config.model)
+    params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
+    lowered = jax.jit(run).lower(params, batch_on(mesh, block_tokens=512))
+    program = lowered.compile(FAST_COMPILE).as_text()
+  exchanged = COLLECTIVE.findall(program)
+  assert len(exchanged) > 10  # of weights, their gradients and the token table
+  # States have at least three axes, exits, texts and width; weights of a layer two.
+  assert not [shapes for shapes in exchanged if re.search(r"f32\[\d+,\d+,\d+", shapes)]

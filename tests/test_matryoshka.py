@@ -7,8 +7,7 @@ import pytest
 
 from mlembed_jax import matryoshka
 from mlembed_jax.matryoshka import PAPER_EXITS, Slice, slice_config, slice_params
-from mlembed_jax.models.encoder import Encoder
-from tests.material import random_batch
+from tests.material import padded, random_batch
 
 TABLE = jnp.array([[2.0, 0, 1], [0, 1, 1], [1, 1, 0], [2, 1, 1]])
 
@@ -109,7 +108,7 @@ SLICES = [Slice(rank=8), Slice(depth=1), Slice(rank=16, depth=2)]
 @pytest.mark.parametrize("cut", SLICES, ids=str)
 def test_slicing_inside_jit_equals_slicing_outside_bit_for_bit(tiny, params, cut):
   tokens, lengths = random_batch(tiny.model.vocab, 4, 32)
-  apply = Encoder(slice_config(tiny.model, cut)).apply
+  apply = padded(slice_config(tiny.model, cut))
   inside = jax.jit(lambda p: apply({"params": slice_params(p, cut)}, tokens, lengths))(params)
   outside = jax.jit(lambda p: apply({"params": p}, tokens, lengths))(slice_params(params, cut))
   np.testing.assert_array_equal(inside, outside)
@@ -118,7 +117,7 @@ def test_slicing_inside_jit_equals_slicing_outside_bit_for_bit(tiny, params, cut
 @pytest.mark.parametrize("cut", SLICES, ids=str)
 def test_gradients_outside_the_slice_are_exactly_zero(tiny, params, cut):
   tokens, lengths = random_batch(tiny.model.vocab, 4, 32)
-  apply = Encoder(slice_config(tiny.model, cut)).apply
+  apply = padded(slice_config(tiny.model, cut))
 
   def loss(p):
     return jnp.sum(apply({"params": slice_params(p, cut)}, tokens, lengths)[-1] ** 3)

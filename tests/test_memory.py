@@ -1,14 +1,18 @@
 """The micro-batch is the largest that the compiler says fits."""
 
+import dataclasses
+
+import jax
+import numpy as np
 import pytest
 
 from mlembed_jax import memory
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import ConfigError
-from mlembed_jax.data import sources
+from mlembed_jax.data.batching import Kind
 from mlembed_jax.sharding import make_mesh
-from tests.material import config_dict, entry
-from tests.test_train_step import on_mesh
+from tests.material import config_dict, packed
+from tests.test_train_step import on_mesh, random_rows
 
 SIZES = [2, 4, 8, 16, 32, 64]
 
@@ -28,45 +32,79 @@ def test_the_largest_that_fits_is_found_in_few_tries(limit):
 
 
 def test_too_little_memory_is_refused():
-  with pytest.raises(ConfigError, match=r"data.micro_batch: not even 2 rows at a time fit"):
+  with pytest.raises(ConfigError, match=r"data.micro_batch: not even 2 tokens at a time fit"):
     memory.largest_micro_batch(SIZES, lambda size: 10 * size, 19)
 
 
-def test_sizes_divide_the_batch_and_split_over_devices():
-  assert memory.sizes(48, 8) == [8, 16, 24, 48]
+def test_sizes_start_at_a_sheet_per_device_and_end_where_padding_would_be_too_much():
+  config = from_mapping(config_dict())  # widths 32 and 64
+  mesh = make_mesh(config)
+  assert memory.sizes(config, 100_000, mesh) == [512, 1024]
+  assert memory.sizes(config, 102_400, mesh) == [512, 1024, 2048]  # 2 widths x 1024 are 2 percent
+  assert memory.sizes(config, 100, mesh) == [512]
+
+
+BITEXT = Kind("bitext", 1, 4, 64, None)
+SCORED = Kind("scored_pairs", 1, 0, 64, None)
 
 
 @pytest.fixture(scope="module")
-def config_and_files(data):
-  described = entry("bitext", 4, "Translate.")
-  config = from_mapping(config_dict(data, **{"data.micro_batch": 0, "data.global_batch": 64}))
-  return config, [sources.load(data, "train/bitext.parquet", described, 0.0)]
+def config():
+  one_axis = {"matryoshka.dims": (48,), "matryoshka.exits": (3,), "matryoshka.ranks": (24,)}
+  return from_mapping(config_dict(**one_axis, **{"data.micro_batch": 0, "data.global_batch": 64}))
 
 
-def test_a_real_step_is_compiled_for_the_choice(config_and_files, monkeypatch, capsys):
-  config, files = config_and_files
-  mesh = make_mesh(config)
+def test_a_real_step_is_compiled_for_the_choice(config, monkeypatch, capsys):
+  mesh, kind = make_mesh(config, jax.devices()[:1]), dataclasses.replace(BITEXT, longest=32)
+
+  def chosen(available):
+    monkeypatch.setattr(memory, "device_bytes", lambda: available)
+    return memory.with_micro_batch(config, 0, [kind], 6400, 20, mesh, None).data.micro_batch
+
   with on_mesh(mesh):
-    sized = {n: memory._sized(config, n) for n in (16, 64)}
-    small, whole = (memory._step_bytes(c, files[0], 20, mesh, None) for c in sized.values())
-    assert small < whole
-    monkeypatch.setattr(memory, "device_bytes", lambda: small)
-    assert memory.with_micro_batch(config, 0, files, 20, mesh, None).data.micro_batch == 16
-    monkeypatch.setattr(memory, "device_bytes", lambda: whole)
-    assert memory.with_micro_batch(config, 0, files, 20, mesh, None).data.micro_batch == 64
-  assert "data.micro_batch: 16 of 64 rows at a time" in capsys.readouterr().out
+    small, large = (
+      memory._step_bytes(memory._sized(config, n), kind, 20, mesh, None) for n in (64, 128)
+    )
+    assert small < large
+    assert chosen(small) == 64
+    assert chosen(large) == 128
+  assert "data.micro_batch: 64 tokens at a time" in capsys.readouterr().out
 
 
-def test_the_choice_of_a_continued_run_stays(config_and_files, monkeypatch):
-  config, files = config_and_files
+def test_the_choice_of_a_continued_run_stays(config, monkeypatch):
   mesh = make_mesh(config)
   monkeypatch.setattr(memory, "_step_bytes", lambda *_: 10)  # everything fits
-  for before, chosen in ((16, 16), (12, 64)):  # 12 rows do not split over 8 devices
-    found = memory.with_micro_batch(config, before, files, 20, mesh, None)
+  # 256 tokens are no sheet for each of 8 devices.
+  for before, chosen in ((512, 512), (4096, 4096), (256, 2048), (0, 2048)):
+    found = memory.with_micro_batch(config, before, [BITEXT], 102_400, 20, mesh, None)
     assert found.data.micro_batch == chosen
 
 
-def test_a_given_micro_batch_is_kept(config_and_files):
-  config, files = config_and_files
-  kept = memory._sized(config, 32)
-  assert memory.with_micro_batch(kept, 16, files, 20, None, None) is kept
+def test_a_given_micro_batch_is_kept(config):
+  kept = memory._sized(config, 1024)
+  assert memory.with_micro_batch(kept, 512, [BITEXT], 1e5, 20, None, None) is kept
+
+
+def test_the_widest_kind_decides_with_the_longest_texts_of_all(config):
+  hard = dataclasses.replace(BITEXT, task_type="clustering", longest=20)
+  vectors = dataclasses.replace(BITEXT, longest=30, vectors=(2, 64))
+  assert memory.widest(config, [SCORED, hard]) == dataclasses.replace(hard, longest=64)
+  assert memory.widest(config, [hard, BITEXT]) == BITEXT
+  found = memory.widest(config, [vectors, BITEXT, SCORED])
+  assert found == dataclasses.replace(vectors, longest=64)
+
+
+@pytest.mark.parametrize("kind", [BITEXT, SCORED, dataclasses.replace(BITEXT, vectors=(2, 64))])
+def test_shapes_are_those_of_a_batch(config, kind):
+  sized = memory._sized(config, 512)
+  rows = random_rows(64, kind.texts, 64)
+  expected = {
+    "sheets": packed(*rows, 8, block_tokens=512),
+    "hashes": np.zeros((64, kind.texts, 2), np.uint32),
+  }
+  if kind is SCORED:
+    expected["scores"] = np.zeros(64, np.float32)
+  if kind.vectors:
+    expected["teacher"] = np.zeros((64, 2, 64), np.float32)
+  describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+  assert describe(memory.batch_shapes(sized, kind, 8)) == describe(expected)

@@ -2,14 +2,14 @@
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from mlembed_jax import optimizer, sharding, train_state
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import ConfigError
-from mlembed_jax.models.encoder import Encoder
-from tests.material import config_dict, random_batch
+from tests.material import config_dict, padded, random_batch
 
 
 def sized(**sizes):
@@ -43,6 +43,13 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused():
   config = from_mapping(config_dict(**{"data.global_batch": 12, "data.micro_batch": 12}))
   with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):
     sharding.mesh_shape(config, 8)
+
+
+def test_a_micro_batch_without_a_sheet_for_each_device_is_refused():
+  config = from_mapping(config_dict(**{"data.micro_batch": 511}))  # sheets of up to 64 tokens
+  with pytest.raises(ConfigError, match=r"data.micro_batch: 511 tokens .* parts, 512"):
+    sharding.mesh_shape(config, 8)
+  assert sharding.mesh_shape(config, 4)["fsdp"] == 4
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +103,22 @@ def test_initial_state_does_not_depend_on_the_mesh(tiny, mesh):
     assert (a == b).all()
 
 
+def test_sheets_are_split_within_their_blocks_and_all_else_by_rows(mesh):
+  arrays = {
+    "sheets": ({"tokens": np.zeros((3, 8, 32), np.int32)},),
+    "hashes": np.zeros((16, 2, 2), np.uint32),
+  }
+  abstract = sharding.abstract_batch(arrays, mesh)
+  for batch in (sharding.put_batch(arrays, mesh), abstract):
+    assert batch["sheets"][0]["tokens"].sharding.spec == P(None, ("data", "fsdp"))
+    assert batch["hashes"].sharding.spec == P(("data", "fsdp"))
+  assert jax.tree.map(np.shape, abstract) == jax.tree.map(np.shape, arrays)
+
+
 def test_the_residual_stream_is_constrained(tiny, mesh, params):
   """Without mesh and rules in the context Flax drops the constraint without a word."""
 
   batch = random_batch(tiny.model.vocab, 8, 32)
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.logical_rules()):
-    text = jax.jit(Encoder(tiny.model).apply).lower({"params": params}, *batch).as_text()
+    text = jax.jit(padded(tiny.model)).lower({"params": params}, *batch).as_text()
   assert "sharding_constraint" in text

@@ -15,19 +15,26 @@ from mlembed_jax.config import flatten, from_mapping
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params
-from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, shardings
-from tests.material import FAST_COMPILE, config_dict, random_batch, random_params
+from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, replicas, shardings
+from tests.material import FAST_COMPILE, config_dict, packed, random_batch, random_params
 
 
-def batch_of(rows=16, texts=4, size=32, seed=0):
+def random_rows(rows=16, texts=4, size=32, seed=0):
+  """Returns tokens [B, C, T] and lengths [B, C]."""
   tokens, lengths = random_batch(640, rows * texts, size, seed)
+  return tokens.reshape(rows, texts, size), lengths.reshape(rows, texts)
+
+
+def batch_of(rows=16, texts=4, size=32, seed=0, **options):
+  """Returns the same rows for any number of `shards`; all in one block as it is."""
   hashes = np.random.default_rng(seed).integers(0, 2**32, (rows, texts, 2), np.uint32)
   hashes[5, 1] = hashes[11, 1]
-  return {
-    "tokens": tokens.reshape(rows, texts, size),
-    "lengths": lengths.reshape(rows, texts),
-    "hashes": hashes,
-  }
+  sheets = packed(*random_rows(rows, texts, size, seed), **options)
+  return {"sheets": sheets, "hashes": hashes}
+
+
+def batch_on(mesh, *shape, **options):
+  return put_batch(batch_of(*shape, shards=replicas(mesh.shape), **options), mesh)
 
 
 def on_mesh(mesh):
@@ -52,7 +59,7 @@ def loss_and_grads(config, devices, task):
       )
 
     result, (grads, _) = jax.jit(run, compiler_options=FAST_COMPILE)(
-      params, put_batch(batch_of(), mesh), np.int32(16)
+      params, batch_on(mesh), np.int32(16)
     )
     return jax.device_get((result.loss, grads))
 
@@ -99,9 +106,25 @@ def test_compiles_once_per_shape(tiny, trainer):
   kinds = [(4, 32, RETRIEVAL), (3, 32, CLUSTERING), (4, 64, RETRIEVAL)]
   for _ in range(3):
     for texts, size, task in kinds:
-      state, _ = step(state, put_batch(batch_of(16, texts, size), mesh), None, task=task)
+      state, _ = step(state, batch_on(mesh, 16, texts, size), None, task=task)
   assert step._cache_size() == len(kinds)
   assert int(state.step) == 9
+
+
+def test_one_program_whatever_number_of_blocks_is_used(tiny):
+  mesh = make_mesh(tiny)
+  rows, rng = replicas(mesh.shape), np.random.default_rng(0)
+  with on_mesh(mesh):
+    step, state = train_step.make(tiny, 20, mesh), new_state(tiny, mesh)
+    used = set()
+    for longest in (4, 32):
+      tokens, _ = random_rows()
+      lengths = rng.integers(2, longest + 1, tokens.shape[:2])
+      batch = batch_of() | {"sheets": packed(tokens, lengths, rows, block_tokens=256)}
+      used.add(int(np.any(batch["sheets"][0]["ends"] < 32, axis=(1, 2)).sum()))
+      state, metrics = step(state, put_batch(batch, mesh), None, task=RETRIEVAL)
+      assert np.isfinite(float(metrics["gradient_norm"]))
+  assert len(used) == 2 and step._cache_size() == 1
 
 
 def test_learned_temperatures_compile_once_and_leave_the_lowest_again():
@@ -110,9 +133,11 @@ def test_learned_temperatures_compile_once_and_leave_the_lowest_again():
   # A rate that crosses the whole range with a few updates.
   fast = dataclasses.replace(config.optimizer, learning_rate=0.3, warmup_steps=0)
   config, mesh = dataclasses.replace(config, optimizer=fast), make_mesh(config)
-  equal, random = batch_of(), batch_of()
-  for name in ("tokens", "lengths"):
-    equal[name][:, 1] = equal[name][:, 0]  # a positive with a cosine of 1: lower is better
+  tokens, lengths = random_rows()
+  for array in (tokens, lengths):
+    array[:, 1] = array[:, 0]  # a positive with a cosine of 1: lower is better
+  random = batch_of(shards=replicas(mesh.shape))
+  equal = random | {"sheets": packed(tokens, lengths, replicas(mesh.shape))}
   with on_mesh(mesh):
     step, state = train_step.make(config, 20, mesh), new_state(config, mesh)
     seen = []
@@ -128,7 +153,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
   mesh, step = trainer
   state, losses = new_state(tiny, mesh), []
   for _ in range(8):
-    state, metrics = step(state, put_batch(batch_of(), mesh), None, task=RETRIEVAL)
+    state, metrics = step(state, batch_on(mesh), None, task=RETRIEVAL)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < losses[0]
   assert set(metrics) == {
@@ -151,7 +176,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
 def test_the_old_state_is_donated(tiny, trainer):
   mesh, step = trainer
   state = new_state(tiny, mesh)
-  step(state, put_batch(batch_of(), mesh), None, task=RETRIEVAL)
+  step(state, batch_on(mesh), None, task=RETRIEVAL)
   assert state.params["table"].is_deleted()
 
 
@@ -182,7 +207,6 @@ OTHER = {
   "losses.spread_out": 0.5,
   "losses.int8": 0.5,
   "losses.binary": 0.5,
-  "data.micro_batch": 8,
   "matryoshka.dims": (48,),
   "matryoshka.exits": (3,),
   "matryoshka.ranks": (24,),
@@ -209,12 +233,12 @@ def program(config, task=RETRIEVAL, vectors=False):
   mesh = make_mesh(config)
   tx = optimizer.make(config.optimizer, 20)
   state = train_state.abstract(config, tx, mesh)
-  arrays = batch_of()
+  arrays = batch_of(shards=replicas(mesh.shape))
   if task.kind == "scored_pairs":
     arrays |= {"scores": np.zeros(16, np.float32)}
   if vectors:
     arrays |= {"teacher": np.zeros((16, 4, 64), np.float32)}
-  batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in arrays.items()}
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
   with on_mesh(mesh):
     step = train_step.make(config, 20, mesh)
     return str(step.trace(state, batch, None, task=task).jaxpr)
@@ -247,7 +271,7 @@ ELSEWHERE = {
 
 
 def test_no_setting_is_forgotten():
-  groups = ("losses.", "kd.", "data.micro_batch", "matryoshka.", "optimizer.", "train.")
+  groups = ("losses.", "kd.", "matryoshka.", "optimizer.", "train.")
   fields = {name for name in flatten(from_mapping(config_dict())) if name.startswith(groups)}
   other_kinds = {name for name in fields if name.split(".")[1] in KINDS}
   assert fields - other_kinds == {*OTHER, *BESIDE, *ELSEWHERE}

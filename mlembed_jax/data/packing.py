@@ -22,7 +22,7 @@ TOKENS_PER_TEXT = 4
 class Layout:
   """Shapes of a step's sheets, the same for every step of one kind of rows."""
 
-  widths: tuple[int, ...]  # of sheets, ascending; a text goes to the narrowest that holds it
+  widths: tuple[int, ...]  # of sheets, ascending; a text begins one of the narrowest it fits in
   blocks: tuple[int, ...]  # per width: as many as the longest texts could need
   sheets: tuple[int, ...]  # per width and block, over all shards
   shards: int  # parts of the batch, one per data-parallel device
@@ -32,6 +32,13 @@ class Layout:
   def slots(self, width: int) -> int:
     """Returns how many texts a sheet may hold."""
     return max(1, width // TOKENS_PER_TEXT) if self.packed else 1
+
+  def shapes(self) -> list[dict[str, tuple[int, int, int]]]:
+    """Returns the shapes of the sheets of each width, int32, by their names in `Sheets`."""
+    return [
+      {"tokens": (n, s, t), "ends": (n, s, self.slots(t)), "texts": (n, s, self.slots(t))}
+      for n, s, t in zip(self.blocks, self.sheets, self.widths, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +85,30 @@ def balance(tokens: np.ndarray, shards: int) -> np.ndarray:
 
 def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
   """Returns the blocks of each width that hold a text; `ids`: of every text of every shard."""
-  lengths = [np.array([len(text) for text in texts]) for texts in ids]
+  bins = [_bins(np.array([len(text) for text in texts]), layout) for texts in ids]
   made = []
-  for i, width in enumerate(layout.widths):
-    below = layout.widths[i - 1] if i else 0
-    chosen = [np.flatnonzero((below < own) & (own <= width)) for own in lengths]
-    bins = [
-      [of[members] for members in fill(own[of], width, layout.slots(width))]
-      for own, of in zip(lengths, chosen, strict=True)
-    ]
+  for i in range(len(layout.widths)):
     per_shard = layout.sheets[i] // layout.shards
-    sheets = _empty(layout, i, math.ceil(max(map(len, bins)) / per_shard))
+    sheets = _empty(layout, i, math.ceil(max(len(of[i]) for of in bins) / per_shard))
     for shard, (texts, of) in enumerate(zip(ids, bins, strict=True)):
-      _write(sheets, shard, per_shard, of, texts)
+      _write(sheets, shard, per_shard, of[i], texts)
     made.append(sheets)
+  return made
+
+
+def _bins(lengths: np.ndarray, layout: Layout) -> list[list[np.ndarray]]:
+  """Returns for each width which texts share each sheet.
+
+  Widest first: the texts that need these sheets leave room in them, which shorter ones take.
+  """
+  if lengths.max() > layout.widths[-1]:  # it would be missing without a word
+    raise ValueError(f"a text of {lengths.max()} tokens, but sheets of {layout.widths}")
+  left, made = np.arange(len(lengths)), []
+  for i, width in reversed(list(enumerate(layout.widths))):
+    below = layout.widths[i - 1] if i else 0
+    bins = fill(lengths[left], width, layout.slots(width), below)
+    made.insert(0, [left[members] for members in bins])
+    left = np.delete(left, [text for members in bins for text in members])
   return made
 
 
@@ -106,8 +123,11 @@ def whole(sheets: Sequence[Sheets], layout: Layout) -> tuple[dict[str, np.ndarra
   return tuple(made)
 
 
-def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
-  """Returns which texts share each sheet: longest first, each into the fullest sheet with room."""
+def fill(lengths: np.ndarray, width: int, slots: int, below: int = 0) -> list[list[int]]:
+  """Returns which texts share each sheet: longest first, each into the fullest sheet with room.
+
+  Texts of up to `below` tokens begin no sheet: they take the room that is left, or are left out.
+  """
   sheets: list[list[int]] = []
   room: list[tuple[int, int]] = []  # (free tokens, sheet), ascending
   shortest = int(lengths.min(initial=width))
@@ -116,6 +136,8 @@ def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
     at = bisect.bisect_left(room, (length, -1))
     if at < len(room):
       free, sheet = room.pop(at)
+    elif length <= below:
+      continue
     else:
       free, sheet = width, len(sheets)
       sheets.append([])
@@ -126,12 +148,11 @@ def fill(lengths: np.ndarray, width: int, slots: int) -> list[list[int]]:
 
 
 def _empty(layout: Layout, i: int, blocks: int) -> Sheets:
-  sheets, width = layout.sheets[i], layout.widths[i]
-  slots = (blocks, sheets, layout.slots(width))
+  shapes = {name: (blocks, *shape[1:]) for name, shape in layout.shapes()[i].items()}
   return Sheets(
-    np.zeros((blocks, sheets, width), np.int32),
-    np.full(slots, width, np.int32),
-    np.full(slots, layout.texts, np.int32),
+    np.zeros(shapes["tokens"], np.int32),
+    np.full(shapes["ends"], layout.widths[i], np.int32),
+    np.full(shapes["texts"], layout.texts, np.int32),
   )
 
 

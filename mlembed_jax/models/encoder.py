@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.models.attention import attention, rotary
-from mlembed_jax.models.pooling import last_token, right_padded
+from mlembed_jax.models.pooling import last_tokens, packed
 
 # What the backward pass of one layer keeps; "none" means no rematerialisation at all.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
@@ -106,25 +106,25 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One pre-norm decoder layer, shaped for `nn.scan`: carries the stream, emits its last token."""
+  """One pre-norm decoder layer, shaped for `nn.scan`: carries the stream, emits it at the ends."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(
-    self, x_BTD: Array, positions_BT: Array, segments_BT: Array, last_B: Array
+    self, x_BTD: Array, positions_BT: Array, segments_BT: Array, ends_BK: Array
   ) -> tuple[Array, Array]:
-    """Returns the residual stream [B, T, D] and its value at each row's last token [B, D]."""
+    """Returns the residual stream [B, T, D] and its value at the end of each text [B, K, D]."""
     c = self.config
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "token", None))
     normed_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
     x_BTD = x_BTD + Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT)
     x_BTD = x_BTD + Mlp(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
-    return x_BTD, last_token(x_BTD, last_B)
+    return x_BTD, last_tokens(x_BTD, ends_BK)
 
 
 class Encoder(nn.Module):
-  """Token ids to one vector per row and depth."""
+  """Token ids to one vector per text and depth."""
 
   config: ModelConfig
 
@@ -132,19 +132,21 @@ class Encoder(nn.Module):
   def __call__(
     self,
     tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
+    ends_BK: Int[Array, "B K"],
     rank_mask_R: Float[Array, "R"] | None = None,
-  ) -> Float[Array, "L B D"]:
-    """Returns the final-norm state of each row's last token after every layer.
+  ) -> Float[Array, "L B K D"]:
+    """Returns the final-norm state at the end of each text after every layer.
 
-    Rows are padded on the right. `rank_mask_R` (1 for used columns of the token table) gives the
-    vectors of a smaller rank without a new program; `slice_params` gives the same ones.
+    Row b holds texts one after another, text k up to token `ends[b, k]` (ascending; T: no more
+    texts, the states there are arbitrary, but finite). No text sees another one. `rank_mask_R` (1
+    for used columns of the token table) gives the vectors of a smaller rank without a new
+    program; `slice_params` gives the same ones.
     """
     c = self.config
-    positions_BT, segments_BT, last_B = right_padded(lengths_B, tokens_BT.shape[1])
+    positions_BT, segments_BT = packed(ends_BK, tokens_BT.shape[1])
     x_BTD = self._embed(tokens_BT, rank_mask_R)
-    _, pooled_LBD = self._layers()(c, name="layers")(x_BTD, positions_BT, segments_BT, last_B)
-    return RMSNorm(c, name="final_norm")(pooled_LBD)
+    _, pooled_LBKD = self._layers()(c, name="layers")(x_BTD, positions_BT, segments_BT, ends_BK)
+    return RMSNorm(c, name="final_norm")(pooled_LBKD)
 
   def _embed(self, tokens_BT: Array, rank_mask_R: Array | None) -> Array:
     c = self.config
@@ -181,9 +183,9 @@ class Encoder(nn.Module):
 def abstract_params(config: ModelConfig) -> Any:
   """Returns the boxed tree of parameter shapes and logical axis names; nothing is computed."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+  ends = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(Encoder(config).init, key, tokens, lengths)["params"]
+  return jax.eval_shape(Encoder(config).init, key, tokens, ends)["params"]
 
 
 def parameter_shapes(config: ModelConfig) -> Any:

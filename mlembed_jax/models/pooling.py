@@ -1,19 +1,25 @@
-"""Positions and last-token pooling of right-padded rows. Takes arrays only."""
+"""Positions, segments and last-token pooling of texts that share a row. Takes arrays only."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def right_padded(lengths_B: Int[Array, "B"], size: int) -> tuple[Array, Array, Array]:
-  """Returns positions [B, size], segments [B, size] (1 for text, 0 for padding) and last [B].
+def packed(ends_BK: Int[Array, "B K"], size: int) -> tuple[Array, Array]:
+  """Returns positions [B, size], from 0 in each text, and segments [B, size].
 
-  The mask comes from the lengths, never from a token id: the padding id may be the pooled one.
+  `ends` holds the last token of each text, ascending, and `size` where there are no more texts.
+  Text k is segment k + 1, what follows the last text is padding, segment 0. The mask comes from
+  the ends, never from a token id: the padding id may be the pooled one. Rotary attention sees only
+  differences of positions; starting at 0 each time, a text is rounded wherever it is as alone.
   """
-  positions_BT = jnp.broadcast_to(jnp.arange(size)[None, :], (lengths_B.shape[0], size))
-  segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-  return positions_BT, segments_BT, lengths_B - 1
+  at_11T = jnp.arange(size)[None, None]
+  over_BKT = ends_BK[:, :, None] < at_11T  # texts that a token comes after
+  over_BT = jnp.sum(over_BKT, axis=1)
+  starts_BT = jnp.max(jnp.where(over_BKT, ends_BK[:, :, None] + 1, 0), axis=1)
+  texts_B1 = jnp.sum(ends_BK < size, axis=1, keepdims=True)
+  return at_11T[0] - starts_BT, jnp.where(over_BT < texts_B1, over_BT + 1, 0)
 
 
-def last_token(x_BTD: Float[Array, "B T D"], last_B: Int[Array, "B"]) -> Float[Array, "B D"]:
-  """Returns row b's vector at position `last_B[b]`."""
-  return jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+def last_tokens(x_BTD: Float[Array, "B T D"], ends_BK: Int[Array, "B K"]) -> Float[Array, "B K D"]:
+  """Returns the vector at the end of each text; where there is no text, that of the last token."""
+  return jnp.take_along_axis(x_BTD, ends_BK[:, :, None], axis=1, mode="clip")

@@ -65,7 +65,8 @@ def load_config(path: str | pathlib.Path, **changes: Any) -> Config:
   """Returns the configuration FILE[:variant]; `changes` by dotted name. No data is read."""
   file, _, variant = str(path).partition(":")
   config = load_module(file).get_config(variant)
-  config.update_from_flattened_dict({"data.manifest": "none", "data.tokenizer": "none"} | changes)
+  no_data = {"data.builder": "", "data.dataset": "none", "data.manifest": "", "data.heldout": ()}
+  config.update_from_flattened_dict(no_data | changes)
   return from_mapping(config)
 
 

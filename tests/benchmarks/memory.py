@@ -8,12 +8,12 @@ Nothing runs: programs are compiled, for simulated CPU devices or, with --topolo
 need not be there (libtpu must), and the compiler says what one device needs. Two tables:
 
 step: GradCache with data.micro_batch fixed, against the same step with the whole batch encoded at
-  once (data.micro_batch = data.global_batch). Total is arguments + outputs + temporaries, outputs
+  once, one block with a sheet for every text. Total is arguments + outputs + temporaries, outputs
   in the place of arguments counted once.
 head: value and gradient of the objective alone, states and their gradient included.
 
-Every micro-batch is a multiple of the devices along data x fsdp. Each program of a TPU takes one
-to two minutes of compile time.
+A micro-batch has at least one sheet for each device along data x fsdp. Each program of a TPU takes
+one to two minutes of compile time.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax import memory
 from mlembed_jax.config_fields import Config
-from mlembed_jax.losses import Task
+from mlembed_jax.data.batching import Kind
 from mlembed_jax.matryoshka import Matryoshka, default_dims, dim_weights
 from mlembed_jax.sharding import batch_sharding, make_mesh
 from tests.benchmarks import common
@@ -80,10 +80,10 @@ def compile_or_reason(lowered: Any) -> Any:
     return "too large" if size is None else f"{size:,.0f}: too large"
 
 
-def step_program(config: Config, mesh: Mesh, texts: int) -> Any:
-  shapes = memory.batch_shapes(config, texts)
+def step_program(config: Config, mesh: Mesh, negatives: int) -> Any:
+  kind = Kind("retrieval", 1, negatives, config.data.lengths[-1], None)
   with common.on_mesh(mesh):
-    return compile_or_reason(memory.lowered_step(config, shapes, Task("retrieval"), STEPS, mesh))
+    return compile_or_reason(memory.lowered_step(config, kind, STEPS, mesh))
 
 
 def load(args: Any, global_batch: int, micro_batch: int) -> Config:
@@ -104,9 +104,11 @@ def cells(program: Any, first: int | None) -> tuple[list[str], int | None]:
 def step_rows(devices: list[Any], args: Any) -> Iterator[list[str]]:
   first = None
   for batch in args.batches:
-    configs = [load(args, batch, micro) for micro in dict.fromkeys((args.micro_batch, batch))]
+    whole = batch * (2 + args.negatives) * args.tokens
+    micro_batches = dict.fromkeys((min(args.micro_batch, whole), whole))
+    configs = [load(args, batch, micro) for micro in micro_batches]
     mesh = make_mesh(configs[0], devices)
-    programs = [step_program(config, mesh, 2 + args.negatives) for config in configs]
+    programs = [step_program(config, mesh, args.negatives) for config in configs]
     cached, total = cells(programs[0], first)
     first = first or total
     at_once, _ = cells(programs[-1], first)
@@ -129,7 +131,7 @@ def head_program(config: Config, axes: Matryoshka, mesh: Mesh, args: Any) -> Any
 def head_row(devices: list[Any], args: Any) -> list[str]:
   dims = default_dims(args.head_width)
   axes = Matryoshka(dims, dim_weights(dims), tuple(range(1, args.head_exits + 1)), (), ())
-  config = load(args, args.micro_batch, args.micro_batch)
+  config = load(args, args.head_rows, args.micro_batch)
   program = head_program(config, axes, make_mesh(config, devices), args)
   (states, *found, _), _ = cells(program, None)
   logits = 4 * len(axes.exits) * len(dims) * args.head_rows**2 / len(devices)  # float32
@@ -145,9 +147,9 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--config", default=common.CONFIGS / "140m.py", help="FILE[:variant]")
   parser.add_argument("--dtype", default="", help="bfloat16 on a TPU, float32 on CPU")
   parser.add_argument("--batches", type=int, nargs="+", default=(64, 256, 1024, 4096))
-  parser.add_argument("--micro-batch", type=int, default=64)
+  parser.add_argument("--micro-batch", type=int, default=262_144, help="tokens over all devices")
   parser.add_argument("--negatives", type=int, default=7, help="stored negatives per row")
-  parser.add_argument("--tokens", type=int, default=512, help="per text")
+  parser.add_argument("--tokens", type=int, default=512, help="of a sheet")
   parser.add_argument("--head-rows", type=int, default=65_536)
   parser.add_argument("--head-width", type=int, default=4096)
   parser.add_argument("--head-exits", type=int, default=8)
@@ -165,7 +167,9 @@ def main() -> None:
     f"{2 + args.negatives} texts per row\n"
   )
   if "step" in args.parts:
-    print(f"step: {args.config}, micro-batch {args.micro_batch}, {args.tokens} tokens\n")
+    print(
+      f"step: {args.config}, micro-batch {args.micro_batch:,} tokens, sheets of {args.tokens}\n"
+    )
     common.print_table(STEP_HEADER, step_rows(devices, args))
     print()
   if "head" in args.parts:

@@ -4,8 +4,9 @@
     python -m tests.benchmarks.step --config configs/0_6b.py --dtype bfloat16 --tokens 512
 
 Measures the whole step (forward, backward, AdamW), with all default dims, exits and ranks and with
-only the full ones, rematerialisation as the configuration has it and no micro-batches. The two
-steps run in turn. `head` is the objective with its gradient to the states, timed by itself.
+only the full ones, rematerialisation as the configuration has it, every text as long as its sheet
+and all of them in one block. The two steps run in turn. `head` is the objective with its gradient
+to the states, timed by itself.
 
 FLOPs are those of the products of encoder and objective, counted by hand: XLA's cost analysis
 counts the body of a loop once, and layers are a loop. Recomputed ones count. Memory is what a
@@ -24,9 +25,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax import memory, optimizer, train_state, train_step
 from mlembed_jax.config_fields import Config, ModelConfig
+from mlembed_jax.data import packing
+from mlembed_jax.data.batching import Kind
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Matryoshka, plan
-from mlembed_jax.sharding import batch_sharding, make_mesh, put_batch
+from mlembed_jax.sharding import batch_sharding, make_mesh, put_batch, replicas
+from mlembed_jax.train_step import Batch
 from tests.benchmarks import common
 from tests.benchmarks.head import head_flops, ours
 
@@ -47,19 +51,20 @@ def only_full(config: Config) -> Config:
   return dataclasses.replace(config, matryoshka=axes)
 
 
-def random_batch(config: Config, texts: int, mesh: Mesh) -> dict[str, jax.Array]:
-  """Returns random tokens, every text as long as the batch."""
-  rows, tokens = config.data.global_batch, config.data.lengths[-1]
-  ids = np.random.default_rng(0).integers(0, config.model.vocab, (rows, texts, tokens), np.int32)
-  lengths = np.full((rows, texts), tokens, np.int32)
-  hashes = common.random_hashes(rows, texts)
-  return put_batch({"tokens": ids, "lengths": lengths, "hashes": hashes}, mesh)
+def random_batch(config: Config, texts: int, mesh: Mesh) -> Batch:
+  """Returns random tokens, every text as long as its sheet."""
+  shards, rows, tokens = replicas(mesh.shape), config.data.global_batch, config.data.lengths[-1]
+  layout = memory.kind_layout(config, Kind("retrieval", 1, texts - 2, tokens, None), shards)
+  shape = (shards, layout.texts, tokens)
+  ids: Any = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+  sheets = packing.whole(packing.pack(ids, layout), layout)
+  return put_batch({"sheets": sheets, "hashes": common.random_hashes(rows, texts)}, mesh)
 
 
 class Stepper:
   """A compiled step with its state, which each call replaces."""
 
-  def __init__(self, config: Config, mesh: Mesh, batch: dict[str, jax.Array]):
+  def __init__(self, config: Config, mesh: Mesh, batch: Batch):
     self.batch = batch
     tx = optimizer.make(config.optimizer, STEPS)
     step: Any = train_step.make(config, STEPS, mesh)
@@ -72,10 +77,10 @@ class Stepper:
     return self.state, metrics
 
 
-def head_of(config: Config, mesh: Mesh, batch: dict[str, jax.Array]) -> Any:
+def head_of(config: Config, mesh: Mesh, batch: Batch) -> Any:
   """Returns the objective with its gradient to random states of the batch, ready to run."""
   axes = plan(config.model, config.matryoshka)
-  shape = (len(axes.exits), *batch["lengths"].shape, config.model.width)
+  shape = (len(axes.exits), *batch["hashes"].shape[:2], config.model.width)
   layout = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
   draw = functools.partial(jax.random.normal, shape=shape, dtype=jnp.dtype(config.model.dtype))
   states = jax.jit(draw, out_shardings=layout)(jax.random.key(0))
@@ -103,11 +108,12 @@ def step_flops(config: Config, axes: Matryoshka, texts: int) -> float:
 def describe(name: str, config: Config, time: dict[str, float], step: Stepper) -> list[Any]:
   axes = plan(config.model, config.matryoshka)
   whole, head = time[name], time[f"head of {name}"]
-  tokens = step.batch["tokens"]
+  texts = step.batch["hashes"].shape[1]
+  tokens = config.data.global_batch * texts * config.data.lengths[-1]
   return [
     *(name, len(axes.dims), len(axes.exits), len(axes.ranks)),
-    *(f"{whole:.4g}", f"{tokens.size / whole:,.0f}", f"{head:.3g}", f"{head / whole:.2%}"),
-    common.tera(step_flops(config, axes, tokens.shape[1])),
+    *(f"{whole:.4g}", f"{tokens / whole:,.0f}", f"{head:.3g}", f"{head / whole:.2%}"),
+    common.tera(step_flops(config, axes, texts)),
     common.mib(memory.needed_bytes(step.compiled)),
   ]
 
@@ -133,12 +139,13 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
   changes = {"model.dtype": args.dtype, "data.lengths": (args.tokens,)}
-  changes |= {"data.global_batch": args.batch, "data.micro_batch": args.batch}
+  texts = 2 + args.negatives
+  changes |= {"data.global_batch": args.batch, "data.micro_batch": args.batch * texts * args.tokens}
   config = common.load_config(args.config, **changes)
   mesh = make_mesh(config)
   print(
     f"{common.machine()}; {args.config}, {args.dtype}, remat {config.model.remat}, "
-    f"{args.batch} rows x {2 + args.negatives} texts x {args.tokens} tokens\n"
+    f"{args.batch} rows x {texts} texts x {args.tokens} tokens\n"
   )
   with common.on_mesh(mesh):
     measure(config, mesh, args)

@@ -10,8 +10,8 @@ from mlembed_jax.data.sources import select
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import grid, tasks
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
-from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.sharding import make_mesh
+from tests.material import padded
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_record_is_the_score_of_the_cut_model(tiny, params, inputs, contents, 
   ids = tokenizer.encode(task.texts, 64)
   tokens = np.array([row + [0] * (64 - len(row)) for row in ids])
   lengths = np.array([len(row) for row in ids])
-  apply = jax.jit(Encoder(slice_config(tiny.model, cut)).apply)
+  apply = jax.jit(padded(slice_config(tiny.model, cut)))
   vectors = np.asarray(apply({"params": slice_params(params, cut)}, tokens, lengths)[-1])[:, :dim]
   expected = content(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
   assert contents[rank, depth, dim] == pytest.approx(expected["all"], rel=1e-3)

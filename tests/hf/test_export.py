@@ -20,7 +20,6 @@ from mlembed_jax.encode import encode
 from mlembed_jax.hf import card, export, files
 from mlembed_jax.hf.export import ExportError, export_folder, variant_name
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params, truncate
-from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.workdir import Run
 from tests import material
 
@@ -97,7 +96,7 @@ class Trained:
 def trained(data: pathlib.Path, **overrides: Any) -> Trained:
   sizes = {"model.layers": 4, "matryoshka.exits": (1, 2, 3, 4)}
   config = from_mapping(material.config_dict(data, **sizes | overrides))
-  tokenizer = Tokenizer(config.data.tokenizer, config.data.pooled_token)
+  tokenizer = Tokenizer(data / "tokenizer.json", config.data.pooled_token)
   return Trained(run_of(config), material.random_params(config.model), tokenizer)
 
 
@@ -162,7 +161,7 @@ def test_every_exit_is_the_transformers_model_of_that_depth(
   folder = folders["full"] if kind == "factorised" else dense_folder
   model = made.run.config.model
   tokens, sizes = material.random_batch(model.vocab, 6, 576)
-  run = jax.jit(Encoder(model).apply)
+  run = jax.jit(material.padded(model))
   ours_LBD = np.asarray(run({"params": made.params}, tokens, sizes))
   for depth in range(1, model.layers + 1):
     theirs_BD = states_of_transformers(folder, tokens, sizes, depth)

@@ -18,7 +18,6 @@ from mlembed_jax.hf import names
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.hf.load import LoadError, load_folder, load_params
 from mlembed_jax.matryoshka import Slice, slice_params
-from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.workdir import Run
 from tests import material
 
@@ -81,7 +80,7 @@ def test_a_transformers_folder_gives_the_same_vectors(
   model = dense(tiny.model)
   params = load_params(saved, model)
   tokens, sizes = material.random_batch(model.vocab, 5, 544)
-  ours = np.asarray(jax.jit(Encoder(model).apply)({"params": params}, tokens, sizes))[-1]
+  ours = np.asarray(jax.jit(material.padded(model))({"params": params}, tokens, sizes))[-1]
   with torch.no_grad():
     states = theirs.model(input_ids=torch.tensor(tokens)).last_hidden_state.numpy()
   expected = states[np.arange(5), sizes - 1]
@@ -139,7 +138,7 @@ def test_export_import_export_is_bitwise_equal(
   run = Run(dataclasses.replace(tiny, export=stored), {}, "f" * 64)
   options: dict[str, Any] = {
     "run": run,
-    "tokenizer": Tokenizer(tiny.data.tokenizer, tiny.data.pooled_token),
+    "tokenizer": Tokenizer(data / "tokenizer.json", tiny.data.pooled_token),
     "step": 1,
     "cut": Slice(),
   }
@@ -155,9 +154,11 @@ def test_export_import_export_is_bitwise_equal(
   assert_same((smaller["table"], smaller["up"]), (cut["table"], cut["up"]))
 
 
-def test_stale_factors_are_refused(tiny: Config, params: Any, tmp_path: pathlib.Path):
+def test_stale_factors_are_refused(
+  data: pathlib.Path, tiny: Config, params: Any, tmp_path: pathlib.Path
+):
   run = Run(tiny, {}, "f" * 64)
-  tokenizer = Tokenizer(tiny.data.tokenizer, tiny.data.pooled_token)
+  tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
   folder = export_folder(
     tmp_path / "out", run=run, params=params, tokenizer=tokenizer, step=1, cut=Slice()
   )

@@ -10,15 +10,16 @@ import pytest
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
+from mlembed_jax.models import pooling
 from mlembed_jax.models.attention import attention, rotary
 from mlembed_jax.models.encoder import Encoder, RMSNorm, abstract_params
 from mlembed_jax.sharding import RULES
-from tests.material import random_batch, random_params
+from tests.material import FAST_COMPILE, packed, padded, random_batch, random_params
 
 
 @pytest.fixture(scope="module")
 def encode(tiny):
-  return jax.jit(Encoder(tiny.model).apply)
+  return jax.jit(padded(tiny.model))
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +94,82 @@ def test_rows_never_influence_each_other(encode, params, batch, states):
   assert np.abs(result[:, 0] - states[:, 0]).max() > 0.1
 
 
+def test_positions_and_segments_worked_example():
+  positions, segments = pooling.packed(np.array([[1, 2, 5, 7], [5, 7, 7, 7], [7, 7, 7, 7]]), 7)
+  np.testing.assert_array_equal(positions[:2], [[0, 1, 0, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 0]])
+  np.testing.assert_array_equal(segments, [[1, 1, 2, 3, 3, 3, 0], [1] * 6 + [0], [0] * 7])
+
+
+def test_vectors_at_the_ends_worked_example():
+  x = np.arange(4, dtype=np.float32).reshape(1, 4, 1) * 10
+  np.testing.assert_array_equal(pooling.last_tokens(x, np.array([[0, 2, 4]]))[0, :2, 0], [0, 20])
+  assert np.all(np.isfinite(pooling.last_tokens(x, np.array([[0, 2, 4]]))))
+
+
+@pytest.fixture(scope="module")
+def sheets(tiny):
+  """Sixteen texts packed, and the sheets they are in: [S, T] and [S, K]."""
+  tokens, lengths = random_batch(tiny.model.vocab, 16, 32)
+  found = packed(tokens[None], lengths[None], widths=(64,))[0]
+  assert np.sum(np.any(found["texts"][0] < 16, axis=-1)) < 8
+  return tokens, lengths, {name: array[0] for name, array in found.items()}
+
+
+def in_order(states_LSKD, texts_SK):
+  """Returns the states of the texts 0, 1, 2 ..., [L, 16, D]."""
+  places = np.array([np.argwhere(texts_SK == text)[0] for text in range(16)])
+  return states_LSKD[:, places[:, 0], places[:, 1]]
+
+
+def test_texts_that_share_a_row_are_as_alone(tiny, encode, params, sheets):
+  tokens, lengths, shared = sheets
+  alone = np.asarray(encode({"params": params}, tokens, lengths))
+  together = jax.jit(Encoder(tiny.model).apply)(
+    {"params": params}, shared["tokens"], shared["ends"]
+  )
+  assert np.all(np.isfinite(together))
+  np.testing.assert_allclose(in_order(together, shared["texts"]), alone, atol=3e-6)
+
+
+def test_gradients_of_texts_that_share_a_row_are_as_alone(tiny, params, sheets):
+  tokens, lengths, shared = sheets
+  weights = np.random.default_rng(0).normal(size=(3, 16, 48)).astype(np.float32)
+
+  def loss_alone(p):
+    return jnp.sum(weights * padded(tiny.model)({"params": p}, tokens, lengths))
+
+  def loss_together(p):
+    states = Encoder(tiny.model).apply({"params": p}, shared["tokens"], shared["ends"])
+    return jnp.sum(weights * in_order(states, shared["texts"]))
+
+  alone, together = (
+    jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(params)
+    for loss in (loss_alone, loss_together)
+  )
+  for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_text_does_not_see_the_others_of_its_row(tiny, params, sheets):
+  _, _, shared = sheets
+  apply = jax.jit(Encoder(tiny.model).apply)
+  sheet = next(i for i, ends in enumerate(shared["ends"]) if np.sum(ends < 64) > 2)
+  first, second = shared["ends"][sheet, :2]
+  changed = shared["tokens"].copy()
+  changed[sheet, first + 1 : second + 1] = (changed[sheet, first + 1 : second + 1] + 1) % 600
+  before, after = (
+    np.array(apply({"params": params}, tokens, shared["ends"]))
+    for tokens in (shared["tokens"], changed)
+  )
+  assert np.abs(after - before)[:, sheet, 1].max() > 0.1
+  after[:, sheet, 1] = before[:, sheet, 1]
+  np.testing.assert_array_equal(after, before)
+
+
 def test_every_exit_is_the_cut_model(tiny, params, batch, states):
   for depth in (1, 2, 3):
     cut = Slice(depth=depth)
-    apply = jax.jit(Encoder(slice_config(tiny.model, cut)).apply)
+    apply = jax.jit(padded(slice_config(tiny.model, cut)))
     result = apply({"params": slice_params(params, cut)}, *batch)
     assert result.shape[0] == depth
     np.testing.assert_allclose(result[-1], states[depth - 1], atol=2e-6)
@@ -106,7 +179,7 @@ def test_rank_mask_equals_the_sliced_table(tiny, encode, params, batch):
   cut = Slice(rank=16)
   mask = (np.arange(tiny.model.rank) < 16).astype(np.float32)
   masked = encode({"params": params}, *batch, mask)
-  sliced = jax.jit(Encoder(slice_config(tiny.model, cut)).apply)(
+  sliced = jax.jit(padded(slice_config(tiny.model, cut)))(
     {"params": slice_params(params, cut)}, *batch
   )
   np.testing.assert_allclose(masked, sliced, atol=2e-6)
@@ -116,7 +189,7 @@ def test_masked_ranks_get_no_gradient(tiny, params, batch):
   mask = (np.arange(tiny.model.rank) < 16).astype(np.float32)
 
   def loss(p):
-    return jnp.sum(Encoder(tiny.model).apply({"params": p}, *batch, mask)[-1] ** 3)
+    return jnp.sum(padded(tiny.model)({"params": p}, *batch, mask)[-1] ** 3)
 
   grads = jax.jit(jax.grad(loss))(params)
   assert not np.any(grads["table"][:, 16:]) and not np.any(grads["up"][16:])
@@ -127,13 +200,13 @@ def test_full_table_equals_the_product_of_its_factors(tiny, params, batch, state
   full = {name: leaf for name, leaf in params.items() if name != "up"}
   full["table"] = params["table"] @ params["up"]
   model = dataclasses.replace(tiny.model, rank=0)
-  result = jax.jit(Encoder(model).apply)({"params": full}, *batch)
+  result = jax.jit(padded(model))({"params": full}, *batch)
   np.testing.assert_allclose(result, states, atol=5e-5)
 
 
 def test_bfloat16_is_close_and_returns_bfloat16(tiny, params, batch, states):
   model = dataclasses.replace(tiny.model, dtype="bfloat16")
-  result = jax.jit(Encoder(model).apply)({"params": params}, *batch)
+  result = jax.jit(padded(model))({"params": params}, *batch)
   assert result.dtype == jnp.bfloat16
   a, b = np.asarray(result, np.float32).reshape(-1, 48), states.reshape(-1, 48)
   cosine = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -148,7 +221,7 @@ def test_bfloat16_sums_a_frequent_tokens_gradient_in_float32(tiny, rank):
 
   def token_gradient(rows):
     tokens, lengths = np.full((rows, 1), 7), np.ones(rows, np.int32)
-    loss = lambda p: jnp.sum(Encoder(model).apply({"params": p}, tokens, lengths))  # noqa: E731
+    loss = lambda p: jnp.sum(padded(model)({"params": p}, tokens, lengths))  # noqa: E731
     return np.asarray(jax.jit(jax.grad(loss))(params)["table"])[7]
 
   ratio = token_gradient(4096) / token_gradient(1)
@@ -158,7 +231,7 @@ def test_bfloat16_sums_a_frequent_tokens_gradient_in_float32(tiny, rank):
 @pytest.mark.parametrize("policy", ["full", "dots"])
 def test_remat_changes_no_gradient(tiny, params, batch, policy):
   def grads(remat):
-    apply = Encoder(dataclasses.replace(tiny.model, remat=remat)).apply
+    apply = padded(dataclasses.replace(tiny.model, remat=remat))
     return jax.jit(jax.grad(lambda p: jnp.sum(apply({"params": p}, *batch) ** 3)))(params)
 
   for a, b in zip(jax.tree.leaves(grads("none")), jax.tree.leaves(grads(policy)), strict=True):
@@ -186,7 +259,7 @@ def program(model: ModelConfig) -> str:
   tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
   lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
   params = nn.unbox(abstract_params(model))
-  return str(jax.make_jaxpr(Encoder(model).apply)({"params": params}, tokens, lengths))
+  return str(jax.make_jaxpr(padded(model))({"params": params}, tokens, lengths))
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
