@@ -16,7 +16,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from mlembed_jax.config import load_module
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.data import loader, packing, sources
+from mlembed_jax.data import manifest, packing, prepare
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.models.encoder import Encoder
 
@@ -94,15 +94,28 @@ def write(folder: pathlib.Path) -> None:
   bitext = {"lang": held["lang"], "text": held["query"], "en": held["passage"]}
   write_parquet(folder / "heldout/bitext.parquet", bitext)
   write_parquet(folder / "heldout/colours.parquet", _heldout_labels())
-  manifest = {
+  entries = {
     "train/bitext.parquet": entry("bitext", 4, translate),
     "train/topics.parquet": entry("clustering", 9, "Find similar texts."),
     "train/colours.parquet": entry("classification", 1, topic),
     "heldout/bitext.parquet": entry("bitext", 0, translate),
     "heldout/colours.parquet": entry("classification", 0, topic),
   }
-  (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+  (folder / "manifest.json").write_text(json.dumps(entries), encoding="utf-8")
   train_tokenizer(600).save(str(folder / "tokenizer.json"))
+  prepare_dataset(folder)
+
+
+def prepare_dataset(
+  folder: pathlib.Path, pattern: str = "train/*", tokenizer: pathlib.Path | None = None
+) -> pathlib.Path:
+  """Prepares the files of FOLDER/manifest.json that match; returns FOLDER/dataset."""
+  opened = Tokenizer(tokenizer or folder / "tokenizer.json", "<|endoftext|>")
+  files = manifest.select(str(folder / "manifest.json"), [pattern], "--files")
+  plan = prepare.make_plan(files, opened, 2047)
+  job = prepare.Job(plan, folder / "dataset", opened.path, opened.pooled_token)
+  prepare.run(job, processes=1, max_dropped_share=0.1)
+  return job.out
 
 
 def _heldout_labels() -> dict[str, list[str]]:
@@ -245,19 +258,3 @@ def write_vectors(
   for key, shape in shapes.items():
     np.save(folder / f"{name}.{key}.npy", generator.normal(size=shape).astype(dtype))
   return {key: f"{name}.{key}.npy" for key in shapes}
-
-
-def make_batches(
-  folder: pathlib.Path, datasets: list[sources.Dataset], **changes: Any
-) -> loader.Batches:
-  """Returns batches of 16 rows, texts cut by the folder's tokenizer; `changes` of the options."""
-  options: dict[str, Any] = {
-    "negatives": {"retrieval": 7, "bitext": 7, "clustering": 9, "classification": 1},
-    "inbatch": {"retrieval": True, "bitext": True, "clustering": False, "classification": False},
-    "lengths": (32, 64),
-    "batch_size": 16,
-    "seed": 0,
-    "steps": 40,
-  }
-  tokenizer = Tokenizer(folder / "tokenizer.json", "<|endoftext|>")
-  return loader.Batches(datasets, tokenizer, **(options | changes))

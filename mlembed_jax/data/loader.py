@@ -314,7 +314,8 @@ class _Reader:
     iterable = dataset.to_iter_dataset(threads)
     if workers:
       options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=PREFETCH)
-      iterable = iterable.mp_prefetch(options, worker_init_fn=_Init(os.getpid()))
+      parent = os.getpid()
+      iterable = iterable.mp_prefetch(options, worker_init_fn=lambda *_: end_with_parent(parent))
     self._iterator, self._before = iter(iterable), before
 
   def __iter__(self) -> Iterator[Batch]:
@@ -351,13 +352,3 @@ class _Reader:
   def close(self) -> None:
     """Ends the workers."""
     self._iterator.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Init:
-  """What a worker does first."""
-
-  parent: int
-
-  def __call__(self) -> None:
-    end_with_parent(self.parent)

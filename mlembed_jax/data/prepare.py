@@ -15,7 +15,7 @@ import pathlib
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -96,13 +96,13 @@ def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
   if (done := catalog.read(job.out)) is not None:
     return _check_same(job, done["plan"], job.out)
   _open_work(job)
-  with _pool(processes) as pool:
-    counts = _each(pool, "reading", _read_file, job, range(len(job.plan.files)))
-    report.check(counts, max_dropped_share, job.out)
-    documents = _each(pool, "documents", _write_documents, job, range(job.plan.partitions))
-    chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
-    numbered = [(number, len(chunks), *chunk) for number, chunk in enumerate(chunks)]
-    made = _each(pool, "rows", _write_rows, job, numbered)
+  each = functools.partial(_each, job=job, processes=processes)
+  counts = each("reading", _read_file, items=range(len(job.plan.files)))
+  report.check(counts, max_dropped_share, job.out)
+  documents = each("documents", _write_documents, items=range(job.plan.partitions))
+  chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
+  numbered = [(number, len(chunks), *chunk) for number, chunk in enumerate(chunks)]
+  made = each("rows", _write_rows, items=numbered)
   shards = {split: [shards[split] for shards in made] for split in (TRAIN, VALIDATION)}
   report.write(job.out, counts, shards, documents)
   copy_file(job.tokenizer_path, job.out / "tokenizer.json")
@@ -133,36 +133,32 @@ def _open_work(job: Job) -> None:
 # Processes.
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-  os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
-  context = multiprocessing.get_context("spawn")
-  return ProcessPoolExecutor(processes, context, end_with_parent, (os.getpid(),))
-
-
 def _each(
-  pool: ProcessPoolExecutor,
-  title: str,
-  function: Callable[[Job, Any], Any],
-  job: Job,
-  items: Sequence[Any],
+  title: str, function: Callable[[Job, Any], Any], job: Job, items: Sequence[Any], processes: int
 ) -> list[Any]:
   """Returns the result of every item, computed now or in an earlier run; shows progress."""
-  futures = [pool.submit(_once, title, function, job, n, item) for n, item in enumerate(items)]
-  try:
-    for future in tqdm.tqdm(as_completed(futures), title, len(futures), unit="part"):
-      future.result()
-  except BrokenProcessPool as error:
-    raise DataError(
-      f"{title}: a process was ended from outside, perhaps for want of memory; run the command "
-      "again, with fewer --processes: it goes on where it stopped"
-    ) from error
-  finally:
-    for future in futures:
-      future.cancel()  # does nothing to those that are done
-  return [future.result() for future in futures]
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
+  do = functools.partial(_once, title, function, job)
+  show = functools.partial(tqdm.tqdm, desc=title, total=len(items), unit="part")
+  if processes == 1:
+    return list(show(map(do, enumerate(items))))
+  context = multiprocessing.get_context("spawn")
+  with ProcessPoolExecutor(processes, context, end_with_parent, (os.getpid(),)) as pool:
+    try:
+      return list(show(pool.map(do, enumerate(items))))
+    except BrokenProcessPool as error:
+      raise DataError(
+        f"{title}: a process was ended from outside, perhaps for want of memory; run the command "
+        "again, with fewer --processes: it goes on where it stopped"
+      ) from error
+    finally:
+      pool.shutdown(cancel_futures=True)
 
 
-def _once(title: str, function: Callable[[Job, Any], Any], job: Job, n: int, item: Any) -> Any:
+def _once(
+  title: str, function: Callable[[Job, Any], Any], job: Job, numbered: tuple[int, Any]
+) -> Any:
+  n, item = numbered
   path = job.work / title / f"{n:05d}.done"
   if path.is_file():
     return pickle.loads(path.read_bytes())
