@@ -140,7 +140,7 @@ def test_only_the_first_instruction_is_taken_off_over_line_breaks_too(tmp_path):
 
 def test_an_instruction_without_a_query_is_an_empty_row(tmp_path):
   columns = pairs(20, 2)
-  columns["query"][4] = "Instruct: Translate.\nQuery:  "
+  columns["query"][4] = "Instruct: Other.\nQuery:  "
   found, chunks = read(write(tmp_path, columns, query_has_instruction=True))
   assert dropped(chunks) == {"empty": (1, [4])} and len(found) == 19
   assert chunks[0].other_instructions == 19  # of usable rows
