@@ -95,7 +95,10 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
   template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
   with tempfile.TemporaryDirectory() as name:
     temporary = pathlib.Path(name)
-    (temporary / records.file_name(records.TRAIN, 0, 1)).touch()  # it looks for one such name
+    # It cannot open a split without rows.
+    filled = {split: of for split, of in splits.items() if any(shard.records for shard in of)}
+    for split, shards in filled.items():
+      (temporary / records.file_name(split, 0, len(shards))).touch()  # it looks for such names
     infos = [
       tfds.core.SplitInfo(
         name=split,
@@ -109,8 +112,7 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
           template=template,
         ),
       )
-      for split, shards in splits.items()
-      if any(shard.records for shard in shards)  # it cannot open a split without rows
+      for split, shards in filled.items()
     ]
     tfds.folder_dataset.write_metadata(
       data_dir=temporary,
