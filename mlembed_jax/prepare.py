@@ -6,13 +6,15 @@ once, and writes a dataset of TensorFlow Datasets that `data.dataset` of a train
 
 import os
 import pathlib
+import shlex
 import time
 
 from absl import flags
 
 from mlembed_jax import cli
 from mlembed_jax.data import manifest, prepare, report
-from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.data.catalog import Plan
+from mlembed_jax.data.tokenizer import DataError, Tokenizer
 
 MANIFEST = flags.DEFINE_multi_string(
   "manifest",
@@ -35,6 +37,12 @@ MAX_TOKENS = flags.DEFINE_integer(
 MAX_DROPPED_SHARE = flags.DEFINE_float(
   "max_dropped_share", 0.01, "The command stops where more rows of a file cannot be used."
 )
+BEAM_OPTIONS = flags.DEFINE_string(
+  "beam_options",
+  None,
+  "Run as an Apache Beam pipeline with these options, in one string: --runner=DataflowRunner "
+  "--project=... Needs the extra `beam`; --out may then be a URL.",
+)
 PROCESSES = flags.DEFINE_integer(
   "processes", os.cpu_count() or 1, "Processes that work at a time.", lower_bound=1
 )
@@ -42,13 +50,28 @@ PROCESSES = flags.DEFINE_integer(
 
 def main() -> None:
   """Reads the flags."""
+  start = time.perf_counter()
   files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
   tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
-  out, start = pathlib.Path(OUT.value).absolute(), time.perf_counter()
   plan = prepare.make_plan(files, tokenizer, MAX_TOKENS.value)
-  job = prepare.Job(plan, out, tokenizer.path.absolute(), POOLED_TOKEN.value)
-  prepare.run(job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value)
-  print(f"{out}: prepared in {time.perf_counter() - start:.0f} s; see {report.FILE} there")
+  if BEAM_OPTIONS.value is None:
+    out = pathlib.Path(OUT.value).absolute()
+    job = prepare.Job(plan, out, tokenizer.path.absolute(), tokenizer.pooled_token)
+    prepare.run(job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value)
+  else:
+    _run_beam(plan, tokenizer)
+  seconds = time.perf_counter() - start
+  print(f"{OUT.value}: prepared in {seconds:.0f} s; see {report.FILE} there")
+
+
+def _run_beam(plan: Plan, tokenizer: Tokenizer) -> None:
+  try:
+    from mlembed_jax.data import beam
+  except ImportError as error:
+    raise DataError(f"--beam_options: {error}; pip install 'mlembed_jax[beam]'") from error
+  content = tokenizer.path.read_text(encoding="utf-8")
+  job = beam.Job(plan, OUT.value, content, tokenizer.pooled_token, MAX_DROPPED_SHARE.value)
+  beam.run(job, shlex.split(BEAM_OPTIONS.value))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import tempfile
 from typing import Any
 
 from mlembed_jax.data import records
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.data.transforms import RowShard, Run, Written
-from mlembed_jax.workdir import write_json
+from mlembed_jax.workdir import write_json, write_text
 
 VERSION = 1  # raise it when the same input would give other files
 FILE = "catalog.json"
@@ -92,29 +93,36 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
   import tensorflow_datasets as tfds
 
   template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-  infos = [
-    tfds.core.SplitInfo(
-      name=split,
-      shard_lengths=[shard.records for shard in shards],
-      num_bytes=sum(shard.size for shard in shards),
-      filename_template=tfds.core.ShardedFileTemplate(
-        data_dir=folder,
-        dataset_name=records.NAME,
-        split=split,
-        filetype_suffix="array_record",
-        template=template,
-      ),
+  with tempfile.TemporaryDirectory() as name:
+    temporary = pathlib.Path(name)
+    # It cannot open a split without rows.
+    filled = {split: of for split, of in splits.items() if any(shard.records for shard in of)}
+    for split, shards in filled.items():
+      (temporary / records.file_name(split, 0, len(shards))).touch()  # it looks for such names
+    infos = [
+      tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[shard.records for shard in shards],
+        num_bytes=sum(shard.size for shard in shards),
+        filename_template=tfds.core.ShardedFileTemplate(
+          data_dir=temporary,
+          dataset_name=records.NAME,
+          split=split,
+          filetype_suffix="array_record",
+          template=template,
+        ),
+      )
+      for split, shards in filled.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+      data_dir=temporary,
+      features=records.features(),
+      split_infos=infos,
+      check_data=False,
+      filename_template=template,
     )
-    for split, shards in splits.items()
-    if any(shard.records for shard in shards)  # it cannot open a split without rows
-  ]
-  tfds.folder_dataset.write_metadata(
-    data_dir=folder,
-    features=records.features(),
-    split_infos=infos,
-    check_data=False,
-    filename_template=template,
-  )
+    for path in temporary.glob("*.json"):
+      write_text(folder / path.name, path.read_text(encoding="utf-8"))
 
 
 def read(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Float32, Int64, UInt32
 
 from mlembed_jax.data import batching, packing
@@ -313,6 +314,8 @@ class _Reader:
     dataset = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
     iterable = dataset.to_iter_dataset(threads)
     if workers:
+      if not flags.FLAGS.is_parsed():  # grain asks for flags, in programs without absl too
+        flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=PREFETCH)
       parent = os.getpid()
       iterable = iterable.mp_prefetch(options, worker_init_fn=lambda *_: end_with_parent(parent))

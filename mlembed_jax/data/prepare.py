@@ -225,8 +225,7 @@ def _write_rows(job: Job, item: tuple[int, int, int, int]) -> dict[str, RowShard
   number, shards, file, chunk = item
   table = _read_table(job, file, chunk, "rows")
   places, lengths = _look_up(job, _read_table(job, file, chunk, "texts")["hash"].to_numpy())
-  width = table["documents"].type.list_size
-  texts = table["documents"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+  texts = transforms.document_places(table)
   with contextlib.ExitStack() as stack:
     paths = {
       split: {

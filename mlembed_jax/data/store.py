@@ -118,8 +118,11 @@ class Split:
 
 
 def open_split(catalog: Catalog, split: str, names: list[str]) -> Split:
-  """Returns a split of these files, in this order."""
+  """Returns a split of these files, in this order; raises DataError where one has no rows."""
   shards = catalog.shards[split]
+  filled = {shard.file for shard in shards if shard.written.records}
+  if empty := [name for name in names if name not in filled]:
+    raise DataError(f"{catalog.folder}: {empty[0]} has no rows for {split}; leave it out")
   units = [u for name in names for u in mixture.units([s for s in shards if s.file == name])]
   return Split(
     files=[catalog.files[name] for name in names],

@@ -156,6 +156,12 @@ def suffixes(file: File) -> list[str]:
   return ["", LENGTHS, *([VECTORS] if file.vectors else [])]
 
 
+def document_places(rows: pa.Table) -> np.ndarray:
+  """Returns where each row's documents stand in its chunk's texts, [N, positives + negatives]."""
+  column = rows["documents"].combine_chunks()
+  return column.flatten().to_numpy().reshape(-1, column.type.list_size)
+
+
 def write_rows(
   paths: dict[str, dict[str, pathlib.Path]],
   file: File,

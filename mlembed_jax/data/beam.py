@@ -1,0 +1,200 @@
+"""The preparation as an Apache Beam pipeline, for corpora that one machine reads too slowly.
+
+The same transforms as `prepare.py`, and the same bytes. Texts travel between workers through the
+engine's shuffle; files are written by workers under a temporary name and renamed, to any file
+system that fsspec knows. The engine repeats what fails, so there is nothing to go on from after the
+pipeline itself was ended.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import apache_beam as beam
+import fsspec
+import numpy as np
+import pyarrow as pa
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pvalue import AsDict, AsList, AsSingleton, TaggedOutput
+
+from mlembed_jax.data import catalog, report, rows, transforms, vectors
+from mlembed_jax.data.catalog import Plan
+from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
+from mlembed_jax.data.report import FileCount
+from mlembed_jax.data.rows import Chunk
+from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.transforms import RowShard, Slice, Written
+
+ChunkId = tuple[int, int]  # file, chunk of it
+# Of one partition's documents that a chunk refers to: partition, places in it, tokens.
+Found = tuple[int, np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What every worker knows. The tokenizer travels with it: workers share no disk."""
+
+  plan: Plan
+  out: str
+  tokenizer: str  # content of its file
+  pooled_token: str
+  max_dropped_share: float
+
+
+def run(job: Job, options: Sequence[str]) -> None:
+  """Writes the dataset to `job.out`, on the engine that the options name.
+
+  Raises:
+    DataError: the folder is not empty.
+  """
+  filesystem, path = fsspec.core.url_to_fs(job.out)
+  if filesystem.exists(path) and filesystem.ls(path):
+    raise DataError(f"--out: {job.out} is not empty; name another folder")
+  filesystem.makedirs(path, exist_ok=True)
+  with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+    files = pipeline | "files" >> beam.Create(range(len(job.plan.files))) | beam.Reshuffle()
+    read = files | "read" >> beam.FlatMap(_read, job).with_outputs("counts", "slices", "rows")
+    counts = read.counts | beam.GroupByKey() | "count" >> beam.Map(_count, job)
+    start = pipeline | "start" >> beam.Create([None])
+    checked = start | "check" >> beam.Map(_check, job, AsDict(counts))
+    made = (
+      read.slices
+      | "partitions" >> beam.GroupByKey()
+      | "documents"
+      >> beam.FlatMap(_write_documents, job, AsSingleton(checked)).with_outputs("written", "found")
+    )
+    chunks = read.rows | beam.Keys()
+    shards = (
+      {"rows": read.rows, "found": made.found}
+      | beam.CoGroupByKey()
+      | "rows" >> beam.Map(_write_rows, job, AsList(chunks), AsDict(made.written))
+    )
+    start | "finish" >> beam.Map(_finish, job, AsDict(counts), AsDict(shards), AsDict(made.written))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(content: str, pooled_token: str) -> Tokenizer:
+  with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+    file.write(content)
+    file.flush()
+    return Tokenizer(file.name, pooled_token)
+
+
+@contextlib.contextmanager
+def _new_file(job: Job, name: str) -> Iterator[pathlib.Path]:
+  """Yields a local path, whose file becomes OUT/name at the end unless there is an error."""
+  with tempfile.TemporaryDirectory() as folder:
+    local = pathlib.Path(folder) / name
+    yield local
+    filesystem, out = fsspec.core.url_to_fs(job.out)
+    temporary = f"{out}/.{name}.{uuid.uuid4().hex}"
+    filesystem.put_file(str(local), temporary)
+    filesystem.mv(temporary, f"{out}/{name}")
+
+
+def _read(number: int, job: Job) -> Iterator[TaggedOutput]:
+  file, partitions = job.plan.files[number], job.plan.partitions
+  for k, chunk in enumerate(rows.read(file)):
+    vectors.check_rows(file, chunk.rows["row"].to_numpy())
+    bare = dataclasses.replace(chunk, rows=pa.table({}), texts=pa.table({}))
+    yield TaggedOutput("counts", (number, (k, bare)))
+    yield TaggedOutput("rows", ((number, k), chunk.rows))
+    hashes = chunk.texts["hash"].to_numpy()
+    for p in range(partitions):
+      part = transforms.partition(hashes, p, partitions)
+      texts = chunk.texts["text"].slice(part.start, part.stop - part.start).combine_chunks()
+      yield TaggedOutput("slices", (p, ((number, k), Slice(hashes[part], texts, file.symmetric))))
+
+
+def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: Job) -> tuple[int, FileCount]:
+  number, chunks = item
+  count = FileCount(job.plan.files[number].name)
+  for _, chunk in sorted(chunks, key=lambda item: item[0]):
+    count.add(chunk)
+  return number, count
+
+
+def _counts(job: Job, counts: dict[int, FileCount]) -> list[FileCount]:
+  return [counts.get(i, FileCount(file.name)) for i, file in enumerate(job.plan.files)]
+
+
+def _check(_: None, job: Job, counts: dict[int, FileCount]) -> bool:
+  found = _counts(job, counts)
+  for file, count in zip(job.plan.files, found, strict=True):
+    vectors.check_shapes(file, count.read)
+  with _new_file(job, report.FILE) as new:
+    report.check(found, job.max_dropped_share, new.parent)
+  return True
+
+
+def _write_documents(
+  item: tuple[int, Iterable[tuple[ChunkId, Slice]]], job: Job, checked: bool
+) -> Iterator[TaggedOutput]:
+  """Writes a partition after all files were checked; tells each chunk where its texts stand."""
+  assert checked
+  number, slices = item
+  ordered = sorted(slices, key=lambda item: item[0])
+  tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
+  with _new_file(job, file_name(DOCUMENTS, number, job.plan.partitions)) as new:
+    written, documents = transforms.write_documents(
+      new, [part for _, part in ordered], tokenizer, job.plan.max_tokens
+    )
+  yield TaggedOutput("written", (number, written))
+  for chunk, part in ordered:
+    places = np.searchsorted(documents.hashes, part.hashes)
+    yield TaggedOutput("found", (chunk, (number, places, documents.lengths[places])))
+
+
+def _write_rows(
+  item: tuple[ChunkId, dict[str, Iterable[Any]]],
+  job: Job,
+  chunks: list[ChunkId],
+  documents: dict[int, Written],
+) -> tuple[ChunkId, dict[str, RowShard]]:
+  chunk, parts = item
+  (table,), found = parts["rows"], sorted(parts["found"], key=lambda item: item[0])
+  sizes = [documents[p].records for p in range(job.plan.partitions)]
+  starts = np.concatenate([[0], np.cumsum(sizes)])
+  places = np.concatenate([starts[p] + place for p, place, _ in found])
+  lengths = np.concatenate([length for _, _, length in found])
+  file, number = job.plan.files[chunk[0]], sorted(chunks).index(chunk)
+  with contextlib.ExitStack() as stack:
+    paths = {
+      split: {
+        suffix: stack.enter_context(_new_file(job, file_name(split, number, len(chunks)) + suffix))
+        for suffix in transforms.suffixes(file)
+      }
+      for split in (TRAIN, VALIDATION)
+    }
+    texts = transforms.document_places(table)
+    tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
+    return chunk, transforms.write_rows(
+      paths, file, table, places[texts], lengths[texts], tokenizer, job.plan.max_tokens
+    )
+
+
+def _finish(
+  _: None,
+  job: Job,
+  counts: dict[int, FileCount],
+  made: dict[ChunkId, dict[str, RowShard]],
+  documents: dict[int, Written],
+) -> None:
+  """Writes what describes the records; catalog.json, which makes the folder complete, last."""
+  ordered = [made[chunk] for chunk in sorted(made)]
+  shards = {split: [shards[split] for shards in ordered] for split in (TRAIN, VALIDATION)}
+  written = [documents[p] for p in sorted(documents)]
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    (folder / "tokenizer.json").write_text(job.tokenizer, encoding="utf-8")
+    report.write(folder, _counts(job, counts), shards, written)
+    catalog.save(folder, job.plan, shards, written)
+    names = sorted(path.name for path in folder.iterdir() if path.name != catalog.FILE)
+    for file in (*names, catalog.FILE):
+      with _new_file(job, file) as new:
+        new.write_bytes((folder / file).read_bytes())
