@@ -40,7 +40,7 @@ class Plan:
 
   def as_json(self) -> dict[str, Any]:
     """Returns it without where the files lie, which may change."""
-    entries = {file.name: file.entry for file in self.files}
+    entries = {f.name: {k: v for k, v in f.entry.items() if k != "path"} for f in self.files}
     return dataclasses.asdict(self) | {"files": entries}
 
 

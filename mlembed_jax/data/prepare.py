@@ -94,7 +94,8 @@ def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
       `max_dropped_share` of a file cannot be used.
   """
   if (done := catalog.read(job.out)) is not None:
-    return _check_same(job, done["plan"], job.out)
+    _check_same(job, done["plan"], job.out)
+    return _clear(job)
   _open_work(job)
   each = functools.partial(_each, job=job, processes=processes)
   counts = each("reading", _read_file, items=range(len(job.plan.files)))
@@ -107,7 +108,14 @@ def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
   report.write(job.out, counts, shards, documents)
   copy_file(job.tokenizer_path, job.out / "tokenizer.json")
   catalog.save(job.out, job.plan, shards, documents)
-  shutil.rmtree(job.work)
+  _clear(job)
+
+
+def _clear(job: Job) -> None:
+  """Removes what is not part of the result, also what killed processes left half written."""
+  shutil.rmtree(job.work, ignore_errors=True)
+  for path in job.out.glob(".*.[0-9]*"):
+    path.unlink()
 
 
 def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
