@@ -1,0 +1,369 @@
+"""The command that prepares: the same bytes however it ran, resume after kills, every refusal."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mlembed_jax.data import prepare, rows
+from mlembed_jax.data.tokenizer import DataError
+from tests.material import entry, pairs, prepare_dataset, scored, train_tokenizer, write_files
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+BITEXT = entry("bitext", 2, "Translate.")
+
+
+def command(folder, *flags, out="dataset", manifest=None):
+  return [
+    *(sys.executable, "-m", "mlembed_jax.prepare"),
+    *("--manifest", str(manifest or folder / "manifest.json"), "--out", str(folder / out)),
+    *("--tokenizer", str(folder / "tokenizer.json"), *flags),
+  ]
+
+
+def run(*args, **options):
+  return subprocess.run(
+    command(*args, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+  )
+
+
+def content(out):
+  """Returns a hash of each file, hidden ones too."""
+  return {
+    str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(out.rglob("*"))
+    if path.is_file()
+  }
+
+
+def large(seed, size):
+  """Returns columns of random words, so many that there is something to kill."""
+  words = np.array([f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"])
+  generator = np.random.default_rng(seed)
+  texts = [" ".join(row) for row in words[generator.integers(0, len(words), (3 * size, 12))]]
+  parts = dict(zip(("query", "passage", "negative_1"), np.split(np.array(texts), 3), strict=True))
+  return {k: v.tolist() for k, v in parts.items()} | {"lang": ["en", "de"] * (size // 2)}
+
+
+@pytest.fixture(scope="module")
+def small(data, tmp_path_factory):
+  """Two small files and a tokenizer, not prepared."""
+  folder = tmp_path_factory.mktemp("small")
+  files = {
+    "train/a.parquet": (pairs(150, 2), BITEXT),
+    "train/b.parquet": (scored(60), entry("scored_pairs", 0, "Compare.")),
+  }
+  write_files(folder, files)
+  shutil.copyfile(data / "tokenizer.json", folder / "tokenizer.json")
+  return folder
+
+
+@pytest.fixture
+def own(small, tmp_path):
+  """A copy of `small` that a test may change."""
+  shutil.copytree(small, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dataset*"))
+  return tmp_path
+
+
+def change(folder, name, **fields):
+  """Changes an entry of the manifest."""
+  entries = json.loads((folder / "manifest.json").read_text())
+  entries[name] |= fields
+  (folder / "manifest.json").write_text(json.dumps(entries))
+
+
+# The same bytes.
+
+
+@pytest.fixture(scope="module")
+def many(data, tmp_path_factory):
+  """Four files of 5,000 rows, prepared by one process without interruption."""
+  folder = tmp_path_factory.mktemp("many")
+  described = entry("bitext", 1, "Translate.")
+  write_files(folder, {f"train/{k}.parquet": (large(k, 5000), described) for k in range(4)})
+  shutil.copyfile(data / "tokenizer.json", folder / "tokenizer.json")
+  prepare_dataset(folder)
+  return folder
+
+
+def descendants(pid):
+  """Returns the processes below a process."""
+  below = []
+  for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    try:
+      fields = path.read_text().rpartition(")")[2].split()
+    except OSError:
+      continue
+    if int(fields[1]) == pid:
+      child = int(path.parent.name)
+      below += [child, *descendants(child)]
+  return below
+
+
+def alive(pid):
+  try:
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except OSError:
+    return False
+
+
+def wait_until(condition, seconds=60):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.005)
+
+
+def test_a_command_that_was_killed_three_times_writes_the_same_bytes(many):
+  """Killed while it reads, while it writes documents, and while it writes rows."""
+  work = many / "killed/.work"
+  for started, processes in (("chunks", 2), ("documents", 1), ("rows", 2)):
+    arguments = command(many, "--processes", str(processes), out="killed")
+    process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    wait_until(lambda name=started: any((work / name).glob("*")))
+    below = descendants(process.pid)
+    assert process.poll() is None and len(below) >= processes * (processes > 1)
+    process.kill()
+    process.wait()
+    assert not (many / "killed/catalog.json").exists()
+    wait_until(lambda pids=below: not any(map(alive, pids)), 5)
+  assert len(list(work.rglob("*.done"))) >= 4 + 8 + 1
+  prepare_dataset(many, out="killed")
+  assert content(many / "killed") == content(many / "dataset")
+
+
+def test_leftovers_of_a_kill_right_before_the_end_are_cleared(own):
+  prepare_dataset(own, out="expected")
+  out = prepare_dataset(own)
+  (out / ".work/chunks").mkdir(parents=True)
+  (out / ".mlembed-train.array_record-00000-of-00002.123").write_bytes(b"half")
+  prepare_dataset(own)
+  assert content(out) == content(own / "expected")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_runs_write_the_same_bytes(small, processes):
+  first = prepare_dataset(small, out="dataset1")
+  again = prepare_dataset(small, out=f"dataset_{processes}", processes=processes)
+  assert content(first) == content(again) and len(content(first)) > 15
+
+
+def test_the_bytes_depend_on_what_decides_them(own, monkeypatch):
+  first = prepare_dataset(own, out="dataset1")
+  fingerprints = {json.loads((first / "catalog.json").read_text())["fingerprint"]}
+  columns = pairs(150, 2)
+  columns["negative_2"][7] = "other"
+  changes = (
+    lambda: write_files(own, {"train/a.parquet": (columns, BITEXT)}),
+    lambda: change(own, "train/a.parquet", instruction="Other."),
+    lambda: train_tokenizer(500).save(str(own / "tokenizer.json")),
+  )
+  for k, do in enumerate(changes):
+    do()
+    out = prepare_dataset(own, out=f"other{k}")
+    fingerprints.add(json.loads((out / "catalog.json").read_text())["fingerprint"])
+  assert len(fingerprints) == 4
+
+
+# Running again.
+
+
+def test_a_finished_folder_is_left_alone(own):
+  out = prepare_dataset(own)
+  times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+  prepare_dataset(own, processes=2)
+  assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
+  (own / "train").rename(own / "moved")  # where files lie decides nothing
+  for name in ("a", "b"):
+    change(own, f"train/{name}.parquet", path=f"moved/{name}.parquet")
+  prepare_dataset(own)
+  assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+  ("change_", "options", "named"),
+  [
+    (lambda f: write_files(f, {"train/a.parquet": (pairs(151, 2), BITEXT)}), {}, "files, sizes"),
+    (lambda f: change(f, "train/a.parquet", instruction="Other."), {}, "files"),
+    (lambda f: train_tokenizer(500).save(str(f / "tokenizer.json")), {}, "tokenizer"),
+    (lambda _: None, {"max_tokens": 100}, "max_tokens"),
+    (lambda _: None, {"pattern": "train/a*"}, "files, sizes"),
+  ],
+)
+def test_a_folder_of_other_input_is_refused_with_the_difference(
+  own, monkeypatch, finished, change_, options, named
+):
+  if not finished:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(prepare, "_write_rows", interrupt)
+      prepare_dataset(own)
+  else:
+    prepare_dataset(own)
+  before = content(own / "dataset")
+  change_(own)
+  with pytest.raises(DataError) as error:
+    prepare_dataset(own, **options)
+  assert f"--out: {own}/dataset holds a dataset of other input: {named} differ; " in str(
+    error.value
+  )
+  assert content(own / "dataset") == before
+
+
+def interrupt(*_):
+  raise KeyboardInterrupt
+
+
+def test_a_folder_that_holds_something_else_is_refused(own):
+  (own / "dataset").mkdir()
+  prepare_dataset(own)  # an empty one is fine
+  (own / "notes").mkdir()
+  (own / "notes/a.txt").write_text("mine")
+  with pytest.raises(DataError, match=r"--out: .*notes holds files that are no dataset; name anot"):
+    prepare_dataset(own, out="notes")
+  assert content(own / "notes").keys() == {"a.txt"}
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    ("{", "catalog.json is damaged: "),
+    ("[]", "catalog.json is damaged: "),
+    ('{"plan": {"version": 99}}', "was prepared by another version (99, this is 1); prepare it"),
+  ],
+)
+def test_a_catalog_of_something_else_is_refused(own, value, message):
+  (prepare_dataset(own) / "catalog.json").write_text(value)
+  with pytest.raises(DataError) as error:
+    prepare_dataset(own)
+  assert message in str(error.value)
+
+
+# Refusals.
+
+
+def test_too_many_unusable_rows_stop_the_command_with_reasons_and_a_report(own):
+  columns = pairs(150, 2)
+  columns["passage"][:6] = [None] * 6
+  columns["query"][149] = ""
+  write_files(own, {"train/a.parquet": (columns, BITEXT)})
+  result = run(own, "--processes", "1")
+  assert result.returncode == 1 and "Traceback" not in result.stderr
+  assert (
+    "error: train/a.parquet: 7 of 150 rows cannot be used, more than --max_dropped_share=0.01 "
+    "(empty: 1, e.g. row 149; null: 6, e.g. row 0, 1, 2, 3, 4); mend the file or raise the share"
+  ) in result.stderr
+  report = json.loads((own / "dataset/prepare_report.json").read_text())
+  assert report["files"]["train/a.parquet"]["dropped"] == 7
+  assert not list((own / "dataset").glob("*array_record*"))
+  out = prepare_dataset(own, max_dropped_share=0.05)
+  assert (out / "catalog.json").is_file() and not (out / ".work").exists()
+
+
+def test_a_file_without_any_usable_row_is_refused_whatever_the_share(own):
+  columns = pairs(20, 2) | {"passage": [" "] * 20}
+  write_files(own, {"train/a.parquet": (columns, BITEXT)})
+  with pytest.raises(DataError, match="20 of 20 rows cannot be used"):
+    prepare_dataset(own, max_dropped_share=1.0)
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--pooled_token", "<|end|>"), "pooled_token: {folder}/tokenizer.json has no token '<|end|>'"),
+    (("--files", "nothing/*"), "--files: 'nothing/*' matches no file of {folder}/manifest.json"),
+    (("--manifest", "nosuch://m.json"), "nosuch://m.json: Protocol not known: nosuch"),
+  ],
+  ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_flags_end_with_one_sentence_and_no_work(small, flags, message):
+  result = run(small, *flags, out="never")
+  assert result.returncode == 1, result.stderr
+  assert f"error: {message.format(folder=small)}" in result.stderr
+  assert "Traceback" not in result.stderr and not (small / "never").exists()
+
+
+@pytest.mark.parametrize("tokens", [1, 60_001])
+def test_the_tokens_of_a_text_must_be_countable(own, tokens):
+  message = f"--max_tokens: {tokens} is not between 2 and 60000"
+  with pytest.raises(DataError, match=message):
+    prepare_dataset(own, max_tokens=tokens)
+
+
+def test_help_is_short_and_complete():
+  arguments = [sys.executable, "-m", "mlembed_jax.prepare", "--help"]
+  found = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+  assert found.returncode == 0 and len(found.stdout.splitlines()) < 60
+  assert all(f"--{name}" in found.stdout for name in ("manifest", "tokenizer", "out", "files"))
+
+
+def test_a_file_that_is_damaged_in_the_middle_stops_the_command_by_name(own):
+  path = own / "train/a.parquet"
+  data = path.read_bytes()
+  path.write_bytes(data[: len(data) // 4] + b"\xff" * 64 + data[len(data) // 4 + 64 :])
+  for processes in (1, 2):
+    with pytest.raises(DataError, match=r"train/a\.parquet: damaged parquet file"):
+      prepare_dataset(own, processes=processes)
+  assert not list((own / "dataset/.work/chunks").glob(".*"))
+
+
+def test_a_process_that_was_killed_is_said(many, monkeypatch):
+  monkeypatch.setattr(prepare, "_read_file", kill_self)
+  with pytest.raises(DataError, match=r"reading: a process was ended from outside, .* want of mem"):
+    prepare_dataset(many, out="dying", processes=2)
+
+
+def kill_self(*_):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Inputs elsewhere.
+
+
+def test_files_may_be_urls_or_in_archives(own):
+  expected = prepare_dataset(own, out="expected")
+  with zipfile.ZipFile(own / "all.zip", "w") as archive:
+    for name in ("a", "b"):
+      archive.write(own / f"train/{name}.parquet", f"in/{name}.parquet")
+  change(own, "train/a.parquet", path=f"zip://in/a.parquet::file://{own}/all.zip")
+  change(own, "train/b.parquet", path=f"file://{own}/train/b.parquet")
+  shutil.move(own / "train/a.parquet", own / "moved.parquet")
+  assert content(prepare_dataset(own)) == content(expected)
+
+
+def test_json_lines_give_the_same_records_as_parquet(own):
+  columns = pairs(150, 2)
+  lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+  (own / "train/a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  first = prepare_dataset(own, out="expected")
+  change(own, "train/a.parquet", path="train/a.jsonl")
+  second = prepare_dataset(own)
+  records = [path.name for path in first.iterdir() if "array_record" in path.name]
+  assert len(records) > 10
+  assert all((first / n).read_bytes() == (second / n).read_bytes() for n in records)
+
+
+def test_many_chunks_give_the_same_rows(own, monkeypatch):
+  """The documents are the same bytes; rows are in more shards."""
+  first = prepare_dataset(own, out="expected")
+  monkeypatch.setattr(rows, "CHUNK", 40)
+  second = prepare_dataset(own)
+  for path in first.glob("mlembed-documents*"):
+    assert path.read_bytes() == (second / path.name).read_bytes()
+  assert len(list(second.glob("mlembed-train*.npy"))) == 4 + 2 > 2
+
+
+def test_a_text_of_two_gigabytes_of_offsets_is_no_problem():
+  """Texts have 64-bit offsets from the first step on."""
+  assert rows._valid_text(pa.table({"a": ["x"]}), ["a"])[0]["a"].type == pa.large_string()
