@@ -93,7 +93,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # Which rows: file d counts as min(rows, max_rows) ** size_exponent, a language as its
         # rows in all files ** (1 / language_temperature). 1 and 1: by size.
         "max_rows": 80_000,  # per file and epoch, other ones each epoch; 0: all
-        "size_exponent": 1.0,
+        "size_exponent": 1.0,  # below 1: small files more often
         "language_temperature": 1.0,  # above 1: small languages more often,
         "max_repeats": 4.0,  # but no language more often than this per epoch (UniMax)
         "query_instructions": True,  # False: none on queries, as in the first of two stages

@@ -25,7 +25,7 @@ PUBLISHED = {
 def load(name, variant="", **overrides):
   config = load_module(CONFIGS / f"{name}.py").get_config(variant)
   if not config.data.builder:
-    config.data.update(manifest="manifest.json", tokenizer="tokenizer.json")
+    config.data.update(dataset="prepared")
   config.update_from_flattened_dict(overrides)
   return from_mapping(config)
 
@@ -104,9 +104,24 @@ BAD = [
   ("kd.exits", (4, 2), "kd.exits: (4, 2) must be positive and ascending"),
   ("kd.match", "depth", "kd.match: 'depth' is not one of"),
   ("kd.exits", (1, 2), "kd.exits: only a teacher that is a folder has exits"),
-  ("data.micro_batch", 5, "data.micro_batch: 16 rows (data.global_batch) are no multiple of 5"),
-  ("data.builder", "quickstart", "data.builder: it writes its own data.manifest"),
-  ("data.manifest", "", "data.manifest: give a path"),
+  ("data.micro_batch", -1, "data.micro_batch: must not be negative, found -1"),
+  ("data.workers", -1, "data.workers: must not be negative, found -1"),
+  ("data.max_rows", -1, "data.max_rows: must not be negative, found -1"),
+  ("data.size_exponent", 0.0, "data.size_exponent: must be positive, found 0.0"),
+  ("data.language_temperature", 0.0, "data.language_temperature: must be positive, found 0.0"),
+  ("data.max_repeats", 0.5, "data.max_repeats: 0.5 would leave rows out; use data.max_rows"),
+  ("data.document_instructions", 1.5, "data.document_instructions: 1.5 is a share, 0 to 1"),
+  ("data.document_instructions", -0.1, "data.document_instructions: must not be negative"),
+  (
+    "data.query_instructions",
+    False,
+    "data.document_instructions: documents have instructions only",
+  ),
+  ("data.builder", "quickstart", "data.builder: it writes its own data.dataset and data.manifest"),
+  ("data.builder", "other", "data.builder: 'other' is not one of '', 'quickstart'"),
+  ("data.dataset", "", "data.dataset: give the folder that python -m mlembed_jax.prepare wrote"),
+  ("data.manifest", "", "data.manifest: data.heldout names files of a manifest; give its path"),
+  ("data.heldout", (), "data.heldout: data.manifest is only read for held-out files; name some"),
   ("data.train", (), "data.train: name at least one pattern"),
   ("data.lengths", (64, 32), "data.lengths: (64, 32) must be ascending"),
   ("data.lengths", (64, 2048), "data.lengths: 2048 is above export.max_positions = 1024"),

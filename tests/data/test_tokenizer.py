@@ -59,12 +59,12 @@ def test_size_holds_every_token(path):
 
 
 def test_missing_unreadable_and_unfitting_files(path, tmp_path):
-  with pytest.raises(DataError, match=r"data.tokenizer: .*absent.json does not exist"):
+  with pytest.raises(DataError, match=r"absent.json does not exist; give the path of"):
     Tokenizer(tmp_path / "absent.json", "x")
   (tmp_path / "bad.json").write_text("[]")
   with pytest.raises(DataError, match=r"bad.json is not a tokenizer.json"):
     Tokenizer(tmp_path / "bad.json", "x")
-  with pytest.raises(DataError, match=r"data.pooled_token: .* has no token '<\|end\|>'"):
+  with pytest.raises(DataError, match=r"pooled_token: .* has no token '<\|end\|>'"):
     Tokenizer(path, "<|end|>")
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlembed_jax.data.sources import select
+from mlembed_jax.data.manifest import select
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import grid, tasks
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
@@ -16,9 +16,8 @@ from tests.material import padded
 
 @pytest.fixture(scope="module")
 def inputs(data):
-  entries = select(data / "manifest.json", ("heldout/*",), "data.heldout")
-  loaded = [tasks.load(data, name, entry) for name, entry in entries.items()]
-  return loaded, Tokenizer(data / "tokenizer.json", "<|endoftext|>")
+  files = select(str(data / "manifest.json"), ("heldout/*",), "data.heldout")
+  return [tasks.load(file) for file in files], Tokenizer(data / "tokenizer.json", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mlembed_jax.data.manifest import File
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.eval import tasks
 from tests.material import entry, write_parquet
@@ -10,7 +11,7 @@ from tests.material import entry, write_parquet
 
 def load(folder, task_type, **columns):
   write_parquet(folder / "t.parquet", columns)
-  return tasks.load(folder, "t.parquet", entry(task_type, 0, "Do."))
+  return tasks.load(File("t.parquet", entry(task_type, 0, "Do."), str(folder)))
 
 
 def vectors(task, by_text):

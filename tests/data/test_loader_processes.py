@@ -1,0 +1,195 @@
+"""Reading ahead: the same batches from processes, and none lost where a process dies or stalls."""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+
+from mlembed_jax.data import loader
+from mlembed_jax.data.tokenizer import DataError
+from tests.data.test_loader import same
+from tests.material import batches_of
+
+
+@pytest.fixture
+def dataset(data):
+  return data / "dataset"
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+  before = set(multiprocessing.active_children())
+  yield
+  end = time.monotonic() + 10
+  while left := set(multiprocessing.active_children()) - before:
+    assert time.monotonic() < end, left
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("start", [0, 17])
+def test_iteration_from_any_step_equals_random_access(dataset, start, workers):
+  if (start, workers) == (0, 1):
+    pytest.skip("one start is enough")
+  batches = batches_of(dataset, steps=start + 9)
+  found = list(loader.iterate(batches, start, workers))
+  assert [batch.step for batch in found] == list(range(start, start + 9))
+  assert all(same(batch, batches[batch.step]) for batch in found)
+
+
+def test_nothing_is_read_at_the_end_of_a_run(dataset):
+  assert list(loader.iterate(batches_of(dataset, steps=5), 5, 2)) == []
+
+
+def test_a_run_that_is_left_ends_its_processes(dataset):
+  found = loader.iterate(batches_of(dataset), 0, 2)
+  assert next(found).step == 0 and len(multiprocessing.active_children()) >= 2
+  found.close()
+
+
+def disturb(dataset, number):
+  """Returns 60 batches read while one of two processes gets a signal at step 5, and which ones."""
+  before = set(multiprocessing.active_children())
+  batches, found = batches_of(dataset, steps=60), []
+  for batch in loader.iterate(batches, 0, 2):
+    found.append(batch)
+    if batch.step == 5:
+      workers = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid)
+      assert len(workers) == 2
+      os.kill(workers[0].pid, number)
+  assert [batch.step for batch in found] == list(range(60))
+  assert all(same(batch, batches[batch.step]) for batch in found)
+
+
+SAID = r"data worker [12] of 2, which had to read step (\d+)"
+
+
+def test_a_process_that_is_killed_is_named_and_no_step_is_lost(dataset, capsys):
+  disturb(dataset, signal.SIGKILL)
+  (warning,) = capsys.readouterr().err.strip().splitlines()
+  said = re.fullmatch(
+    rf"warning: {SAID}: Worker process was terminated unexpectedly with exit code -9.*; "
+    r"reading step (\d+) again",
+    warning,
+  )
+  assert said and said[1] == said[2] and 7 <= int(said[1]) <= 16
+
+
+def test_a_process_that_stalls_is_ended_and_no_step_is_lost(dataset, monkeypatch, capsys):
+  monkeypatch.setattr(loader, "STALLED_S", 12.0)
+  disturb(dataset, signal.SIGSTOP)
+  stalled, again = capsys.readouterr().err.strip().splitlines()
+  assert re.fullmatch(rf"warning: {SAID} gave nothing for 12 s; ending it", stalled)
+  assert re.search(r"terminated unexpectedly .*; reading step \d+ again", again)
+
+
+class Deadly(loader.Batches):
+  """Kills every process but the first at one step."""
+
+  home = os.getpid()
+
+  def __getitem__(self, step):
+    if step == 3 and os.getpid() != self.own:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return super().__getitem__(step)
+
+
+def test_a_step_at_which_every_process_dies_ends_the_run(dataset, capsys):
+  batches = batches_of(dataset, steps=20)
+  deadly = Deadly.__new__(Deadly)
+  deadly.__dict__ = batches.__dict__ | {"own": os.getpid()}
+  found = loader.iterate(deadly, 0, 2)
+  steps = []
+  with pytest.raises(DataError) as error:
+    for batch in found:
+      steps.append(batch.step)
+  assert steps == [0, 1, 2]
+  message = str(error.value)
+  assert message.startswith("step 4: 3 data workers in turn died; data worker ")
+  assert "want of memory" in message and "data.workers = 0" in message
+  assert capsys.readouterr().err.count("reading step 4 again") == 2
+
+
+def damage(folder, name):
+  """Overwrites the middle of a shard; returns it."""
+  (path,) = folder.glob(name)
+  content = path.read_bytes()
+  middle = len(content) // 3
+  path.write_bytes(content[:middle] + os.urandom(middle) + content[2 * middle :])
+  return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_becomes_unreadable_ends_the_run_by_file_and_record(
+  dataset, tmp_path, workers
+):
+  shutil.copytree(dataset, tmp_path / "dataset")
+  batches = batches_of(tmp_path / "dataset", ["train/topics.parquet"], steps=200)
+  path = damage(tmp_path / "dataset", "mlembed-train*00001-of-00003")
+  with pytest.raises(DataError) as error:
+    for _ in loader.iterate(batches, 0, workers):
+      pass
+  message = str(error.value)
+  assert re.search(rf"{re.escape(str(path))}: record \d+ cannot be read: ", message)
+  assert "restore the file" in message
+
+
+@pytest.mark.parametrize("change", ["cut", "gone", "empty"])
+@pytest.mark.parametrize("name", ["mlembed-train.*00001-of-00003", "mlembed-documents.*-00005-*"])
+def test_a_shard_that_is_cut_or_gone_is_named(dataset, tmp_path, name, change):
+  shutil.copytree(dataset, tmp_path / "dataset")
+  batches = batches_of(tmp_path / "dataset", ["train/topics.parquet"])
+  (path,) = (p for p in (tmp_path / "dataset").iterdir() if re.fullmatch(f"{name}[^.]*", p.name))
+  if change == "gone":
+    path.unlink()
+  else:
+    path.write_bytes(path.read_bytes()[:-200] if change == "cut" else b"")
+  with pytest.raises(DataError, match=rf"{re.escape(str(path))}: record \d+ cannot be read"):
+    for step in range(20):
+      batches[step]
+
+
+def test_missing_files_are_named_when_the_dataset_is_opened(dataset, tmp_path):
+  shutil.copytree(dataset, tmp_path / "dataset")
+  for path in (tmp_path / "dataset").glob("mlembed-documents*"):
+    path.unlink()
+  message = (
+    r"mlembed-documents\.array_record-00000-of-00008 is missing \(8 files in all\); copy the"
+  )
+  with pytest.raises(DataError, match=message):
+    batches_of(tmp_path / "dataset")
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+  with pytest.raises(DataError, match=rf"data\.dataset: {tmp_path} is no prepared dataset; write"):
+    batches_of(tmp_path)
+
+
+def test_lengths_that_end_early_are_named(dataset, tmp_path):
+  shutil.copytree(dataset, tmp_path / "dataset")
+  for path in (tmp_path / "dataset").glob("mlembed-train*.lengths.npy"):
+    path.write_bytes(path.read_bytes()[:140])
+  with pytest.raises(DataError, match=r"lengths\.npy.*(missing|cannot be read).*"):
+    batches_of(tmp_path / "dataset", shards=2)[0]
+
+
+def test_reading_in_this_process_needs_no_watch_over_workers(dataset, monkeypatch, capsys):
+  """A slow step in this process is no stalled worker."""
+  monkeypatch.setattr(loader, "STALLED_S", 0.05)
+  failed = []
+  monkeypatch.setattr(threading, "excepthook", failed.append)
+
+  class Slow(loader.Batches):
+    def __getitem__(self, step):
+      time.sleep(0.2)
+      return super().__getitem__(step)
+
+  slow = Slow.__new__(Slow)
+  slow.__dict__ = batches_of(dataset, steps=2).__dict__
+  assert [batch.step for batch in loader.iterate(slow, 0, 0)] == [0, 1]
+  assert not failed and not capsys.readouterr().err
