@@ -16,7 +16,8 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from mlembed_jax.config import load_module
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.data import manifest, packing, prepare
+from mlembed_jax.data import catalog, loader, manifest, packing, plan, prepare, store
+from mlembed_jax.data.manifest import TASK_TYPES
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.models.encoder import Encoder
 
@@ -107,15 +108,65 @@ def write(folder: pathlib.Path) -> None:
 
 
 def prepare_dataset(
-  folder: pathlib.Path, pattern: str = "train/*", tokenizer: pathlib.Path | None = None
+  folder: pathlib.Path,
+  pattern: str = "train/*",
+  tokenizer: pathlib.Path | None = None,
+  *,
+  out: str = "dataset",
+  max_tokens: int = 2047,
+  processes: int = 1,
+  max_dropped_share: float = 0.1,
 ) -> pathlib.Path:
-  """Prepares the files of FOLDER/manifest.json that match; returns FOLDER/dataset."""
+  """Prepares the files of FOLDER/manifest.json that match; returns FOLDER/OUT."""
   opened = Tokenizer(tokenizer or folder / "tokenizer.json", "<|endoftext|>")
   files = manifest.select(str(folder / "manifest.json"), [pattern], "--files")
-  plan = prepare.make_plan(files, opened, 2047)
-  job = prepare.Job(plan, folder / "dataset", opened.path, opened.pooled_token)
-  prepare.run(job, processes=1, max_dropped_share=0.1)
+  plan = prepare.make_plan(files, opened, max_tokens)
+  job = prepare.Job(plan, folder / out, opened.path, opened.pooled_token)
+  prepare.run(job, processes=processes, max_dropped_share=max_dropped_share)
   return job.out
+
+
+def write_files(
+  folder: pathlib.Path, files: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+  """Writes files {name: (columns, manifest entry)} and manifest.json."""
+  for name, (columns, _) in files.items():
+    write_parquet(folder / name, columns)
+  entries = {name: described for name, (_, described) in files.items()}
+  (folder / "manifest.json").write_text(json.dumps(entries), encoding="utf-8")
+
+
+def batches_of(
+  dataset: pathlib.Path,
+  files: Sequence[str] = (),
+  *,
+  host: int = 0,
+  hosts: int = 1,
+  shards: int = 1,
+  block_tokens: int = 4096,
+  steps: int = 100_000,
+  **options: Any,
+) -> loader.Batches:
+  """Returns batches of a prepared dataset by size; `options` change those below."""
+  opened = catalog.load(dataset)
+  split = store.open_split(opened, "train", list(files or opened.files))
+  settings = {
+    "negatives": {"retrieval": 7, "bitext": 7, "clustering": 9, "classification": 1},
+    "inbatch": {name: name in ("retrieval", "bitext") for name in TASK_TYPES},
+    "query_instructions": True,
+    "document_instructions": 0.3,
+    "teacher_vectors": False,
+    "lengths": (32, 64),
+    "packing": True,
+    "batch_size": 16,
+    "seed": 0,
+  } | options
+  chosen = loader.Options(**settings)
+  per_epoch = np.array([unit.rows for unit in split.units])
+  made = plan.Plan(split.files, split.units, per_epoch, chosen.batch_size, chosen.seed, "")
+  placement = loader.Placement(block_tokens, shards, host, hosts)
+  tokenizer = Tokenizer(opened.tokenizer, "<|endoftext|>")
+  return loader.Batches(split, made.order(), tokenizer, chosen, placement, steps)
 
 
 def _heldout_labels() -> dict[str, list[str]]:

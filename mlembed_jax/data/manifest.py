@@ -71,7 +71,14 @@ class File:
 def join(folder: str, path: str) -> str:
   """Returns `path`, relative to `folder` unless it is absolute or a URL."""
   absolute = "://" in path or path.startswith("/")
-  return path if absolute else f"{folder}/{path}"
+  inner, chain, outer = folder.partition("::")  # zip://folder::gs://archive
+  return path if absolute else f"{inner}/{path}{chain}{outer}"
+
+
+def _folder(path: str) -> str:
+  inner, chain, outer = path.partition("::")
+  folder, slash, _ = inner.rpartition("/")
+  return (folder if slash else ".") + chain + outer
 
 
 def open_input(path: str) -> Any:
@@ -81,7 +88,11 @@ def open_input(path: str) -> Any:
     DataError: there is none, or the package that reads such URLs is not installed.
   """
   try:
-    return fsspec.open(path, "rb", compression="infer").open()
+    opened = fsspec.open(path, "rb", compression="infer")
+    file = opened.open()
+    if "::" in path:
+      file.opened = opened  # an archive is closed when nothing refers to its file system
+    return file
   except FileNotFoundError as error:
     raise DataError(f"{path} does not exist") from error
   except (ImportError, ValueError) as error:  # a protocol without its package, or an unknown one
@@ -121,7 +132,7 @@ def select(manifest_path: str, patterns: Iterable[str], field: str) -> list[File
   Raises:
     DataError: a pattern matches nothing, or an entry lacks a field; `field` names the setting.
   """
-  manifest, folder = read_manifest(manifest_path), manifest_path.rpartition("/")[0] or "."
+  manifest, folder = read_manifest(manifest_path), _folder(manifest_path)
   chosen: set[str] = set()
   for pattern in patterns:
     names = fnmatch.filter(manifest, pattern)

@@ -8,6 +8,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import lzma
+import math
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,7 +66,7 @@ def check(file: File) -> None:
   if is_json(file.path):
     next(_json_tables(file))
   else:
-    open_parquet(file.path, columns(file), numbers(file)).close()
+    _open_rows(file).close()
 
 
 def read(file: File) -> Iterator[Chunk]:
@@ -79,7 +83,8 @@ def read(file: File) -> Iterator[Chunk]:
 
 def is_json(path: str) -> bool:
   """Returns whether a path is one of JSON lines rather than parquet."""
-  return path.removesuffix(".gz").endswith((".jsonl", ".json"))
+  inner = path.partition("::")[0]  # of zip://rows.jsonl.gz::gs://archive.zip
+  return re.search(r"\.jsonl?(\.(gz|bz2|xz|zst))?$", inner) is not None
 
 
 def open_parquet(path: str, texts: Sequence[str], numbers: Sequence[str] = ()) -> pq.ParquetFile:
@@ -93,15 +98,28 @@ def open_parquet(path: str, texts: Sequence[str], numbers: Sequence[str] = ()) -
     file = pq.ParquetFile(source)
   except (pa.ArrowException, OSError) as error:
     raise DataError(f"{path}: not a readable parquet file: {error}") from error
-  schema = file.schema_arrow
   for column in (*texts, *numbers):
-    if column not in schema.names:
-      raise DataError(f"{path}: column {column} is missing; it has {', '.join(schema.names)}")
-    kind, number = schema.field(column).type, column in numbers
-    if not (_is_number(kind) if number else _is_string(kind)):
-      expected = "number" if number else "string"
-      raise DataError(f"{path}: column {column} holds {kind}, expected {expected}")
+    _check_column(path, file.schema_arrow, column, column in numbers)
   return file
+
+
+def _check_column(path: str, schema: pa.Schema, column: str, number: bool) -> None:
+  if column not in schema.names:
+    raise DataError(f"{path}: column {column} is missing; it has {', '.join(schema.names)}")
+  kind = schema.field(column).type
+  if not (_is_number(kind) if number else _is_string(kind)):
+    expected = "number" if number else "string"
+    raise DataError(f"{path}: column {column} holds {kind}, expected {expected}")
+
+
+def _open_rows(file: File) -> pq.ParquetFile:
+  """Returns the parquet file of rows, which may have languages."""
+  opened = open_parquet(file.path, columns(file), numbers(file))
+  if "lang" in opened.schema_arrow.names:
+    _check_column(file.path, opened.schema_arrow, "lang", number=False)
+  if not opened.metadata.num_rows:
+    raise DataError(f"{file.path}: no rows")
+  return opened
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -118,7 +136,7 @@ Tables = Iterator[tuple[pa.Table, Reasons]]
 
 def _parquet_tables(file: File) -> Tables:
   texts = columns(file)
-  with open_parquet(file.path, texts, numbers(file)) as opened:
+  with _open_rows(file) as opened:
     lang = ["lang"] if "lang" in opened.schema_arrow.names else []
     wanted = [*texts, *numbers(file), *lang]
     try:
@@ -159,7 +177,7 @@ def _json_tables(file: File) -> Tables:
   texts, scores = columns(file), numbers(file)
   with open_input(file.path) as lines:
     first = True
-    while block := list(itertools.islice(lines, CHUNK)):
+    while block := _lines(file, lines):
       rows = [_json_row(line) for line in block]
       if first and not any(rows):
         raise DataError(f"{file.path}: its first {len(rows)} lines are no JSON objects")
@@ -171,6 +189,13 @@ def _json_tables(file: File) -> Tables:
       yield _json_table(rows, texts, scores)
   if first:
     raise DataError(f"{file.path}: no lines")
+
+
+def _lines(file: File, lines: Iterator[bytes]) -> list[bytes]:
+  try:
+    return list(itertools.islice(lines, CHUNK))
+  except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    raise DataError(f"{file.path}: damaged file: {error}") from error
 
 
 def _json_row(line: bytes) -> dict[str, Any] | None:
@@ -185,7 +210,8 @@ def _json_table(
   rows: list[dict[str, Any] | None], texts: list[str], scores: list[str]
 ) -> tuple[pa.Table, Reasons]:
   """Returns the rows as columns, null where a value is missing or of another type."""
-  broken, wrong = np.array([row is None for row in rows]), np.zeros(len(rows), bool)
+  broken = np.array([row is None for row in rows])
+  wrong, invalid = np.zeros((2, len(rows)), bool)
   data: dict[str, pa.Array] = {}
   for name in [*texts, "lang", *scores]:
     kinds = (int, float) if name in scores else (str,)
@@ -194,19 +220,26 @@ def _json_table(
     wrong |= ~fits
     kept = [v if ok else None for v, ok in zip(values, fits, strict=True)]
     data[name] = _json_column(kept, name in scores)
-  lone = {name: values for name, values in data.items() if values is not None}
-  return pa.table(lone), [("not_json", broken), ("wrong_type", wrong)]
+    invalid |= np.array([v is not None for v in kept]) & _mask(data[name].is_null())
+  return pa.table(data), [("not_json", broken), ("wrong_type", wrong), ("invalid_utf8", invalid)]
 
 
 def _json_column(values: list[Any], number: bool) -> pa.Array:
   """Returns the column; texts with lone surrogates, which UTF-8 cannot write, are null."""
   if number:
-    return pa.array(values, pa.float64())
+    return pa.array([None if v is None else _float(v) for v in values], pa.float64())
   try:
     return pa.array(values, pa.large_string())
   except UnicodeEncodeError:
     written = [v.encode("utf-8", "surrogatepass") if v is not None else None for v in values]
     return pa.array([_decoded(value) for value in written], pa.large_string())
+
+
+def _float(value: float) -> float:
+  try:
+    return float(value)
+  except OverflowError:  # a whole number of hundreds of digits
+    return math.inf
 
 
 def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:

@@ -110,6 +110,8 @@ def tokenized(
     by_place = dict(zip(wanted.tolist(), tokenizer.ids(queries), strict=True))
     for i, ids in enumerate(bare):
       head, skip = _head(ids, by_place[i]) if i in by_place else ([], 0)
+      if len(head) > max_tokens:
+        skip = len(ids)  # nothing stands behind a head that is cut
       yield Text(
         np.array(ids[:max_tokens], np.int32),
         np.array(head[:max_tokens], np.int32),
