@@ -61,7 +61,7 @@ def run(job: Job, options: Sequence[str]) -> None:
     read = files | "read" >> beam.FlatMap(_read, job).with_outputs("counts", "slices", "rows")
     counts = read.counts | beam.GroupByKey() | "count" >> beam.Map(_count, job)
     start = pipeline | "start" >> beam.Create([None])
-    checked = start | "check" >> beam.Map(_check, job, AsDict(counts))
+    checked: Any = start | "check" >> beam.Map(_check, job, AsDict(counts))
     made = (
       read.slices
       | "partitions" >> beam.GroupByKey()
@@ -74,7 +74,9 @@ def run(job: Job, options: Sequence[str]) -> None:
       | beam.CoGroupByKey()
       | "rows" >> beam.Map(_write_rows, job, AsList(chunks), AsDict(made.written))
     )
-    start | "finish" >> beam.Map(_finish, job, AsDict(counts), AsDict(shards), AsDict(made.written))
+    _ = start | "finish" >> beam.Map(
+      _finish, job, AsDict(counts), AsDict(shards), AsDict(made.written)
+    )
 
 
 @functools.lru_cache(maxsize=1)
