@@ -20,10 +20,22 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_a_benchmark_prints_its_tables(name):
+@pytest.fixture(scope="module")
+def flags(data, tmp_path_factory):
+  """Returns the flags of each benchmark."""
+  manifest = ("--manifest", f"{data}/manifest.json", "--tokenizer", f"{data}/tokenizer.json")
+  rows = ("--rows", "3000", "--documents", "80", "--steps", "12", "--batch", "8")
+  return FLAGS | {
+    "batches": ("--dataset", f"{data}/dataset", "--steps", "3", "--batch", "16"),
+    "prepare": manifest,
+    "loader": (*rows, "--folder", str(tmp_path_factory.mktemp("rows"))),
+  }
+
+
+@pytest.mark.parametrize("name", [*FLAGS, "batches", "prepare", "loader"])
+def test_a_benchmark_prints_its_tables(name, flags):
   result = subprocess.run(
-    [sys.executable, "-m", f"tests.benchmarks.{name}", *FLAGS[name]],
+    [sys.executable, "-m", f"tests.benchmarks.{name}", *flags[name]],
     cwd=CONFIGS.parent,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,

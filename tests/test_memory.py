@@ -14,6 +14,7 @@ from mlembed_jax.sharding import make_mesh
 from tests.material import config_dict, packed
 from tests.test_train_step import on_mesh, random_rows
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 SIZES = [2, 4, 8, 16, 32, 64]
 
 

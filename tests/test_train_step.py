@@ -18,6 +18,8 @@ from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, replicas, shardings
 from tests.material import FAST_COMPILE, config_dict, packed, random_batch, random_params
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def random_rows(rows=16, texts=4, size=32, seed=0):
   """Returns tokens [B, C, T] and lengths [B, C]."""

@@ -59,8 +59,8 @@ def run(job: Job, options: Sequence[str]) -> None:
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
     files = pipeline | "files" >> beam.Create(range(len(job.plan.files))) | beam.Reshuffle()
     read = files | "read" >> beam.FlatMap(_read, job).with_outputs("counts", "slices", "rows")
-    counts = read.counts | beam.GroupByKey() | "count" >> beam.Map(_count, job)
-    start = pipeline | "start" >> beam.Create([None])
+    counts: Any = read.counts | beam.GroupByKey() | "count" >> beam.Map(_count, job)
+    start: Any = pipeline | "start" >> beam.Create([None])
     checked = start | "check" >> beam.Map(_check, job, AsDict(counts))
     made = (
       read.slices
@@ -69,12 +69,14 @@ def run(job: Job, options: Sequence[str]) -> None:
       >> beam.FlatMap(_write_documents, job, AsSingleton(checked)).with_outputs("written", "found")
     )
     chunks = read.rows | beam.Keys()
-    shards = (
+    shards: Any = (
       {"rows": read.rows, "found": made.found}
       | beam.CoGroupByKey()
       | "rows" >> beam.Map(_write_rows, job, AsList(chunks), AsDict(made.written))
     )
-    start | "finish" >> beam.Map(_finish, job, AsDict(counts), AsDict(shards), AsDict(made.written))
+    _ = start | "finish" >> beam.Map(
+      _finish, job, AsDict(counts), AsDict(shards), AsDict(made.written)
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,9 +129,18 @@ def _check(_: None, job: Job, counts: dict[int, FileCount]) -> bool:
   found = _counts(job, counts)
   for file, count in zip(job.plan.files, found, strict=True):
     vectors.check_shapes(file, count.read)
-  with _new_file(job, report.FILE) as new:
-    report.check(found, job.max_dropped_share, new.parent)
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    try:
+      report.check(found, job.max_dropped_share, folder)
+    finally:
+      _copy(job, folder / report.FILE)
   return True
+
+
+def _copy(job: Job, path: pathlib.Path) -> None:
+  with _new_file(job, path.name) as new:
+    new.write_bytes(path.read_bytes())
 
 
 def _write_documents(
@@ -196,5 +207,4 @@ def _finish(
     catalog.save(folder, job.plan, shards, written)
     names = sorted(path.name for path in folder.iterdir() if path.name != catalog.FILE)
     for file in (*names, catalog.FILE):
-      with _new_file(job, file) as new:
-        new.write_bytes((folder / file).read_bytes())
+      _copy(job, folder / file)

@@ -94,7 +94,7 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
 
   template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
   with tempfile.TemporaryDirectory() as name:
-    temporary = pathlib.Path(name)
+    temporary: Any = pathlib.Path(name)
     # It cannot open a split without rows.
     filled = {split: of for split, of in splits.items() if any(shard.records for shard in of)}
     for split, shards in filled.items():

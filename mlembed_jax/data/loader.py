@@ -102,8 +102,8 @@ class Batches:
     self._options, self._placement = options, placement
     self._prefix = _prefixes(split, tokenizer)
     self._pooled = np.array([tokenizer.pooled_id], np.int32)
-    self._kinds = kinds(split, tokenizer, options)
-    self._layouts = {kind: self._layout(kind) for kind in set(self._kinds.values())}
+    self.kinds = kinds(split, tokenizer, options)
+    self._layouts = {kind: self._layout(kind) for kind in set(self.kinds.values())}
 
   def __len__(self) -> int:
     return self._steps
@@ -123,7 +123,7 @@ class Batches:
   def __getitem__(self, step: int) -> Batch:
     options, chosen = self._options, self._order[step]
     file = self._split.files[chosen.file]
-    kind = self._kinds[file.name]
+    kind = self.kinds[file.name]
     negatives = batching.negative_columns(file.negatives, kind.negatives, options.seed, step)
     columns = np.concatenate([np.arange(1 + file.positives), 1 + file.positives + negatives])
     instructed = self._instructed(file, kind, step)

@@ -88,7 +88,7 @@ def open_input(path: str) -> Any:
     DataError: there is none, or the package that reads such URLs is not installed.
   """
   try:
-    opened = fsspec.open(path, "rb", compression="infer")
+    opened: Any = fsspec.open(path, "rb", compression="infer")
     file = opened.open()
     if "::" in path:
       file.opened = opened  # an archive is closed when nothing refers to its file system

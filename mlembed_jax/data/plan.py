@@ -41,6 +41,7 @@ class Plan:
     """Returns all that decides which rows a step has."""
     return {
       "dataset": self.dataset,
+      "instructions": {file.name: file.entry["instruction"] for file in self.files},
       "units": {
         f"{unit.file} {unit.language}": [unit.rows, int(count)]
         for unit, count in zip(self.units, self.per_epoch, strict=True)
@@ -51,7 +52,7 @@ class Plan:
 def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """Returns what changed between two plans, a line each; units are summed up."""
   lines = [
-    f"{name}: {before.get(name)} in the workdir, {now[name]} now"
+    f"{name}: {_shown(before.get(name))} in the workdir, {_shown(now[name])} now"
     for name in now
     if name != "units" and before.get(name) != now[name]
   ]
@@ -63,6 +64,10 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   if len(changed) > SHOWN:
     lines.append(f"... and {len(changed) - SHOWN} more of {len(new)} units")
   return lines
+
+
+def _shown(value: Any) -> str:
+  return "; ".join(value.values()) if isinstance(value, dict) else str(value)
 
 
 def _unit(counts: list[int] | None) -> str:

@@ -17,6 +17,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from mlembed_jax.data.tokenizer import DataError
 
+# Its classes are made at import, where type checkers do not see them.
+proto: Any = tf_example_pb2
+
 NAME = "mlembed"
 TRAIN, VALIDATION, DOCUMENTS = "train", "validation", "documents"
 # What TensorFlow Datasets and grain expect: every record can be read alone.
@@ -84,7 +87,7 @@ def features() -> Any:
 
 def encode(text: Text, row: Row = _NOTHING) -> bytes:
   """Returns the message of a document, or of a query with its row."""
-  message = tf_example_pb2.Example()
+  message = proto.Example()
   feature = message.features.feature
   for name, array in (
     ("tokens", text.tokens),
@@ -108,12 +111,12 @@ def _array(feature: Any, name: str, dtype: Any) -> np.ndarray:
 
 def decode_text(message: bytes) -> Text:
   """Returns the text of a message."""
-  return _text(tf_example_pb2.Example.FromString(message).features.feature)
+  return _text(proto.Example.FromString(message).features.feature)
 
 
 def decode(message: bytes) -> tuple[Text, Row]:
   """Returns the text and the row of a query's message."""
-  feature = tf_example_pb2.Example.FromString(message).features.feature
+  feature = proto.Example.FromString(message).features.feature
   row = Row(
     feature["dataset"].bytes_list.value[0].decode(),
     feature["language"].bytes_list.value[0].decode(),

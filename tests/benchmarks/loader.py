@@ -109,7 +109,7 @@ def open_batches(folder, args) -> loader.Batches:
     document_instructions=0.3,
     teacher_vectors=False,
     lengths=tuple(args.lengths),
-    packing=True,
+    packing=getattr(args, "packing", True),
     batch_size=args.batch,
     seed=0,
   )
