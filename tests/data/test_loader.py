@@ -269,7 +269,7 @@ def test_files_of_one_kind_share_the_longest_text(data, tmp_path):
   }
   write_files(tmp_path, files)
   batches = batches_of(prepare_dataset(tmp_path, tokenizer=data / "tokenizer.json"))
-  kinds = batches._kinds
+  kinds = batches.kinds
   assert kinds["train/a.parquet"] == kinds["train/b.parquet"] != kinds["train/c.parquet"]
   assert kinds["train/a.parquet"].longest == 64 > kinds["train/c.parquet"].longest
 

@@ -66,26 +66,23 @@ def disturb(dataset, number):
   assert all(same(batch, batches[batch.step]) for batch in found)
 
 
-SAID = r"data worker [12] of 2, which had to read step (\d+)"
+SAID = r"warning: data worker [12] of 2, which had to read step (\d+), "
 
 
 def test_a_process_that_is_killed_is_named_and_no_step_is_lost(dataset, capsys):
   disturb(dataset, signal.SIGKILL)
   (warning,) = capsys.readouterr().err.strip().splitlines()
-  said = re.fullmatch(
-    rf"warning: {SAID}: Worker process was terminated unexpectedly with exit code -9.*; "
-    r"reading step (\d+) again",
-    warning,
-  )
-  assert said and said[1] == said[2] and 7 <= int(said[1]) <= 16
+  said = re.fullmatch(rf"{SAID}ended with exit code -9; reading step (\d+) again", warning)
+  assert said and said[1] == said[2] and 7 <= int(said[1]) <= 20
 
 
 def test_a_process_that_stalls_is_ended_and_no_step_is_lost(dataset, monkeypatch, capsys):
   monkeypatch.setattr(loader, "STALLED_S", 12.0)
   disturb(dataset, signal.SIGSTOP)
-  stalled, again = capsys.readouterr().err.strip().splitlines()
-  assert re.fullmatch(rf"warning: {SAID} gave nothing for 12 s; ending it", stalled)
-  assert re.search(r"terminated unexpectedly .*; reading step \d+ again", again)
+  (warning,) = capsys.readouterr().err.strip().splitlines()
+  assert re.fullmatch(
+    rf"{SAID}gave nothing for 12 s and was ended; reading step \d+ again", warning
+  )
 
 
 class Deadly(loader.Batches):
@@ -108,11 +105,12 @@ def test_a_step_at_which_every_process_dies_ends_the_run(dataset, capsys):
   with pytest.raises(DataError) as error:
     for batch in found:
       steps.append(batch.step)
-  assert steps == [0, 1, 2]
+  read = len(steps)
+  assert steps == list(range(read)) and read <= 3  # what was read ahead is lost, too
   message = str(error.value)
-  assert message.startswith("step 4: 3 data workers in turn died; data worker ")
+  assert message.startswith(f"step {read + 1}: 3 data workers in turn died; data worker ")
   assert "want of memory" in message and "data.workers = 0" in message
-  assert capsys.readouterr().err.count("reading step 4 again") == 2
+  assert capsys.readouterr().err.count(f"reading step {read + 1} again") == 2
 
 
 def damage(folder, name):
