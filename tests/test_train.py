@@ -73,13 +73,18 @@ def assert_same_state(a, b, step):
     np.testing.assert_array_equal(x, y)
 
 
+TWENTY: dict[pathlib.Path, pathlib.Path] = {}
+
+
 @pytest.fixture(scope="module")
 def twenty(data, tmp_path_factory):
   """The workdir of 20 uninterrupted steps, with checkpoints at 10 and 20."""
-  workdir = tmp_path_factory.mktemp("twenty")
-  result = run(data, workdir)
-  assert result.returncode == 0, result.stderr
-  return workdir
+  if data not in TWENTY:  # another module has the same fixture
+    workdir = tmp_path_factory.mktemp("twenty")
+    result = run(data, workdir)
+    assert result.returncode == 0, result.stderr
+    TWENTY[data] = workdir
+  return TWENTY[data]
 
 
 TIMES = ("tokens_per_second", "data_wait_share")
