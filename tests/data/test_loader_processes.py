@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ import pytest
 from mlembed_jax.data import loader
 from mlembed_jax.data.tokenizer import DataError
 from tests.data.test_loader import same
+from tests.data.test_prepare_command import ENVIRONMENT, ROOT, alive, descendants, wait_until
 from tests.material import batches_of
 
 
@@ -64,6 +67,29 @@ def disturb(dataset, number):
       os.kill(workers[0].pid, number)
   assert [batch.step for batch in found] == list(range(60))
   assert all(same(batch, batches[batch.step]) for batch in found)
+
+
+ENDLESS = """
+import pathlib, sys, time
+from mlembed_jax.data import loader
+from tests.material import batches_of
+if __name__ == "__main__":
+  found = loader.iterate(batches_of(pathlib.Path(sys.argv[1])), 0, 2)
+  print(next(found).step, flush=True)
+  time.sleep(600)
+"""
+
+
+def test_processes_end_soon_after_a_run_that_was_killed(dataset, tmp_path):
+  (tmp_path / "endless.py").write_text(ENDLESS)
+  arguments = [sys.executable, str(tmp_path / "endless.py"), str(dataset)]
+  process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
+  assert process.stdout.readline() == b"0\n"
+  below = descendants(process.pid)
+  assert len(below) >= 2
+  process.kill()
+  process.communicate()
+  wait_until(lambda: not any(map(alive, below)), 5)
 
 
 SAID = r"warning: data worker [12] of 2, which had to read step (\d+), "
