@@ -34,11 +34,8 @@ def no_process_is_left():
     time.sleep(0.05)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("start", [0, 17])
+@pytest.mark.parametrize(("start", "workers"), [(0, 0), (0, 2), (17, 0), (17, 1), (17, 3)])
 def test_iteration_from_any_step_equals_random_access(dataset, start, workers):
-  if (start, workers) == (0, 1):
-    pytest.skip("one start is enough")
   batches = batches_of(dataset, steps=start + 9)
   found = list(loader.iterate(batches, start, workers))
   assert [batch.step for batch in found] == list(range(start, start + 9))
