@@ -131,7 +131,7 @@ def test_a_run_that_was_killed_goes_on_exactly(data, ninety, tmp_path, sent, sta
 
 def test_a_signal_before_the_first_step_ends_without_a_traceback(data, tmp_path):
   process = start(data, tmp_path, **LONG, **{"data.micro_batch": 0})
-  while not (tmp_path / "tokenizer.json").exists():  # written right before the analysis of memory
+  while not (tmp_path / "plan.png").exists():  # written right before the analysis of memory
     assert process.poll() is None
     time.sleep(0.02)
   time.sleep(0.5)
@@ -170,7 +170,10 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
     assert len(scores) == 2 * 3 * 3 * 3
   again = run(data, tmp_path / "work", **flags)
   assert again.returncode == 0
-  assert again.stdout in result.stdout  # nothing is scored again
+  assert result.stdout.count("scoring every slice") == 2
+  assert "scoring every slice" not in again.stdout
+  start = again.stdout.index("\nheldout/bitext.parquet, top1")
+  assert result.stdout.endswith(again.stdout[start:])
 
 
 def test_scores_of_a_run_that_never_saved_are_not_taken_over(data, tmp_path):
