@@ -12,7 +12,8 @@ from mlembed_jax import optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import ConfigError
-from mlembed_jax.data import sources
+from mlembed_jax.data import catalog
+from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.hf.load import LoadError
@@ -25,9 +26,10 @@ from tests.material import (
   config_dict,
   entry,
   pairs,
+  prepare_dataset,
   scored,
   train_tokenizer,
-  write_parquet,
+  write_files,
   write_vectors,
 )
 from tests.test_train_step import batch_of, on_mesh
@@ -51,7 +53,7 @@ def workdir(data, tokenizer, tmp_path_factory):
     checkpoints = Checkpoints(folder)
     checkpoints.save(7, train_state.create(config, optimizer.make(config.optimizer, 20), mesh))
     checkpoints.close()
-  Run(config, {}, "fingerprint").save(folder)
+  Run(config, {}, {"dataset": "fingerprint", "units": {}}).save(folder)
   copy_file(tokenizer.path, folder / "tokenizer.json")
   return folder
 
@@ -163,38 +165,44 @@ def test_a_folder_that_is_no_encoder_is_refused(tmp_path, tokenizer):
     open_teacher(student(tmp_path), tokenizer)
 
 
-def reopened(folder):
-  """Returns the arguments that load what `stored` wrote."""
-  vectors = {key: f"pairs.{key}.npy" for key in ("query", "passage")}
-  described = entry("scored_pairs", 0, "") | {"teacher_vectors": vectors}
-  options = {"max_dropped_share": 0.0, "vectors": True}
-  return {"folder": folder, "name": "pairs.parquet", "entry": described, **options}
+@pytest.fixture
+def prepared(tokenizer, tmp_path):
+  """Returns what prepares files {name: (columns, entry)} and opens their training rows."""
+
+  def prepare(files, out="dataset"):
+    write_files(tmp_path, files)
+    dataset = prepare_dataset(tmp_path, "*", tokenizer.path, out=out)
+    return open_split(catalog.load(dataset), "train", list(files))
+
+  return prepare
 
 
-def stored(folder, width):
-  write_parquet(folder / "pairs.parquet", scored(16))
-  write_vectors(folder, "pairs", {"query": (16, width), "passage": (16, width)})
-  return sources.load(**reopened(folder))
+def stored(folder, width, unit=False):
+  """Returns a file of 16 scored pairs with vectors."""
+  shapes = {"query": (16, width), "passage": (16, width)}
+  names = write_vectors(folder, f"{width}", shapes)
+  if unit:
+    vectors = np.load(folder / names["query"])
+    np.save(folder / names["query"], vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+  return {"pairs.parquet": (scored(16), entry("scored_pairs", 0, "") | {"teacher_vectors": names})}
 
 
-def test_stored_vectors_must_be_there_and_wide_enough(tmp_path):
+def test_stored_vectors_must_be_there_and_wide_enough(tmp_path, prepared):
   config = student("stored")
-  check_stored(config, [stored(tmp_path, 48)])
-  with pytest.raises(ConfigError, match=r"gives 40 dims, fewer than model.width = 48"):
-    check_stored(config, [stored(tmp_path, 40)])
+  check_stored(config, prepared(stored(tmp_path, 48)))
+  with pytest.raises(
+    ConfigError, match=r"pairs\.parquet gives 40 dims, fewer than model.width = 48"
+  ):
+    check_stored(config, prepared(stored(tmp_path, 40), "narrow"))
   with pytest.raises(ConfigError, match="no training file has teacher_vectors"):
-    check_stored(config, [dataclasses.replace(stored(tmp_path, 48), vectors=None)])
+    check_stored(config, prepared({"a.parquet": (scored(16), entry("scored_pairs", 0, ""))}, "no"))
 
 
-def test_unit_vectors_are_no_states(tmp_path):
-  stored(tmp_path, 48)
-  path = tmp_path / "pairs.query.npy"
-  vectors = np.load(path)
-  np.save(path, vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
-  found = sources.load(**reopened(tmp_path))
+def test_unit_vectors_are_no_states(tmp_path, prepared):
+  found = prepared(stored(tmp_path, 48, unit=True))
   with pytest.raises(ConfigError, match=r"kd.space: the teacher_vectors of pairs.parquet are unit"):
-    check_stored(student("stored"), [found])
-  check_stored(student("stored", **{"kd.space": "unit"}), [found])
+    check_stored(student("stored"), found)
+  check_stored(student("stored", **{"kd.space": "unit"}), found)
 
 
 JUDGE = {"losses.false_negative_score": "teacher", "losses.false_negative_margin": 0.1}
@@ -204,31 +212,27 @@ JUDGE = {"losses.false_negative_score": "teacher", "losses.false_negative_margin
   ("keys", "fields", "lacking"),
   [
     (("query", "passage"), {}, None),
-    (("query",), {}, "passage"),
     ((), {}, "passage, query"),
     (("query", "passage"), {"losses.inbatch_negatives": True}, "negatives"),
     (("query", "passage", "negatives"), {"losses.inbatch_negatives": True}, None),
   ],
 )
-def test_a_teacher_that_judges_must_know_the_texts(tmp_path, capsys, keys, fields, lacking):
-  write_parquet(tmp_path / "a.parquet", pairs(16, 2))
-  write_parquet(tmp_path / "b.parquet", pairs(16, 2))
+def test_a_teacher_that_judges_must_know_the_texts(
+  tmp_path, prepared, capsys, keys, fields, lacking
+):
   shapes = {"query": (16, 48), "passage": (16, 48), "negatives": (16, 2, 48)}
   names = write_vectors(tmp_path, "a", shapes)
   described = entry("retrieval", 2, "")
   all_of_it = described | {"teacher_vectors": names}
   some = described | ({"teacher_vectors": {key: names[key] for key in keys}} if keys else {})
-  files = [
-    sources.load(tmp_path, "b.parquet", all_of_it, 0.0, vectors=True),
-    sources.load(tmp_path, "a.parquet", some, 0.0, vectors=True),
-  ]
   judge, bystander = student("stored", **JUDGE, **fields), student("stored", **fields)
+  found = prepared({"b.parquet": (pairs(16, 2), all_of_it), "a.parquet": (pairs(16, 2), some)})
   if lacking:
     with pytest.raises(ConfigError, match=f"of a.parquet, whose teacher_vectors lack {lacking};"):
-      check_stored(judge, files)
+      check_stored(judge, found)
   else:
-    check_stored(judge, files)
-  check_stored(bystander, files)
+    check_stored(judge, found)
+  check_stored(bystander, found)
   assert ("a.parquet: no teacher_vectors" in capsys.readouterr().out) == (not keys)
 
 

@@ -1,6 +1,7 @@
 """A teacher's vectors of training texts: .npy files named by the manifest, left on disk."""
 
 import functools
+import math
 
 import numpy as np
 
@@ -16,6 +17,8 @@ def _open(path: str) -> np.ndarray:
     raise DataError(f"{path}: this file of teacher_vectors does not exist") from error
   except (ValueError, OSError) as error:
     raise DataError(f"{path}: not a readable .npy file: {error}") from error
+  if not array.ndim:
+    raise DataError(f"{path}: holds one number, expected [rows, D]")
   if array.dtype not in (np.float16, np.float32):
     raise DataError(f"{path}: expected float16 or float32, found {array.dtype}")
   return np.asarray(array)
@@ -27,7 +30,7 @@ def check_shapes(file: File, rows: int | None = None) -> None:
   for key, path in file.vectors.items():
     array = _open(path)
     each = {"query": (), "passage": (file.positives,) if file.positives > 1 else ()}
-    shape = (rows or len(array), *each.get(key, (file.negatives,)))
+    shape = (rows or array.shape[0], *each.get(key, (file.negatives,)))
     width = width or array.shape[-1]
     if array.shape[:-1] != shape:
       expected = ", ".join(map(str, (*shape, "D")))
@@ -48,7 +51,7 @@ def check_rows(file: File, rows: np.ndarray) -> None:
     if rows.size and rows[-1] >= len(array):
       check_shapes(file, int(rows[-1]) + 1)
     for part in np.array_split(rows, -(-rows.size // 4096) or 1):  # so little of it is in memory
-      vectors = array[part].reshape(part.size, -1, array.shape[-1])
+      vectors = _rows(array, part)
       finite = np.all(np.isfinite(vectors), axis=(1, 2))
       zero = np.any(np.all(vectors == 0, axis=2), axis=1)
       if not finite.all():
@@ -62,5 +65,9 @@ def check_rows(file: File, rows: np.ndarray) -> None:
 
 def read(file: File, rows: np.ndarray) -> np.ndarray:
   """Returns the vectors of these rows: query, positives, negatives, [N, C, D]."""
-  parts = [_open(path)[rows] for path in file.vectors.values()]
-  return np.concatenate([part.reshape(rows.size, -1, part.shape[-1]) for part in parts], axis=1)
+  return np.concatenate([_rows(_open(path), rows) for path in file.vectors.values()], axis=1)
+
+
+def _rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """Returns the vectors of these rows, possibly none, [N, C, D]."""
+  return array[rows].reshape(rows.size, math.prod(array.shape[1:-1]), array.shape[-1])

@@ -228,9 +228,13 @@ def test_a_host_reads_the_records_of_its_own_rows_alone(dataset, monkeypatch):
     assert read == {"queries": 16 // hosts, "documents": 16 // hosts * (texts - 1)}
 
 
-def test_shards_have_about_the_same_number_of_tokens(dataset):
-  for step in range(10):
-    batch = batches_of(dataset, ["train/search.parquet"], shards=4)[step]
+def test_shards_have_about_the_same_number_of_tokens(data, tmp_path):
+  """Of texts of 1 to 40 words; in the drawn order, shards differ by more than half."""
+  columns = pairs(120, 1) | {"passage": ["one " * (1 + i % 40) for i in range(120)]}
+  write_files(tmp_path, {"train/a.parquet": (columns, entry("retrieval", 1, "Find."))})
+  dataset = prepare_dataset(tmp_path, tokenizer=data / "tokenizer.json")
+  for step in range(7):
+    batch = batches_of(dataset, shards=4)[step]
     tokens = [sum(map(len, row)) for row in texts_of(batch)]
     sums = np.sum(np.reshape(tokens, (4, 4)), axis=1)
     assert sums.max() - sums.min() <= 0.15 * sums.mean()
@@ -269,7 +273,7 @@ def test_files_of_one_kind_share_the_longest_text(data, tmp_path):
   }
   write_files(tmp_path, files)
   batches = batches_of(prepare_dataset(tmp_path, tokenizer=data / "tokenizer.json"))
-  kinds = batches._kinds
+  kinds = batches.kinds
   assert kinds["train/a.parquet"] == kinds["train/b.parquet"] != kinds["train/c.parquet"]
   assert kinds["train/a.parquet"].longest == 64 > kinds["train/c.parquet"].longest
 

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ import pytest
 from mlembed_jax.data import loader
 from mlembed_jax.data.tokenizer import DataError
 from tests.data.test_loader import same
+from tests.data.test_prepare_command import ENVIRONMENT, ROOT, alive, descendants, wait_until
 from tests.material import batches_of
 
 
@@ -31,11 +34,8 @@ def no_process_is_left():
     time.sleep(0.05)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("start", [0, 17])
+@pytest.mark.parametrize(("start", "workers"), [(0, 0), (0, 2), (17, 0), (17, 1), (17, 3)])
 def test_iteration_from_any_step_equals_random_access(dataset, start, workers):
-  if (start, workers) == (0, 1):
-    pytest.skip("one start is enough")
   batches = batches_of(dataset, steps=start + 9)
   found = list(loader.iterate(batches, start, workers))
   assert [batch.step for batch in found] == list(range(start, start + 9))
@@ -66,26 +66,46 @@ def disturb(dataset, number):
   assert all(same(batch, batches[batch.step]) for batch in found)
 
 
-SAID = r"data worker [12] of 2, which had to read step (\d+)"
+ENDLESS = """
+import pathlib, sys, time
+from mlembed_jax.data import loader
+from tests.material import batches_of
+if __name__ == "__main__":
+  found = loader.iterate(batches_of(pathlib.Path(sys.argv[1])), 0, 2)
+  print(next(found).step, flush=True)
+  time.sleep(600)
+"""
+
+
+def test_processes_end_soon_after_a_run_that_was_killed(dataset, tmp_path):
+  (tmp_path / "endless.py").write_text(ENDLESS)
+  arguments = [sys.executable, str(tmp_path / "endless.py"), str(dataset)]
+  process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
+  assert process.stdout.readline() == b"0\n"
+  below = descendants(process.pid)
+  assert len(below) >= 2
+  process.kill()
+  process.communicate()
+  wait_until(lambda: not any(map(alive, below)), 5)
+
+
+SAID = r"warning: data worker [12] of 2, which had to read step (\d+), "
 
 
 def test_a_process_that_is_killed_is_named_and_no_step_is_lost(dataset, capsys):
   disturb(dataset, signal.SIGKILL)
   (warning,) = capsys.readouterr().err.strip().splitlines()
-  said = re.fullmatch(
-    rf"warning: {SAID}: Worker process was terminated unexpectedly with exit code -9.*; "
-    r"reading step (\d+) again",
-    warning,
-  )
-  assert said and said[1] == said[2] and 7 <= int(said[1]) <= 16
+  said = re.fullmatch(rf"{SAID}ended with exit code -9; reading step (\d+) again", warning)
+  assert said and said[1] == said[2] and 7 <= int(said[1]) <= 20
 
 
 def test_a_process_that_stalls_is_ended_and_no_step_is_lost(dataset, monkeypatch, capsys):
   monkeypatch.setattr(loader, "STALLED_S", 12.0)
   disturb(dataset, signal.SIGSTOP)
-  stalled, again = capsys.readouterr().err.strip().splitlines()
-  assert re.fullmatch(rf"warning: {SAID} gave nothing for 12 s; ending it", stalled)
-  assert re.search(r"terminated unexpectedly .*; reading step \d+ again", again)
+  (warning,) = capsys.readouterr().err.strip().splitlines()
+  assert re.fullmatch(
+    rf"{SAID}gave nothing for 12 s and was ended; reading step \d+ again", warning
+  )
 
 
 class Deadly(loader.Batches):
@@ -108,11 +128,12 @@ def test_a_step_at_which_every_process_dies_ends_the_run(dataset, capsys):
   with pytest.raises(DataError) as error:
     for batch in found:
       steps.append(batch.step)
-  assert steps == [0, 1, 2]
+  read = len(steps)
+  assert steps == list(range(read)) and read <= 3  # what was read ahead is lost, too
   message = str(error.value)
-  assert message.startswith("step 4: 3 data workers in turn died; data worker ")
+  assert message.startswith(f"step {read + 1}: 3 data workers in turn died; data worker ")
   assert "want of memory" in message and "data.workers = 0" in message
-  assert capsys.readouterr().err.count("reading step 4 again") == 2
+  assert capsys.readouterr().err.count(f"reading step {read + 1} again") == 2
 
 
 def damage(folder, name):
