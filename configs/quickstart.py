@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.losses.bitext.update(negatives=0)
   config.losses.clustering.update(negatives=1)
   config.data.update(
-    builder="quickstart", heldout=("heldout/*",), global_batch=512, micro_batch=2048
+    builder="quickstart", heldout=("heldout/*",), global_batch=512, micro_batch=512
   )
   config.data.lengths = (32, 64)  # 99 in 100 texts are shorter
   config.optimizer.update(learning_rate=2e-3, min_learning_rate=0.0, warmup_steps=20)
