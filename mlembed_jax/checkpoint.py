@@ -23,6 +23,7 @@ FREE = (
   "data.dataset",
   "data.manifest",
   "data.heldout",
+  "data.instructions",  # what it says stands in the plan
   "data.micro_batch",
   "data.packing",
   "data.workers",

@@ -113,6 +113,7 @@ class DataConfig:
   size_exponent: float
   language_temperature: float
   max_repeats: float
+  instructions: str
   query_instructions: bool
   document_instructions: float
   global_batch: int

@@ -69,7 +69,9 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   if config.train.init_from:
     check_folder(pathlib.Path(config.train.init_from), config.model, tokenizer.size)
   teacher = open_teacher(config, tokenizer)
+  opened = _instructed(opened, data.instructions)
   split = open_split(opened, TRAIN, _chosen(opened, data.train))
+  _check_lengths(data.lengths, opened, split)
   if config.kd.teacher == STORED:
     check_stored(config, split)
   heldout = manifest.select(data.manifest, data.heldout, "data.heldout") if data.heldout else []
@@ -99,6 +101,29 @@ def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
   )
   prepare.run(job, processes=os.cpu_count() or 1, max_dropped_share=0.0)
   return dataclasses.replace(config.data, dataset=str(job.out), manifest=str(text))
+
+
+def _instructed(opened: Catalog, path: str) -> Catalog:
+  """Returns the catalog with the instructions of a JSON file, if there is one."""
+  if not path:
+    return opened
+  given, files = manifest.read_manifest(path), dict(opened.files)
+  for name, instruction in given.items():
+    if name not in files or not isinstance(instruction, str):
+      problem = "is no file of the dataset" if name not in files else "is given no text"
+      raise DataError(f"data.instructions: {path}: {name!r} {problem}")
+    entry = files[name].entry | {"instruction": instruction}
+    files[name] = dataclasses.replace(files[name], entry=entry)
+  return dataclasses.replace(opened, files=files)
+
+
+def _check_lengths(lengths: tuple[int, ...], opened: Catalog, split: Split) -> None:
+  longest = max(split.longest(file) for file in split.files)
+  if lengths[-1] - 1 > opened.max_tokens <= longest:
+    raise ConfigError(
+      f"data.lengths: {lengths[-1]} asks for more than the {opened.max_tokens} tokens that "
+      f"{opened.folder} holds of its longest texts; prepare it with --max_tokens {lengths[-1] - 1}"
+    )
 
 
 def _chosen(opened: Catalog, patterns: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Prepares text for training: python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE ...
 
-Reads training files in the layout of the public release, checks every row, tokenises each text
-once, and writes a dataset of TensorFlow Datasets that `data.dataset` of a training run names.
+Reads training files in the layout of the public release, checks every row, tokenises each
+document once, and writes a dataset of TensorFlow Datasets that `data.dataset` of a training run names.
 """
 
 import os
@@ -55,6 +55,8 @@ def main() -> None:
   tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
   plan = prepare.make_plan(files, tokenizer, MAX_TOKENS.value)
   if BEAM_OPTIONS.value is None:
+    if "://" in OUT.value:
+      raise DataError(f"--out: {OUT.value}: without --beam_options it is a local folder")
     out = pathlib.Path(OUT.value).absolute()
     job = prepare.Job(plan, out, tokenizer.path.absolute(), tokenizer.pooled_token)
     prepare.run(job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value)

@@ -50,10 +50,11 @@ def run(job: Job, options: Sequence[str]) -> None:
   """Writes the dataset to `job.out`, on the engine that the options name.
 
   Raises:
-    DataError: the folder is not empty.
+    DataError: the folder holds something else than what a stopped run leaves.
   """
   filesystem, path = fsspec.core.url_to_fs(job.out)
-  if filesystem.exists(path) and filesystem.ls(path):
+  there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+  if any(name.rpartition("/")[2] != report.FILE for name in there):
     raise DataError(f"--out: {job.out} is not empty; name another folder")
   filesystem.makedirs(path, exist_ok=True)
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
@@ -95,8 +96,12 @@ def _new_file(job: Job, name: str) -> Iterator[pathlib.Path]:
     yield local
     filesystem, out = fsspec.core.url_to_fs(job.out)
     temporary = f"{out}/.{name}.{uuid.uuid4().hex}"
-    filesystem.put_file(str(local), temporary)
-    filesystem.mv(temporary, f"{out}/{name}")
+    try:
+      filesystem.put_file(str(local), temporary)
+      filesystem.mv(temporary, f"{out}/{name}")
+    except Exception:
+      filesystem.rm(temporary)
+      raise
 
 
 def _read(number: int, job: Job) -> Iterator[TaggedOutput]:

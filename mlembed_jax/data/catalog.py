@@ -18,9 +18,9 @@ import tempfile
 from typing import Any
 
 from mlembed_jax.data import records
-from mlembed_jax.data.manifest import File
+from mlembed_jax.data.manifest import File, check_entry
 from mlembed_jax.data.tokenizer import DataError
-from mlembed_jax.data.transforms import RowShard, Run, Written
+from mlembed_jax.data.transforms import RowShard, Run, Written, suffixes
 from mlembed_jax.workdir import write_json, write_text
 
 VERSION = 1  # raise it when the same input would give other files
@@ -32,7 +32,7 @@ class Plan:
   """Everything that decides what a prepared folder holds."""
 
   files: list[File]
-  sizes: dict[str, int]  # bytes of each file
+  inputs: dict[str, list[tuple[int, str]]]  # bytes and version of each file and its vectors
   tokenizer: str  # its fingerprint
   max_tokens: int
   partitions: int
@@ -52,6 +52,7 @@ class Catalog:
   files: dict[str, File]
   shards: dict[str, list[RowShard]]  # by split: train, validation
   documents: list[int]  # of each shard
+  max_tokens: int  # stored of a text
   fingerprint: str  # of all records
 
   @property
@@ -85,7 +86,8 @@ def save(
     "shards": {split: [dataclasses.asdict(s) for s in of] for split, of in shards.items()},
     "documents": [written.records for written in documents],
   }
-  value["fingerprint"] = hashlib.sha256(json.dumps([plan.as_json(), digests]).encode()).hexdigest()
+  decides = plan.as_json() | {"inputs": digests}  # what was in the files, not when
+  value["fingerprint"] = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
   write_json(folder / FILE, value)
 
 
@@ -158,8 +160,13 @@ def load(folder: pathlib.Path) -> Catalog:
       "python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE --out DIR"
     )
   shards = {split: [_row_shard(s) for s in of] for split, of in value["shards"].items()}
-  files = {name: File(name, entry, "") for name, entry in value["plan"]["files"].items()}
-  catalog = Catalog(folder, files, shards, value["documents"], value["fingerprint"])
+  path = str(folder / FILE)
+  files = {
+    name: File(name, check_entry(path, name, entry), "")
+    for name, entry in value["plan"]["files"].items()
+  }
+  tokens, documents = value["plan"]["max_tokens"], value["documents"]
+  catalog = Catalog(folder, files, shards, documents, tokens, value["fingerprint"])
   _check_files(catalog)
   return catalog
 
@@ -174,6 +181,10 @@ def _check_files(catalog: Catalog) -> None:
   counts[records.DOCUMENTS] = len(catalog.documents)
   there = {path.name for path in catalog.folder.iterdir()}
   names = [records.file_name(split, i, n) for split, n in counts.items() for i in range(n)]
+  for split, shards in catalog.shards.items():
+    for i, shard in enumerate(shards):
+      beside = suffixes(catalog.files[shard.file])[1:]
+      names += [records.file_name(split, i, len(shards)) + suffix for suffix in beside]
   if missing := [name for name in ["tokenizer.json", *names] if name not in there]:
     raise DataError(
       f"{catalog.folder}: {missing[0]} is missing ({len(missing)} files in all); copy the whole "

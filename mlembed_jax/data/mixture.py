@@ -3,8 +3,8 @@
 File d of n_d rows counts as w_d = min(n_d, max_rows) ** size_exponent, divided among its languages
 by their rows. A language's share is (the sum of its w) ** (1 / temperature), at most `max_repeats`
 passes over its rows; what that cuts off goes to the other languages (UniMax, arXiv 2304.09151).
-Within a language, files keep the proportions of w. With the exponent and the temperature 1 every
-row of a file below `max_rows` comes exactly once.
+Within a language, files share in proportion to w, under the same limit. With the exponent and the
+temperature 1 every row of a file below `max_rows` comes once.
 """
 
 import dataclasses
@@ -67,7 +67,11 @@ def per_epoch(
   share = by_language ** (1 / language_temperature)
   limit = max_repeats * np.bincount(language, rows)
   of_language = _fill(capped.sum(), share / share.sum(), limit)
-  return _rounded(of_language[language] * weight / by_language[language])
+  given = np.zeros_like(weight)
+  for number, total in enumerate(of_language):
+    mine = language == number
+    given[mine] = _fill(total, weight[mine] / weight[mine].sum(), max_repeats * rows[mine])
+  return _rounded(given)
 
 
 def _codes(names: list[str]) -> np.ndarray:

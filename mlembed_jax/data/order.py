@@ -1,7 +1,7 @@
 """Which rows make up each step: a pure function of (rows per epoch, seed, step).
 
 All rows of a step come from one file. An epoch visits every batch of every file once, in an order
-of its own; within a file the rows of its languages are mixed at random. There is no iterator
+of its own (what is left of a file after its last whole batch, other rows each time, is left out); within a file the rows of its languages are mixed at random. There is no iterator
 state: any step costs the same, on any number of hosts. Shuffles are keyed permutations that are
 computed for one index at a time, so nothing of the size of the data is held in memory.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int64
 
+VERSION = 1  # raise it when the same plan and seed would give other rows
 # Separate every use of the seed from the others.
 BATCHES, ROWS, PASSES = 0x42, 0x52, 0x50
 ROUNDS = 6  # of the Feistel network; 4 are enough for a random-looking order
@@ -78,7 +79,7 @@ class Order:
 
   @property
   def steps_per_epoch(self) -> int:
-    """Batches of all files; what is left of a file's rows waits for another epoch."""
+    """Batches of all files."""
     return int(self._batches[-1])
 
   def batches(self) -> np.ndarray:

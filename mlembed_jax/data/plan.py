@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mlembed_jax.data.manifest import File
+from mlembed_jax.data import order
+from mlembed_jax.data.manifest import OPTIONAL, REQUIRED, File
 from mlembed_jax.data.mixture import Unit
 from mlembed_jax.data.order import Order
 
+KNOWN = {*REQUIRED, *OPTIONAL}
 SHOWN = 12  # languages at either end of the printed table
 
 
@@ -41,7 +43,8 @@ class Plan:
     """Returns all that decides which rows a step has."""
     return {
       "dataset": self.dataset,
-      "instructions": {file.name: file.entry["instruction"] for file in self.files},
+      "order": order.VERSION,
+      "files": {file.name: _what_decides(file) for file in self.files},
       "units": {
         f"{unit.file} {unit.language}": [unit.rows, int(count)]
         for unit, count in zip(self.units, self.per_epoch, strict=True)
@@ -49,29 +52,45 @@ class Plan:
     }
 
 
+def _what_decides(file: File) -> dict[str, Any]:
+  """Returns what a file's rows are; where it lies decides nothing."""
+  return {name: value for name, value in file.entry.items() if name in KNOWN - {"path"}}
+
+
 def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-  """Returns what changed between two plans, a line each; units are summed up."""
+  """Returns what changed between two plans, a line each; of many units, the first."""
   lines = [
-    f"{name}: {_shown(before.get(name))} in the workdir, {_shown(now[name])} now"
-    for name in now
-    if name != "units" and before.get(name) != now[name]
+    f"{name}: {before.get(name)} in the workdir, {now.get(name)} now"
+    for name in {**before, **now}
+    if name not in ("files", "units") and before.get(name) != now.get(name)
   ]
-  old, new = before.get("units", {}), now["units"]
-  changed = [unit for unit in {**old, **new} if old.get(unit) != new.get(unit)]
-  for unit in changed[:SHOWN]:
-    was, is_ = (_unit(units.get(unit)) for units in (old, new))
-    lines.append(f"{unit}: {was} in the workdir, {is_} now")
-  if len(changed) > SHOWN:
-    lines.append(f"... and {len(changed) - SHOWN} more of {len(new)} units")
+  for name in ("files", "units"):
+    old, new = before.get(name, {}), now.get(name, {})
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    shown = [f"{key}: {_changes(old.get(key), new.get(key))}" for key in changed[:SHOWN]]
+    more = [f"... and {len(changed) - SHOWN} more {name}"] if len(changed) > SHOWN else []
+    lines += shown + more
   return lines
 
 
+def _changes(old: Any, new: Any) -> str:
+  """Returns the fields of a file that differ, or the counts of a unit."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    fields = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {_changes(old.get(key), new.get(key))}" for key in fields)
+  return f"{_shown(old)} in the workdir, {_shown(new)} now"
+
+
 def _shown(value: Any) -> str:
-  return "; ".join(value.values()) if isinstance(value, dict) else str(value)
-
-
-def _unit(counts: list[int] | None) -> str:
-  return f"{counts[0]} rows, {counts[1]} per epoch" if counts else "absent"
+  match value:
+    case None:
+      return "absent"
+    case [rows, count]:
+      return f"{rows} rows, {count} per epoch"
+    case dict():
+      return "there"
+    case _:
+      return repr(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ depend on the number of processes, nor on how often it was stopped.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -14,8 +15,8 @@ import os
 import pathlib
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -39,6 +40,8 @@ WORK = ".work"  # folder of what is not part of the result
 # uncompressed and with each text once is about twice this.
 PARTITION_BYTES = 64 * 2**20
 LEAST_PARTITIONS = 8  # so that several processes have something to do
+# What file systems call the version of a file: local and sftp, gcs, s3 and http, hf.
+VERSIONS = ("mtime", "generation", "ETag", "etag", "blob_id", "last_modified")
 MAX_TOKENS = 60_000  # counts are stored in 16 bits, and a query has a few more than its text
 
 
@@ -75,15 +78,18 @@ def make_plan(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> P
     rows.check(file)
     vectors.check_shapes(file)
     tokenizer.prefix(file.entry["instruction"])
-  sizes = {file.name: _size(file.path) for file in files}
-  needed = max(LEAST_PARTITIONS, sum(sizes.values()) // PARTITION_BYTES)
+  states = {file.name: [_state(path) for path in (file.path, *file.vectors.values())] for file in files}
+  needed = max(LEAST_PARTITIONS, sum(of[0][0] for of in states.values()) // PARTITION_BYTES)
   partitions = 1 << (needed - 1).bit_length()
-  return Plan(list(files), sizes, tokenizer.fingerprint, max_tokens, partitions)
+  return Plan(list(files), states, tokenizer.fingerprint, max_tokens, partitions)
 
 
-def _size(path: str) -> int:
+def _state(path: str) -> tuple[int, str]:
+  """Returns size and version of a file: when it was changed, or what its store calls it."""
   filesystem, inner = fsspec.core.url_to_fs(path)
-  return int(filesystem.size(inner) or 0)
+  info = filesystem.info(inner)
+  versions = [str(info[key]) for key in VERSIONS if info.get(key)]
+  return int(info.get("size") or 0), versions[0] if versions else ""
 
 
 def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
@@ -96,7 +102,11 @@ def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
   if (done := catalog.read(job.out)) is not None:
     _check_same(job, done["plan"], job.out)
     return _clear(job)
-  _open_work(job)
+  with _open_work(job):
+    _run(job, processes, max_dropped_share)
+
+
+def _run(job: Job, processes: int, max_dropped_share: float) -> None:
   each = functools.partial(_each, job=job, processes=processes)
   counts = each("reading", _read_file, items=range(len(job.plan.files)))
   report.check(counts, max_dropped_share, job.out)
@@ -128,14 +138,22 @@ def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
     )
 
 
-def _open_work(job: Job) -> None:
+@contextlib.contextmanager
+def _open_work(job: Job) -> Iterator[None]:
+  """Holds the folder of intermediate files, which no other command may use meanwhile."""
   path = job.work / "plan.json"
   if path.is_file():
     _check_same(job, json.loads(path.read_text(encoding="utf-8")), job.out)
-  elif job.out.exists() and any(job.out.iterdir()):
+  elif job.out.exists() and any(inside.name != WORK for inside in job.out.iterdir()):
     raise DataError(f"--out: {job.out} holds files that are no dataset; name another folder")
   job.work.mkdir(parents=True, exist_ok=True)
-  write_json(path, job.plan.as_json())
+  with (job.work / "lock").open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds it no more
+    except BlockingIOError as error:
+      raise DataError(f"--out: another command is preparing {job.out}; wait for it") from error
+    write_json(path, job.plan.as_json())
+    yield
 
 
 # Processes.
@@ -145,22 +163,29 @@ def _each(
   title: str, function: Callable[[Job, Any], Any], job: Job, items: Sequence[Any], processes: int
 ) -> list[Any]:
   """Returns the result of every item, computed now or in an earlier run; shows progress."""
-  os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
   do = functools.partial(_once, title, function, job)
   show = functools.partial(tqdm.tqdm, desc=title, total=len(items), unit="part")
   if processes == 1:
     return list(show(map(do, enumerate(items))))
   context = multiprocessing.get_context("spawn")
-  with ProcessPoolExecutor(processes, context, end_with_parent, (os.getpid(),)) as pool:
-    try:
-      return list(show(pool.map(do, enumerate(items))))
-    except BrokenProcessPool as error:
-      raise DataError(
-        f"{title}: a process was ended from outside, perhaps for want of memory; run the command "
-        "again, with fewer --processes: it goes on where it stopped"
-      ) from error
-    finally:
-      pool.shutdown(cancel_futures=True)
+  pool = ProcessPoolExecutor(processes, context, _begin, (os.getpid(),))
+  futures = [pool.submit(do, numbered) for numbered in enumerate(items)]
+  try:
+    for future in show(as_completed(futures)):
+      future.result()
+  except BrokenProcessPool as error:
+    raise DataError(
+      f"{title}: a process was ended from outside, perhaps for want of memory; run the command "
+      "again, with fewer --processes: it goes on where it stopped"
+    ) from error
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)  # an error is shown at once
+  return [future.result() for future in futures]
+
+
+def _begin(parent: int) -> None:
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
+  end_with_parent(parent)
 
 
 def _once(
@@ -213,8 +238,8 @@ def _slice(job: Job, file: int, chunk: int, number: int) -> Slice:
   return Slice(hashes[part], texts, job.plan.files[file].symmetric)
 
 
-def _documents(job: Job, number: int) -> pathlib.Path:
-  return job.work / "index" / f"{number:05d}.npz"
+def _index(job: Job, number: int, name: str) -> pathlib.Path:
+  return job.work / "index" / f"{number:05d}.{name}.npy"
 
 
 def _write_documents(job: Job, number: int) -> Written:
@@ -224,8 +249,9 @@ def _write_documents(job: Job, number: int) -> Written:
   target = job.out / file_name(DOCUMENTS, number, job.plan.partitions)
   with new_file(target) as new:
     written, documents = transforms.write_documents(new, slices, job.tokenizer, job.plan.max_tokens)
-  with new_file(_documents(job, number)) as new, new.open("wb") as file:
-    np.savez(file, hashes=documents.hashes, lengths=documents.lengths)
+  for name in ("hashes", "lengths"):
+    with new_file(_index(job, number, name)) as new, new.open("wb") as file:
+      np.save(file, getattr(documents, name))
   return written
 
 
@@ -259,8 +285,9 @@ def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   start = 0
   for number in range(job.plan.partitions):
     part = transforms.partition(hashes, number, job.plan.partitions)
-    with np.load(_documents(job, number)) as documents:
-      found = np.searchsorted(documents["hashes"], hashes[part])
-      places[part], lengths[part] = start + found, documents["lengths"][found]
-      start += documents["hashes"].size
+    # Mapped, not read: of a large partition few pages are needed.
+    known, tokens = (np.load(_index(job, number, n), mmap_mode="r") for n in ("hashes", "lengths"))
+    found = np.searchsorted(known, hashes[part])
+    places[part], lengths[part] = start + found, tokens[found]
+    start += known.size
   return places, lengths

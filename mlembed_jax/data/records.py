@@ -22,8 +22,9 @@ proto: Any = tf_example_pb2
 
 NAME = "mlembed"
 TRAIN, VALIDATION, DOCUMENTS = "train", "validation", "documents"
-# What TensorFlow Datasets and grain expect: every record can be read alone.
-WRITER = "group_size:1"
+# Records per compressed group. Rows: what TensorFlow Datasets and grain advise. A reader holds 8
+# bytes per group: for 400 million documents, each alone, that would be 3 GB in every process.
+GROUP = {TRAIN: 1, VALIDATION: 1, DOCUMENTS: 16}
 # No reading ahead: rows are read in random order. With a buffer of 4 kB instead of the default
 # 1 MB that is 20 times as fast.
 READER = "readahead_buffer_size:0,max_parallelism:0"
@@ -142,9 +143,9 @@ def file_name(split: str, shard: int, shards: int) -> str:
   return f"{NAME}-{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
-def write(path: pathlib.Path, messages: Iterable[bytes]) -> int:
-  """Writes one shard; returns the bytes of its messages."""
-  writer, size = ArrayRecordWriter(str(path), WRITER), 0
+def write(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> int:
+  """Writes a shard of a split; returns the bytes of its messages."""
+  writer, size = ArrayRecordWriter(str(path), f"group_size:{GROUP[split]}"), 0
   for message in messages:
     writer.write(message)
     size += len(message)

@@ -12,7 +12,7 @@ import lzma
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,10 @@ from mlembed_jax.data.tokenizer import DataError, with_instruction
 # Its functions are made at import, where type checkers do not see them.
 pc: Any = pyarrow.compute
 
-CHUNK = 65_536  # rows in memory at a time; with 24 negatives of 1 kB that is 1.7 GB
+# Rows in memory at a time. With 24 negatives of 1 kB that is 0.4 GB of text, of which there are
+# several copies on the way: 9 times the text was the peak of a whole chunk.
+CHUNK = 16_384
+CHECKED = 1000  # lines of a JSON file that are looked at before any work
 EXAMPLES = 5  # row numbers reported per reason
 UNKNOWN = "und"  # the language of rows that name none
 
@@ -64,7 +67,7 @@ def numbers(file: File) -> list[str]:
 def check(file: File) -> None:
   """Raises DataError where the file cannot be read, or a column is missing or of another type."""
   if is_json(file.path):
-    next(_json_tables(file))
+    next(_json_tables(file, CHECKED))
   else:
     _open_rows(file).close()
 
@@ -173,11 +176,11 @@ def _decoded(value: bytes | None) -> str | None:
     return None
 
 
-def _json_tables(file: File) -> Tables:
+def _json_tables(file: File, size: int | None = None) -> Tables:
   texts, scores = columns(file), numbers(file)
   with open_input(file.path) as lines:
     first = True
-    while block := _lines(file, lines):
+    while block := _lines(file, lines, size or CHUNK):
       rows = [_json_row(line) for line in block]
       if first and not any(rows):
         raise DataError(f"{file.path}: its first {len(rows)} lines are no JSON objects")
@@ -191,9 +194,9 @@ def _json_tables(file: File) -> Tables:
     raise DataError(f"{file.path}: no lines")
 
 
-def _lines(file: File, lines: Iterator[bytes]) -> list[bytes]:
+def _lines(file: File, lines: Iterator[bytes], size: int) -> list[bytes]:
   try:
-    return list(itertools.islice(lines, CHUNK))
+    return list(itertools.islice(lines, size))
   except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
     raise DataError(f"{file.path}: damaged file: {error}") from error
 
@@ -338,7 +341,8 @@ def _unique(table: pa.Table, names: list[str]) -> tuple[pa.Table, np.ndarray]:
   parts = [chunk for name in names for chunk in table[name].chunks]
   encoded = pa.chunked_array(parts, pa.large_string()).combine_chunks().dictionary_encode()
   texts = encoded.dictionary
-  hashes = hash64(texts.to_pylist())
+  pieces = (texts.slice(start, 4096).to_pylist() for start in range(0, len(texts), 4096))
+  hashes = hash64(itertools.chain.from_iterable(pieces))
   order = np.argsort(hashes, kind="stable")
   place = np.empty(len(order), np.int32)
   place[order] = np.arange(len(order), dtype=np.int32)
@@ -347,7 +351,7 @@ def _unique(table: pa.Table, names: list[str]) -> tuple[pa.Table, np.ndarray]:
   return pa.table(ordered), np.ascontiguousarray(places)
 
 
-def hash64(texts: Sequence[str]) -> np.ndarray:
+def hash64(texts: Iterable[str]) -> np.ndarray:
   """Returns 64 bits of each text; equal texts are never each other's negatives, [N] uint64.
 
   Two of 400 million different texts have the same 64 bits with a chance of 0.4 %.

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mlembed_jax.data import records, vectors
 from mlembed_jax.data.manifest import File
-from mlembed_jax.data.records import TRAIN, VALIDATION, Row, Text
+from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
 
@@ -77,10 +77,10 @@ def write_documents(
       lengths[i] = text.longest
       yield records.encode(text)
 
-  return _write(path, messages()), Documents(unique, lengths)
+  return _write(path, DOCUMENTS, messages()), Documents(unique, lengths)
 
 
-def _write(path: pathlib.Path, messages: Iterable[bytes]) -> Written:
+def _write(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> Written:
   digest, count = hashlib.sha256(), 0
 
   def counted() -> Iterator[bytes]:
@@ -90,7 +90,7 @@ def _write(path: pathlib.Path, messages: Iterable[bytes]) -> Written:
       count += 1
       yield message
 
-  size = records.write(path, counted())
+  size = records.write(path, split, counted())
   return Written(count, size, digest.hexdigest())
 
 
@@ -191,13 +191,11 @@ def write_rows(
     )
     counts = np.zeros((chosen.size, 1 + places.shape[1]), np.uint16)
     counts[:, 1:] = lengths[chosen]
-    written = _write(paths[split][""], _messages(file, table, places[chosen], texts, counts))
+    written = _write(paths[split][""], split, _messages(file, table, places[chosen], texts, counts))
     _save(paths[split][LENGTHS], counts)
     if file.vectors:
-      found = vectors.read(file, table["row"].to_numpy())
-      _save(paths[split][VECTORS], found)
-      digest = hashlib.sha256(written.digest.encode() + found.tobytes()).hexdigest()
-      written = dataclasses.replace(written, digest=digest)
+      digest = vectors.copy(file, table["row"].to_numpy(), paths[split][VECTORS])
+      written = dataclasses.replace(written, digest=f"{written.digest} {digest}")
     runs = _runs(file, table["language"].to_pylist(), counts)
     made[split] = RowShard(file.name, written, int(counts.max(initial=0)), runs)
   return made

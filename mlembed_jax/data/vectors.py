@@ -1,7 +1,9 @@
 """A teacher's vectors of training texts: .npy files named by the manifest, left on disk."""
 
 import functools
+import hashlib
 import math
+import pathlib
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from mlembed_jax.data.tokenizer import DataError
 
 @functools.lru_cache(maxsize=64)
 def _open(path: str) -> np.ndarray:
+  if "://" in path:
+    raise DataError(f"{path}: teacher_vectors are read from local files; copy it beside the others")
   try:
     array = np.lib.format.open_memmap(path, mode="r")
   except FileNotFoundError as error:
@@ -50,7 +54,7 @@ def check_rows(file: File, rows: np.ndarray) -> None:
     array = _open(path)
     if rows.size and rows[-1] >= len(array):
       check_shapes(file, int(rows[-1]) + 1)
-    for part in np.array_split(rows, -(-rows.size // 4096) or 1):  # so little of it is in memory
+    for part in _parts(rows):
       vectors = _rows(array, part)
       finite = np.all(np.isfinite(vectors), axis=(1, 2))
       zero = np.any(np.all(vectors == 0, axis=2), axis=1)
@@ -63,9 +67,26 @@ def check_rows(file: File, rows: np.ndarray) -> None:
         raise DataError(f"{path}: row {part[zero][0]} holds a vector of zeros; write real ones")
 
 
-def read(file: File, rows: np.ndarray) -> np.ndarray:
-  """Returns the vectors of these rows: query, positives, negatives, [N, C, D]."""
-  return np.concatenate([_rows(_open(path), rows) for path in file.vectors.values()], axis=1)
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
+  """Returns the rows in pieces whose vectors fit in memory: 1,024 x 26 x 4,096 are 200 MB."""
+  return np.array_split(rows, -(-rows.size // 1024) or 1)
+
+
+def copy(file: File, rows: np.ndarray, target: pathlib.Path) -> str:
+  """Writes the vectors of these rows as .npy [N, C, D]: query, positives, negatives.
+
+  Returns a digest of them.
+  """
+  arrays, digest = [_open(path) for path in file.vectors.values()], hashlib.sha256()
+  header = np.concatenate([_rows(array, rows[:0]) for array in arrays], axis=1)
+  with target.open("wb") as out:
+    described = np.lib.format.header_data_from_array_1_0(header)
+    np.lib.format.write_array_header_1_0(out, described | {"shape": (rows.size, *header.shape[1:])})
+    for part in _parts(rows):
+      data = np.concatenate([_rows(array, part) for array in arrays], axis=1).tobytes()
+      digest.update(data)
+      out.write(data)
+  return digest.hexdigest()
 
 
 def _rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
