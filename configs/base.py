@@ -96,7 +96,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "size_exponent": 1.0,  # below 1: small files more often
         "language_temperature": 1.0,  # above 1: small languages more often, but
         "max_repeats": 4.0,  # no row more often than this per epoch (UniMax)
-        "instructions": "",  # JSON: file -> instruction, in place of the manifest's; empty: as there
+        "instructions": "",  # JSON: file -> instruction, in place of the manifest's; empty: those
         "query_instructions": True,  # False: none on queries, as in the first of two stages
         "document_instructions": 0.3,  # share of the documents of symmetric tasks that have it too
         "global_batch": 512,  # rows per step over all devices, all from one file

@@ -1,7 +1,7 @@
 """Prepares text for training: python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE ...
 
-Reads training files in the layout of the public release, checks every row, tokenises each
-document once, and writes a dataset of TensorFlow Datasets that `data.dataset` of a training run names.
+Reads training files in the layout of the public release, checks every row, tokenises each document
+once, and writes a dataset of TensorFlow Datasets, which `data.dataset` of a training run names.
 """
 
 import os

@@ -1,9 +1,10 @@
 """Which rows make up each step: a pure function of (rows per epoch, seed, step).
 
 All rows of a step come from one file. An epoch visits every batch of every file once, in an order
-of its own (what is left of a file after its last whole batch, other rows each time, is left out); within a file the rows of its languages are mixed at random. There is no iterator
-state: any step costs the same, on any number of hosts. Shuffles are keyed permutations that are
-computed for one index at a time, so nothing of the size of the data is held in memory.
+of its own; what is left of a file after its last whole batch, other rows each time, is left out.
+Within a file the rows of its languages are mixed at random. There is no iterator state: any step
+costs the same, on any number of hosts. Shuffles are keyed permutations that are computed for one
+index at a time, so nothing of the size of the data is held in memory.
 """
 
 import dataclasses

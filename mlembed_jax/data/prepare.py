@@ -78,7 +78,9 @@ def make_plan(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> P
     rows.check(file)
     vectors.check_shapes(file)
     tokenizer.prefix(file.entry["instruction"])
-  states = {file.name: [_state(path) for path in (file.path, *file.vectors.values())] for file in files}
+  states = {
+    file.name: [_state(path) for path in (file.path, *file.vectors.values())] for file in files
+  }
   needed = max(LEAST_PARTITIONS, sum(of[0][0] for of in states.values()) // PARTITION_BYTES)
   partitions = 1 << (needed - 1).bit_length()
   return Plan(list(files), states, tokenizer.fingerprint, max_tokens, partitions)
