@@ -11,6 +11,7 @@ import pytest
 from mlembed_jax import inputs, train
 from mlembed_jax.config import flatten, from_mapping
 from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.data import plan
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.sharding import make_mesh
 from tests.material import config_dict, entry, pairs, prepare_dataset, scored, write_files
@@ -94,7 +95,7 @@ OTHER = {
 }
 ELSEWHERE = {
   "data.builder",  # tests/data/test_quickstart.py
-  *("data.manifest", "data.heldout"),  # below
+  *("data.manifest", "data.heldout", "data.instructions"),  # below
   "data.workers",  # the same batches: tests/data/test_loader_processes.py
 }
 
@@ -121,6 +122,29 @@ def test_every_field_changes_what_is_read(folder, read_once, field):
 
 def test_the_same_fields_read_the_same(folder, read_once):
   assert read(folder) == read_once(())
+
+
+def test_instructions_of_a_run_replace_those_of_the_manifest(folder, read_once, tmp_path):
+  path = tmp_path / "instructions.json"
+  path.write_text(json.dumps({"train/search.parquet": "Look up."}))
+  given = {"data.instructions": str(path)}
+  for before, now in zip(read_once(()), read(folder, **given), strict=True):
+    assert (before != now) == (before[0] == "train/search.parquet")
+  plans = [opened(folder, **fields)[1].plan.as_json() for fields in ({}, given)]
+  assert plan.difference(*plans) == [
+    "train/search.parquet: instruction: 'Find.' in the workdir, 'Look up.' now"
+  ]
+  path.write_text(json.dumps({"train/serach.parquet": "Look up."}))
+  with pytest.raises(DataError, match=r"instructions\.json: 'train/serach\.parquet' is no file"):
+    opened(folder, **given)
+
+
+def test_lengths_beyond_what_was_prepared_are_refused(folder):
+  prepare_dataset(folder, out="short", max_tokens=5)
+  short = {"data.dataset": f"{folder}/short"}
+  with pytest.raises(ConfigError, match=r"data\.lengths: 64 .* 5 tokens .* --max_tokens 63"):
+    opened(folder, **short)
+  opened(folder, **short, **{"data.lengths": (6,)})
 
 
 def test_held_out_files_are_those_of_the_manifest(folder):

@@ -156,3 +156,8 @@ def test_drawn_batches_have_the_planned_shares_of_languages():
     assert abs(found - planned) < 5 * deviation
     by_size = sum(units[i].rows for i in mine) / sum(u.rows for u in units)
     assert lang not in ("de", "sw") or abs(planned - by_size) > 5 * deviation
+
+
+def test_a_small_file_of_a_large_language_has_the_same_limit():
+  units = units_of(("a", "en", 1_000_000), ("b", "en", 600))
+  assert per_epoch(units, size_exponent=0.3, max_repeats=4.0).tolist() == [998_200, 2400]

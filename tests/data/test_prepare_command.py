@@ -195,11 +195,12 @@ def test_a_finished_folder_is_left_alone(own):
 @pytest.mark.parametrize(
   ("change_", "options", "named"),
   [
-    (lambda f: write_files(f, {"train/a.parquet": (pairs(151, 2), BITEXT)}), {}, "files, sizes"),
+    (lambda f: write_files(f, {"train/a.parquet": (pairs(151, 2), BITEXT)}), {}, "files, inputs"),
+    (lambda f: os.utime(f / "train/a.parquet", (1, 1)), {}, "inputs"),  # of the same size
     (lambda f: change(f, "train/a.parquet", instruction="Other."), {}, "files"),
     (lambda f: train_tokenizer(500).save(str(f / "tokenizer.json")), {}, "tokenizer"),
     (lambda _: None, {"max_tokens": 100}, "max_tokens"),
-    (lambda _: None, {"pattern": "train/a*"}, "files, sizes"),
+    (lambda _: None, {"pattern": "train/a*"}, "files, inputs"),
   ],
 )
 def test_a_folder_of_other_input_is_refused_with_the_difference(
@@ -223,6 +224,22 @@ def test_a_folder_of_other_input_is_refused_with_the_difference(
 
 def interrupt(*_):
   raise KeyboardInterrupt
+
+
+def test_a_command_that_was_killed_before_it_wrote_anything_goes_on(own):
+  (own / "dataset/.work").mkdir(parents=True)
+  prepare_dataset(own)
+
+
+def test_two_commands_at_a_time_are_refused(own, monkeypatch):
+  def second(*_):
+    with pytest.raises(DataError, match="another command is preparing"):
+      prepare_dataset(own)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(prepare, "_read_file", second)
+  with pytest.raises(KeyboardInterrupt):
+    prepare_dataset(own)
 
 
 def test_a_folder_that_holds_something_else_is_refused(own):
@@ -339,7 +356,10 @@ def test_files_may_be_urls_or_in_archives(own):
   change(own, "train/a.parquet", path=f"zip://in/a.parquet::file://{own}/all.zip")
   change(own, "train/b.parquet", path=f"file://{own}/train/b.parquet")
   shutil.move(own / "train/a.parquet", own / "moved.parquet")
-  assert content(prepare_dataset(own)) == content(expected)
+  found, expected = content(prepare_dataset(own)), content(expected)
+  # It also says of which version its inputs were.
+  assert found.pop("catalog.json") != expected.pop("catalog.json")
+  assert found == expected
 
 
 def test_json_lines_give_the_same_records_as_parquet(own):
