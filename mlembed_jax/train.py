@@ -244,9 +244,9 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   if config.export.at_end:
     check_target(export_path(config, workdir))
   copy_file(read.tokenizer.path, workdir / "tokenizer.json")
-  inputs.report(read, steps, workdir)
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     with StopSignals() as stop:
+      inputs.report(read, steps, workdir)
       config = memory.with_micro_batch(
         config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
       )
