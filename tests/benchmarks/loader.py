@@ -49,7 +49,8 @@ def _texts(rng, count):
 
 def write_documents(folder, shard, shards, count):
   path = folder / records.file_name(records.DOCUMENTS, shard, shards)
-  records.write(path, map(records.encode, _texts(np.random.default_rng(shard), count)))
+  texts = _texts(np.random.default_rng(shard), count)
+  records.write(path, records.DOCUMENTS, map(records.encode, texts))
 
 
 def write_rows(folder, documents, rows, shards, shard):
@@ -63,6 +64,7 @@ def write_rows(folder, documents, rows, shards, shard):
   path = folder / records.file_name(records.TRAIN, shard, shards)
   records.write(
     path,
+    records.TRAIN,
     (
       records.encode(text, Row(name, f"l{language}", i, 0.0, place[:1], place[1:]))
       for i, (text, language, place) in enumerate(
