@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from mlembed_jax import cli, inputs, memory, metrics, optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints, check_same_run
 from mlembed_jax.config_fields import Config, ConfigError
-from mlembed_jax.data import loader
+from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.eval import grid
 from mlembed_jax.hf.export import check_target, export_folder
 from mlembed_jax.hf.load import load_params
@@ -144,7 +144,7 @@ def fit(
   """
   pending, start = None, int(state.step)
   with jax.transfer_guard("disallow"):
-    for batch, waited_s in timed(loader.iterate(batches, start, config.data.workers)):
+    for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers)):
       task = Task(batch.task_type, batch.positives)
       state, values = step(state, put_batch(batch.arrays(), mesh), task=task)
       if pending:

@@ -96,7 +96,7 @@ OTHER = {
 ELSEWHERE = {
   "data.builder",  # tests/data/test_quickstart.py
   *("data.manifest", "data.heldout", "data.instructions"),  # below
-  "data.workers",  # the same batches: tests/data/test_loader_processes.py
+  "data.workers",  # the same batches: tests/data/test_read_ahead.py
 }
 
 

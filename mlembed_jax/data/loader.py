@@ -1,19 +1,9 @@
-"""Batches of token sheets, each a pure function of (dataset, plan, step); processes read ahead."""
+"""Batches of token sheets, each a pure function of (dataset, plan, step)."""
 
 import dataclasses
-import multiprocessing
-import os
-import pickle
-import queue
-import signal
-import sys
-import threading
-import traceback
-from collections.abc import Iterator, Mapping
-from multiprocessing.connection import Connection
+from collections.abc import Mapping
 from typing import Any
 
-import grain
 import numpy as np
 from jaxtyping import Float32, Int64, UInt32
 
@@ -22,14 +12,9 @@ from mlembed_jax.data.batching import Kind
 from mlembed_jax.data.manifest import SCORED, File
 from mlembed_jax.data.order import Order
 from mlembed_jax.data.packing import Layout, Sheets
-from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.data.records import Row, Text, decode, decode_text
 from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import DataError, Tokenizer
-
-PREFETCH = 2  # batches ready per worker
-STALLED_S = 300.0  # without a batch from a worker: it is ended, and another one reads the step
-TRIES = 3  # of one step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,133 +260,3 @@ def _check_negatives(file: File, options: Options) -> None:
     f"losses.{task}.negatives = {options.negatives[task]}; raise it, store some, or set "
     f"losses.{task}.inbatch"
   )
-
-
-def iterate(batches: Batches, start: int, workers: int) -> Iterator[Batch]:
-  """Yields the batches from step `start` on, read ahead by processes (0: by a thread).
-
-  A worker that dies or stalls is named on stderr, and its step is read again.
-
-  Raises:
-    DataError: a file cannot be read, or TRIES workers died at one step.
-  """
-  step, failures = start, 0
-  while step < len(batches):
-    reader = _Reader(batches, step, workers)
-    try:
-      for batch in reader:
-        yield batch
-        step, failures = batch.step + 1, 0
-    except WorkerDied as error:
-      failures += 1
-      if failures == TRIES:
-        raise DataError(
-          f"step {step + 1}: {TRIES} data workers in turn died; {error}. Look for "
-          "want of memory, or read in the main process with data.workers = 0"
-        ) from error
-      print(f"warning: {error}; reading step {step + 1} again", file=sys.stderr, flush=True)
-    finally:
-      reader.close()
-
-
-class WorkerDied(RuntimeError):
-  """A process that read data ended or stalled; the message names it."""
-
-
-class _Reader:
-  """The batches from one step on, until a worker dies."""
-
-  def __init__(self, batches: Batches, start: int, workers: int):
-    self._start, self._last = start, len(batches)
-    self._workers = [_Worker(batches, start + k, workers) for k in range(workers)]
-    threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
-    steps = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
-    self._own = None if workers else iter(steps.to_iter_dataset(threads))
-
-  def __iter__(self) -> Iterator[Batch]:
-    for step in range(self._start, self._last):
-      yield next(self._own) if self._own else self._receive(step)
-
-  def _receive(self, step: int) -> Batch:
-    number = (step - self._start) % len(self._workers)
-    name = f"data worker {number + 1} of {len(self._workers)}"
-    try:
-      return self._workers[number].receive()
-    except (EOFError, OSError, pickle.UnpicklingError) as error:
-      reason = self._workers[number].ended()
-      raise WorkerDied(f"{name}, which had to read step {step + 1}, {reason}") from error
-
-  def close(self) -> None:
-    """Ends the workers."""
-    for worker in self._workers:
-      worker.end()
-    if self._own:
-      self._own.close()
-
-
-class _Worker:
-  """A process that reads every `stride`-th step, a few ahead.
-
-  It has a pipe of its own, which ends with it, even in the middle of a batch: a queue that several
-  processes hold would wait for the rest for ever.
-  """
-
-  def __init__(self, batches: Batches, first: int, stride: int):
-    context = multiprocessing.get_context("spawn")
-    self._pipe, theirs = context.Pipe(duplex=False)
-    arguments = theirs, batches, first, stride, os.getpid()
-    self._process = context.Process(target=_work, args=arguments, daemon=True)
-    self._process.start()
-    theirs.close()
-    self._stalled = False
-
-  def receive(self) -> Batch:
-    """Returns the next batch; raises EOFError or OSError where the process died."""
-    watch = threading.Timer(STALLED_S, self._end_stalled)
-    watch.daemon = True
-    watch.start()
-    try:
-      found = self._pipe.recv()
-    finally:
-      watch.cancel()
-    if isinstance(found, Exception):
-      raise found
-    return found
-
-  def _end_stalled(self) -> None:
-    self._stalled = True
-    self._process.kill()
-
-  def ended(self) -> str:
-    """Returns how the process ended."""
-    self._process.join()
-    if self._stalled:
-      return f"gave nothing for {STALLED_S:.0f} s and was ended"
-    return f"ended with exit code {self._process.exitcode}"
-
-  def end(self) -> None:
-    """Ends the process."""
-    self._process.kill()
-    self._process.join()
-    self._pipe.close()
-
-
-def _work(pipe: Connection, batches: Batches, first: int, stride: int, parent: int) -> None:
-  """Sends batches from a process of its own."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
-  end_with_parent(parent)
-  ready: queue.Queue[Batch | Exception] = queue.Queue(PREFETCH - 1)
-
-  def send() -> None:
-    while True:
-      pipe.send(ready.get())
-
-  threading.Thread(target=send, daemon=True).start()
-  try:
-    for step in range(first, len(batches), stride):
-      ready.put(batches[step])
-  except Exception as error:
-    if not isinstance(error, DataError):  # its message says all
-      error.add_note(traceback.format_exc())
-    ready.put(error)
-  threading.Event().wait()  # until it is ended: what is sent may not be read yet

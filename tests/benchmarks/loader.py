@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from mlembed_jax.data import catalog, loader, records, transforms
+from mlembed_jax.data import catalog, loader, read_ahead, records, transforms
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.mixture import per_epoch
 from mlembed_jax.data.plan import Plan
@@ -134,16 +134,16 @@ def measured(batches, args):
   """Yields a line at some of the steps, read by real workers."""
   marks = {10, 1000, 10_000, 100_000, args.steps}
   tokens, start = 0, time.perf_counter()
-  for number, batch in enumerate(loader.iterate(batches, 0, args.workers), 1):
+  for number, batch in enumerate(read_ahead.iterate(batches, 0, args.workers), 1):
     tokens += batch.real_tokens
     if number == 1:
       print(f"first batch {time.perf_counter() - args.started:.1f} s after the start\n", flush=True)
-      workers = [process.pid for process in multiprocessing.active_children()]
-      start, tokens, before = time.perf_counter(), 0, sum(map(cpu_seconds, workers))
+      pids = [process.pid for process in multiprocessing.active_children()]
+      start, tokens, before = time.perf_counter(), 0, sum(map(cpu_seconds, pids))
     if number in marks and number > 1:
-      used = sum(map(cpu_seconds, workers)) - before
+      used = sum(map(cpu_seconds, pids)) - before
       rates = (tokens / seconds for seconds in (time.perf_counter() - start, used))
-      yield number, *(f"{rss_mib(pid):,.0f}" for pid in workers), *(f"{r:,.0f}" for r in rates)
+      yield number, *(f"{rss_mib(pid):,.0f}" for pid in pids), *(f"{r:,.0f}" for r in rates)
     if number == args.steps:
       return
 

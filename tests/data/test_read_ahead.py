@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from mlembed_jax.data import loader
+from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.data.tokenizer import DataError
 from tests.data.test_loader import same
 from tests.data.test_prepare_command import ENVIRONMENT, ROOT, alive, descendants, wait_until
@@ -37,17 +37,17 @@ def no_process_is_left():
 @pytest.mark.parametrize(("start", "workers"), [(0, 0), (0, 2), (17, 0), (17, 1), (17, 3)])
 def test_iteration_from_any_step_equals_random_access(dataset, start, workers):
   batches = batches_of(dataset, steps=start + 9)
-  found = list(loader.iterate(batches, start, workers))
+  found = list(read_ahead.iterate(batches, start, workers))
   assert [batch.step for batch in found] == list(range(start, start + 9))
   assert all(same(batch, batches[batch.step]) for batch in found)
 
 
 def test_nothing_is_read_at_the_end_of_a_run(dataset):
-  assert list(loader.iterate(batches_of(dataset, steps=5), 5, 2)) == []
+  assert list(read_ahead.iterate(batches_of(dataset, steps=5), 5, 2)) == []
 
 
 def test_a_run_that_is_left_ends_its_processes(dataset):
-  found = loader.iterate(batches_of(dataset), 0, 2)
+  found = read_ahead.iterate(batches_of(dataset), 0, 2)
   assert next(found).step == 0 and len(multiprocessing.active_children()) >= 2
   found.close()
 
@@ -56,7 +56,7 @@ def disturb(dataset, number):
   """Returns 60 batches read while one of two processes gets a signal at step 5, and which ones."""
   before = set(multiprocessing.active_children())
   batches, found = batches_of(dataset, steps=60), []
-  for batch in loader.iterate(batches, 0, 2):
+  for batch in read_ahead.iterate(batches, 0, 2):
     found.append(batch)
     if batch.step == 5:
       workers = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid)
@@ -68,10 +68,10 @@ def disturb(dataset, number):
 
 ENDLESS = """
 import pathlib, sys, time
-from mlembed_jax.data import loader
+from mlembed_jax.data import read_ahead
 from tests.material import batches_of
 if __name__ == "__main__":
-  found = loader.iterate(batches_of(pathlib.Path(sys.argv[1])), 0, 2)
+  found = read_ahead.iterate(batches_of(pathlib.Path(sys.argv[1])), 0, 2)
   print(next(found).step, flush=True)
   time.sleep(600)
 """
@@ -100,7 +100,7 @@ def test_a_process_that_is_killed_is_named_and_no_step_is_lost(dataset, capsys):
 
 
 def test_a_process_that_stalls_is_ended_and_no_step_is_lost(dataset, monkeypatch, capsys):
-  monkeypatch.setattr(loader, "STALLED_S", 12.0)
+  monkeypatch.setattr(read_ahead, "STALLED_S", 12.0)
   disturb(dataset, signal.SIGSTOP)
   (warning,) = capsys.readouterr().err.strip().splitlines()
   assert re.fullmatch(
@@ -123,7 +123,7 @@ def test_a_step_at_which_every_process_dies_ends_the_run(dataset, capsys):
   batches = batches_of(dataset, steps=20)
   deadly = Deadly.__new__(Deadly)
   deadly.__dict__ = batches.__dict__ | {"own": os.getpid()}
-  found = loader.iterate(deadly, 0, 2)
+  found = read_ahead.iterate(deadly, 0, 2)
   steps = []
   with pytest.raises(DataError) as error:
     for batch in found:
@@ -153,7 +153,7 @@ def test_a_shard_that_becomes_unreadable_ends_the_run_by_file_and_record(
   batches = batches_of(tmp_path / "dataset", ["train/topics.parquet"], steps=200)
   path = damage(tmp_path / "dataset", "mlembed-train*00001-of-00003")
   with pytest.raises(DataError) as error:
-    for _ in loader.iterate(batches, 0, workers):
+    for _ in read_ahead.iterate(batches, 0, workers):
       pass
   message = str(error.value)
   assert re.search(rf"{re.escape(str(path))}: record \d+ cannot be read: ", message)
@@ -201,7 +201,7 @@ def test_lengths_that_end_early_are_named(dataset, tmp_path):
 
 def test_reading_in_this_process_needs_no_watch_over_workers(dataset, monkeypatch, capsys):
   """A slow step in this process is no stalled worker."""
-  monkeypatch.setattr(loader, "STALLED_S", 0.05)
+  monkeypatch.setattr(read_ahead, "STALLED_S", 0.05)
   failed = []
   monkeypatch.setattr(threading, "excepthook", failed.append)
 
@@ -212,5 +212,5 @@ def test_reading_in_this_process_needs_no_watch_over_workers(dataset, monkeypatc
 
   slow = Slow.__new__(Slow)
   slow.__dict__ = batches_of(dataset, steps=2).__dict__
-  assert [batch.step for batch in loader.iterate(slow, 0, 0)] == [0, 1]
+  assert [batch.step for batch in read_ahead.iterate(slow, 0, 0)] == [0, 1]
   assert not failed and not capsys.readouterr().err
