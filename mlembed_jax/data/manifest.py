@@ -97,7 +97,7 @@ def open_input(path: str) -> Any:
     raise DataError(f"{path} does not exist") from error
   except (ImportError, ValueError) as error:  # a protocol without its package, or an unknown one
     raise DataError(f"{path}: {error}") from error
-  except OSError as error:
+  except Exception as error:  # each store has errors of its own
     raise DataError(f"{path} cannot be read: {error}") from error
 
 

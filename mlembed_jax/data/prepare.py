@@ -65,6 +65,16 @@ class Job:
     return Tokenizer(self.tokenizer_path, self.pooled_token)
 
 
+def open_folder(path: str) -> pathlib.Path:
+  """Returns the folder, made if needed; raises DataError where that cannot be."""
+  folder = pathlib.Path(path).absolute()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise DataError(f"--out: {path} cannot be made: {error.strerror}") from error
+  return folder
+
+
 def make_plan(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> Plan:
   """Returns what there is to do.
 
