@@ -1,10 +1,9 @@
 """Everything a run reads, opened and checked before any long work, and the plan of its batches."""
 
 import dataclasses
-import fnmatch
+import functools
 import os
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 from mlembed_jax.config_fields import STORED, Config, ConfigError, DataConfig
@@ -34,16 +33,19 @@ class Inputs:
   tasks: list[tasks.Task]
   teacher: Teacher | None
 
+  @functools.cached_property
+  def _kinds(self) -> dict[str, Kind]:
+    return loader.kinds(self.split, self.tokenizer, self.options)
+
   @property
   def kinds(self) -> list[Kind]:
     """The kinds of batches there are; one program is compiled for each."""
-    return list(dict.fromkeys(loader.kinds(self.split, self.tokenizer, self.options).values()))
+    return list(dict.fromkeys(self._kinds.values()))
 
   @property
   def used_negatives(self) -> dict[str, float]:
     """Share of the stored negatives that a step uses, by file."""
-    kinds = loader.kinds(self.split, self.tokenizer, self.options)
-    return {f.name: kinds[f.name].negatives / max(1, f.negatives) for f in self.split.files}
+    return {f.name: self._kinds[f.name].negatives / max(1, f.negatives) for f in self.split.files}
 
   @property
   def tokens_per_step(self) -> float:
@@ -70,7 +72,8 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     check_folder(pathlib.Path(config.train.init_from), config.model, tokenizer.size)
   teacher = open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
-  split = open_split(opened, TRAIN, _chosen(opened, data.train))
+  chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)
+  split = open_split(opened, TRAIN, [name for name in opened.files if name in chosen])
   _check_lengths(data.lengths, opened, split)
   if config.kd.teacher == STORED:
     check_stored(config, split)
@@ -124,19 +127,6 @@ def _check_lengths(lengths: tuple[int, ...], opened: Catalog, split: Split) -> N
       f"data.lengths: {lengths[-1]} asks for more than the {opened.max_tokens} tokens that "
       f"{opened.folder} holds of its longest texts; prepare it with --max_tokens {lengths[-1] - 1}"
     )
-
-
-def _chosen(opened: Catalog, patterns: Iterable[str]) -> list[str]:
-  chosen: set[str] = set()
-  for pattern in patterns:
-    names = fnmatch.filter(opened.files, pattern)
-    if not names:
-      raise DataError(
-        f"data.train: {pattern!r} matches no file of {opened.folder}; it has "
-        f"{', '.join(opened.files)}"
-      )
-    chosen |= set(names)
-  return [name for name in opened.files if name in chosen]
 
 
 def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:

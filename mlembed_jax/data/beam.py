@@ -100,7 +100,8 @@ def _new_file(job: Job, name: str) -> Iterator[pathlib.Path]:
       filesystem.put_file(str(local), temporary)
       filesystem.mv(temporary, f"{out}/{name}")
     except Exception:
-      filesystem.rm(temporary)
+      if filesystem.exists(temporary):
+        filesystem.rm(temporary)
       raise
 
 
@@ -111,11 +112,9 @@ def _read(number: int, job: Job) -> Iterator[TaggedOutput]:
     bare = dataclasses.replace(chunk, rows=pa.table({}), texts=pa.table({}))
     yield TaggedOutput("counts", (number, (k, bare)))
     yield TaggedOutput("rows", ((number, k), chunk.rows))
-    hashes = chunk.texts["hash"].to_numpy()
     for p in range(partitions):
-      part = transforms.partition(hashes, p, partitions)
-      texts = chunk.texts["text"].slice(part.start, part.stop - part.start).combine_chunks()
-      yield TaggedOutput("slices", (p, ((number, k), Slice(hashes[part], texts, file.symmetric))))
+      part = transforms.documents_of(chunk.texts, p, partitions, file.symmetric)
+      yield TaggedOutput("slices", (p, ((number, k), part)))
 
 
 def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: Job) -> tuple[int, FileCount]:
@@ -179,14 +178,8 @@ def _write_rows(
   places = np.concatenate([starts[p] + place for p, place, _ in found])
   lengths = np.concatenate([length for _, _, length in found])
   file, number = job.plan.files[chunk[0]], sorted(chunks).index(chunk)
-  with contextlib.ExitStack() as stack:
-    paths = {
-      split: {
-        suffix: stack.enter_context(_new_file(job, file_name(split, number, len(chunks)) + suffix))
-        for suffix in transforms.suffixes(file)
-      }
-      for split in (TRAIN, VALIDATION)
-    }
+  new = functools.partial(_new_file, job)
+  with transforms.row_files(file, number, len(chunks), new) as paths:
     texts = transforms.document_places(table)
     tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
     return chunk, transforms.write_rows(

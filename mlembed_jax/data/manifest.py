@@ -12,7 +12,7 @@ import fnmatch
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import fsspec
@@ -133,19 +133,29 @@ def select(manifest_path: str, patterns: Iterable[str], field: str) -> list[File
     DataError: a pattern matches nothing, or an entry lacks a field; `field` names the setting.
   """
   manifest, folder = read_manifest(manifest_path), _folder(manifest_path)
-  chosen: set[str] = set()
-  for pattern in patterns:
-    names = fnmatch.filter(manifest, pattern)
-    if not names:
-      raise DataError(
-        f"{field}: {pattern!r} matches no file of {manifest_path}; it lists {', '.join(manifest)}"
-      )
-    chosen |= set(names)
+  chosen = matching(manifest, patterns, field, manifest_path)
   return [
     File(name, check_entry(manifest_path, name, entry), folder)
     for name, entry in manifest.items()
     if name in chosen
   ]
+
+
+def matching(names: Collection[str], patterns: Iterable[str], field: str, where: Any) -> set[str]:
+  """Returns the names that match any of the patterns.
+
+  Raises:
+    DataError: a pattern matches nothing; `field` names the setting, `where` what has the names.
+  """
+  chosen: set[str] = set()
+  for pattern in patterns:
+    found = fnmatch.filter(names, pattern)
+    if not found:
+      raise DataError(
+        f"{field}: {pattern!r} matches no file of {where}; it lists {', '.join(names)}"
+      )
+    chosen |= set(found)
+  return chosen
 
 
 def select_all(manifests: Iterable[str], patterns: Iterable[str], field: str) -> list[File]:

@@ -243,11 +243,8 @@ def _read_table(job: Job, file: int, chunk: int, name: str) -> pa.Table:
 
 
 def _slice(job: Job, file: int, chunk: int, number: int) -> Slice:
-  table = _read_table(job, file, chunk, "texts")
-  hashes = table["hash"].to_numpy()
-  part = transforms.partition(hashes, number, job.plan.partitions)
-  texts = table["text"].slice(part.start, part.stop - part.start).combine_chunks()
-  return Slice(hashes[part], texts, job.plan.files[file].symmetric)
+  texts, queried = _read_table(job, file, chunk, "texts"), job.plan.files[file].symmetric
+  return transforms.documents_of(texts, number, job.plan.partitions, queried)
 
 
 def _index(job: Job, number: int, name: str) -> pathlib.Path:
@@ -272,14 +269,8 @@ def _write_rows(job: Job, item: tuple[int, int, int, int]) -> dict[str, RowShard
   table = _read_table(job, file, chunk, "rows")
   places, lengths = _look_up(job, _read_table(job, file, chunk, "texts")["hash"].to_numpy())
   texts = transforms.document_places(table)
-  with contextlib.ExitStack() as stack:
-    paths = {
-      split: {
-        suffix: stack.enter_context(new_file(job.out / (file_name(split, number, shards) + suffix)))
-        for suffix in transforms.suffixes(job.plan.files[file])
-      }
-      for split in (TRAIN, VALIDATION)
-    }
+  new = lambda name: new_file(job.out / name)  # noqa: E731
+  with transforms.row_files(job.plan.files[file], number, shards, new) as paths:
     return transforms.write_rows(
       paths,
       job.plan.files[file],

@@ -7,10 +7,11 @@ partition and are tokenised and stored once. `prepare.py` runs the steps as proc
 machine, `beam.py` as a pipeline.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +58,14 @@ def partition(hashes: np.ndarray, number: int, partitions: int) -> slice:
   bounds = np.array([number << bits, ((number + 1) << bits) - 1], np.uint64)
   first = np.searchsorted(hashes, bounds[0], side="left")
   return slice(int(first), int(np.searchsorted(hashes, bounds[1], side="right")))
+
+
+def documents_of(texts: pa.Table, number: int, partitions: int, queried: bool) -> Slice:
+  """Returns what belongs to a partition of a chunk's texts."""
+  hashes = texts["hash"].to_numpy()
+  part = partition(hashes, number, partitions)
+  inside = texts["text"].slice(part.start, part.stop - part.start).combine_chunks()
+  return Slice(hashes[part], inside, queried)
 
 
 def write_documents(
@@ -156,6 +165,24 @@ LENGTHS, VECTORS = ".lengths.npy", ".vectors.npy"  # files beside a shard of row
 def suffixes(file: File) -> list[str]:
   """Returns what follows the name of a shard of rows in the names of its files."""
   return ["", LENGTHS, *([VECTORS] if file.vectors else [])]
+
+
+NewFile = Callable[[str], contextlib.AbstractContextManager[pathlib.Path]]
+
+
+@contextlib.contextmanager
+def row_files(
+  file: File, number: int, shards: int, new_file: NewFile
+) -> Iterator[dict[str, dict[str, pathlib.Path]]]:
+  """Yields new files for the rows of a chunk, by split and suffix; `new_file` opens one by name."""
+  with contextlib.ExitStack() as stack:
+    yield {
+      split: {
+        suffix: stack.enter_context(new_file(records.file_name(split, number, shards) + suffix))
+        for suffix in suffixes(file)
+      }
+      for split in (TRAIN, VALIDATION)
+    }
 
 
 def document_places(rows: pa.Table) -> np.ndarray:
