@@ -40,7 +40,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "rope_theta": 1e6,
         "norm_eps": 1e-6,
         "dtype": "bfloat16",  # of the computation; parameters are float32. bfloat16 | float32
-        "remat": "full",  # recomputed by backward: none | full (layers) | dots (all but products)
+        "attention": "auto",  # the platform's kernel | splash (TPU) | cudnn (GPU) | einsum (all)
+        "remat": "full",  # computed again by backward, in growing need of memory: offload and full
+        #                   (whole layers) | attention and products (all but those) | dots | none
       },
       # What is trained along each axis. () is the default set; (full,) alone switches an axis off.
       "matryoshka": {
@@ -102,6 +104,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "global_batch": 512,  # rows per step over all devices, all from one file
         "micro_batch": 0,  # tokens encoded at a time over all devices (GradCache): memory against
         #                    padding of the last block; 0: chosen by the compiler's account
+        "kept_tokens": 0,  # of each of `lengths`, over all devices: whole blocks of so many tokens
+        #                    keep their activations, the others are encoded twice
         "lengths": (256, 1024),  # of token sheets: a text goes to the shortest that holds it; the
         #                          last one truncates
         "packing": True,  # texts share a sheet as far as they fit | False: one text per sheet

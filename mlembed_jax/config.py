@@ -25,7 +25,8 @@ from mlembed_jax.config_fields import (
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "model.dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "full", "dots"),
+  "model.attention": ("auto", "splash", "cudnn", "einsum"),
+  "model.remat": ("none", "full", "attention", "products", "dots", "offload"),
   "losses.softmax": ("separate", "joint"),
   "losses.false_negative_score": ("own", "teacher"),
   "kd.match": ("depth_fraction", "index"),
@@ -49,6 +50,7 @@ MAY_BE_ZERO = {
   "data.max_rows",
   "data.document_instructions",
   "data.micro_batch",
+  "data.kept_tokens",
   "data.workers",
   "optimizer.min_learning_rate",
   "optimizer.warmup_steps",

@@ -25,6 +25,7 @@ class ModelConfig:
   rope_theta: float
   norm_eps: float
   dtype: str
+  attention: str
   remat: str
 
 
@@ -118,6 +119,7 @@ class DataConfig:
   document_instructions: float
   global_batch: int
   micro_batch: int
+  kept_tokens: int
   lengths: tuple[int, ...]
   packing: bool
   workers: int

@@ -1,14 +1,15 @@
 """Value and gradient of a loss over the whole batch, in the memory of a part of it.
 
-GradCache (arXiv 2101.06983): encode every block of sheets without keeping activations;
-differentiate the loss with respect to the states of all texts at once; encode each block again to
-pull the gradient of its states back to the parameters. Unlike accumulation, the loss sees every row
-of the batch.
+GradCache (arXiv 2101.06983): encode every block of sheets; differentiate the loss with respect to
+the states of all texts at once; pull the gradient of each block's states back to the parameters.
+Unlike accumulation, the loss sees every row of the batch. What the backward pass needs of a block
+is kept from the first pass for as many blocks as memory holds; the others are encoded again.
 
 Arrays only. Sheets of one width: tokens [n, S, T], ends [n, S, K] and texts [n, S, K] of n blocks,
 as data/packing.py makes them. Only blocks that hold a text are encoded.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,90 +19,138 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from mlembed_jax.residuals import Pull
 from mlembed_jax.sharding import RULES
 
 Sheets = dict[str, Array]
-Body = Callable[[Sheets, Any], Any]
+Encode = Callable[[Any, Sheets], Float[Array, "E S K D"]]
 ROWS = PartitionSpec(RULES["batch"])
 STATES = PartitionSpec(None, RULES["batch"])
+BLOCKS = "blocks_"  # scope of a loop over blocks: their width, first and end follow
 
 
 def value_and_grad(
-  encode: Callable[[Any, Sheets], Float[Array, "E S K D"]],
+  encode: Encode,
   watch: Callable[[Sheets], Any],
   loss: Callable[..., tuple[Array, Any]],
   params: Any,
   head: Any,
   sheets: Sequence[Sheets],
   rows: tuple[int, int],
+  kept_tokens: int,
 ) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
   """Returns ((value, aux), gradients of (params, head)) of the whole batch.
 
   `encode(params, block)` gives the states of a block's texts, `watch(block)` arrays without
   gradient of the same layout; `loss(states, watched, head)` gives (value, aux) from what they give
-  for all texts of the batch, [E, B, C, D]. `rows` is (B, C).
+  for all texts of the batch, [E, B, C, D]. `rows` is (B, C). Of each width the blocks that
+  `kept_tokens` hold are encoded once.
   """
-  if all(len(width["texts"]) == 1 for width in sheets):
-    # One block is the whole batch: no second encoding.
-    watched = _by_text(watch, sheets, rows, _each_block)
-    return jax.value_and_grad(
-      lambda p, h: loss(
-        _by_text(functools.partial(encode, p), sheets, rows, _each_block), watched, h
-      ),
-      argnums=(0, 1),
-      has_aux=True,
-    )(params, head)
-  both = lambda block: (encode(params, block), watch(block))  # noqa: E731
-  states, watched = _by_text(both, sheets, rows, _each_used_block)
+  passes = [_Passes(encode, watch, params, width, kept_tokens) for width in sheets]
+  shapes = jax.eval_shape(passes[0].states, passes[0].block(0))
+  into: Any = jax.tree.map(lambda x: jnp.zeros((x.shape[0], *rows, x.shape[-1]), x.dtype), shapes)
+  kept = []
+  for each in passes:
+    into, residuals = each.forward(into)
+    kept.append(residuals)
+  states, watched = into
   value, (d_states, d_head) = jax.value_and_grad(loss, argnums=(0, 2), has_aux=True)(
     states, watched, head
   )
-
-  def add(block: Sheets, total: Any) -> Any:
-    _, pull = jax.vjp(lambda p: encode(p, block), params)
-    return jax.tree.map(jnp.add, total, pull(_take(d_states, block["texts"]))[0])
-
-  grads = _each_used_block(sheets, add, jax.tree.map(jnp.zeros_like, params))
+  grads = jax.tree.map(jnp.zeros_like, params)
+  for each, residuals in zip(passes, kept, strict=True):
+    grads = each.backward(d_states, residuals, grads)
   return value, (grads, d_head)
 
 
-def _each_block(sheets: Sequence[Sheets], body: Body, carry: Any) -> Any:
-  """Returns the carry after every block, differentiably."""
-  for width in sheets:
-    for i in range(len(width["texts"])):
-      carry = body(_block(width, i), carry)
-  return carry
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+  """Both passes over the blocks of one width."""
 
+  encode: Encode
+  watch: Callable[[Sheets], Any]
+  params: Any
+  sheets: Sheets
+  kept_tokens: int
 
-def _each_used_block(sheets: Sequence[Sheets], body: Body, carry: Any) -> Any:
-  """Returns the carry after every block with a text on any device; they come first."""
-  for width in sheets:
-    # The loop runs as often on every device: collectives are in its body.
-    used = jnp.any(width["ends"] < width["tokens"].shape[-1], axis=(1, 2)).sum()
-    step = lambda i, carry, width=width: body(_block(width, i), carry)  # noqa: E731
-    carry = jax.lax.fori_loop(0, used, step, carry)
-  return carry
+  @property
+  def blocks(self) -> int:
+    return len(self.sheets["tokens"])
 
+  def block(self, i: Any) -> Sheets:
+    return jax.tree.map(lambda x: x[i], self.sheets)
 
-def _block(width: Sheets, i: Any) -> Sheets:
-  return jax.tree.map(lambda x: x[i], width)
+  def states(self, block: Sheets) -> tuple[Array, Any]:
+    return self.encode(self.params, block), self.watch(block)
 
+  @functools.cached_property
+  def used(self) -> Array:
+    """How many blocks hold a text on any device; they come first.
 
-def _by_text(
-  run: Callable[[Sheets], Any], sheets: Sequence[Sheets], rows: tuple[int, int], loop: Any
-) -> Any:
-  """Returns what `run` gives for each block, [E, S, K, D], as [E, B, C, D]."""
+    The loops run as often on every device: collectives are in their bodies.
+    """
+    return jnp.any(self.sheets["ends"] < self.sheets["tokens"].shape[-1], axis=(1, 2)).sum()
 
-  def write(block: Sheets, into: Any) -> Any:
-    put = functools.partial(_put, texts_SK=block["texts"])
-    return jax.tree.map(put, into, run(block))
+  @functools.cached_property
+  def kept(self) -> int:
+    blocks, *size = self.sheets["tokens"].shape
+    return min(blocks, self.kept_tokens // (size[0] * size[1]))
 
-  shapes = jax.eval_shape(run, _block(sheets[0], 0))
-  empty = jax.tree.map(lambda x: jnp.zeros((x.shape[0], *rows, x.shape[-1]), x.dtype), shapes)
-  return loop(sheets, write, empty)
+  @functools.cached_property
+  def pull(self) -> Pull:
+    return Pull(self.encode, self.params, self.block(0))
+
+  def forward(self, into: Any) -> tuple[Any, Any]:
+    """Returns `into` with the states of these blocks, and what is kept of the first ones."""
+
+    def keep(i: Array, carry: Any) -> Any:
+      into, residuals = carry
+      block = self.block(i)
+      states, found = self.pull.forward(self.params, block)
+      residuals = jax.tree.map(lambda all_, x: all_.at[i].set(x), residuals, found)
+      return _put_all(into, (states, self.watch(block)), block), residuals
+
+    def encode(i: Array, into: Any) -> Any:
+      return _put_all(into, self.states(self.block(i)), self.block(i))
+
+    residuals = self.pull.empty(self.kept) if self.kept else ()
+    into, residuals = self._loop(0, self.kept, keep, (into, residuals))
+    return self._loop(self.kept, self.blocks, encode, into), residuals
+
+  def backward(self, d_states: Array, residuals: Any, grads: Any) -> Any:
+    """Returns `grads` plus the gradient of these blocks."""
+
+    def from_kept(i: Array, total: Any) -> Any:
+      found = jax.tree.map(lambda x: x[i], residuals)
+      d_block = _take(d_states, self.sheets["texts"][i])
+      d_params = self.pull.back(self.params, self.block(0), found, d_block)
+      return jax.tree.map(jnp.add, total, d_params)
+
+    def from_text(i: Array, total: Any) -> Any:
+      block = self.block(i)
+      _, pull = jax.vjp(lambda p: self.encode(p, block), self.params)
+      return jax.tree.map(jnp.add, total, pull(_take(d_states, block["texts"]))[0])
+
+    grads = self._loop(0, self.kept, from_kept, grads)
+    return self._loop(self.kept, self.blocks, from_text, grads)
+
+  def _loop(self, start: int, end: int, body: Callable[..., Any], carry: Any) -> Any:
+    """Returns the carry after the used blocks from `start` to before `end`."""
+    width = self.sheets["tokens"].shape[-1]
+    if start == end:
+      return carry
+    with jax.named_scope(f"{BLOCKS}{width}_{start}_{end}"):
+      stop = jnp.minimum(self.used, end)
+      return jax.lax.fori_loop(start, stop, body, carry)
+
 
 
 # Texts are numbered within their shard, so states never leave their device: shard_map promises it.
+
+
+def _put_all(into: Any, states: Any, block: Sheets) -> Any:
+  """Returns arrays by text with those of a block, [E, S, K, D], in their places."""
+  return jax.tree.map(functools.partial(_put, texts_SK=block["texts"]), into, states)
 
 
 def _put(

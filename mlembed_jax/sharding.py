@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax.config_fields import Config, ConfigError, ModelConfig
@@ -17,7 +18,7 @@ from mlembed_jax.config_fields import Config, ConfigError, ModelConfig
 RULES: dict[str | None, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
   "token": (),
-  "vocab": ("tensor",),
+  "vocab": (),  # of any size: 151,936 rows are no multiple of 256 devices, columns are
   "rank": ("fsdp",),
   "embed": ("fsdp",),
   "heads": ("tensor",),
@@ -30,12 +31,43 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 
 
+# Larger arrays must be split. Norm scales are the largest that are not: 0.6 MB in the 8B.
+LARGEST_WHOLE = 4 * 2**20
+
+
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-  """Returns the mesh (data, fsdp, tensor) over the devices; ConfigError where it cannot be."""
+  """Returns the mesh (data, fsdp, tensor) over the devices.
+
+  Between the slices of a multi-slice TPU lies the slow data-centre network; only copies of the
+  parameters, on `data`, are kept in step over it.
+
+  Raises:
+    ConfigError: no such mesh can be laid out.
+  """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
-  return jax.make_mesh(
-    tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 3, devices=devices
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if shape["data"] % slices:
+    raise ConfigError(
+      f"mesh.data: {shape['data']} is not a multiple of the {slices} slices; parameters are split "
+      "within a slice only"
+    )
+  inner = (shape["data"] // slices, shape["fsdp"], shape["tensor"])
+  try:
+    laid = _laid_out(inner, slices, devices)
+  except NotImplementedError as error:
+    raise ConfigError(
+      f"mesh: the axes {dict(zip(shape, inner, strict=True))} cannot be laid along the torus of a "
+      f"slice: {str(error).splitlines()[0]}"
+    ) from error
+  return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * 3)
+
+
+def _laid_out(inner: tuple[int, ...], slices: int, devices: Sequence[Any]) -> Any:
+  if slices == 1:
+    return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+  return mesh_utils.create_hybrid_device_mesh(
+    inner, (slices, 1, 1), devices, allow_split_physical_axes=True
   )
 
 
@@ -86,7 +118,7 @@ def _check_split(config: Config, shape: Mapping[str, int]) -> None:
       f"data.micro_batch: {config.data.micro_batch} tokens are less than a sheet of "
       f"{config.data.lengths[-1]} on each of mesh.data x mesh.fsdp = {parts} parts, {tokens}"
     )
-  for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor"), ("vocab", "tensor")):
+  for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor")):
     _check_multiple(config.model, field, axis, shape)
   for field in ("heads", "kv_heads"):
     _check_multiple(config.model, field, "tensor", shape)
@@ -126,13 +158,20 @@ def partition_spec(
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-  """Returns a NamedSharding per array of a boxed abstract tree; unnamed leaves are replicated."""
+  """Returns a NamedSharding per array of a boxed abstract tree; unnamed leaves are replicated.
+
+  Raises:
+    ValueError: an array cannot be split as its names say, or a large one would not be split.
+  """
 
   def one(path: Any, leaf: Any) -> NamedSharding:
-    if not isinstance(leaf, nn.LogicallyPartitioned):
-      return NamedSharding(mesh, PartitionSpec())
-    name = jax.tree_util.keystr(path)
-    return NamedSharding(mesh, partition_spec(name, leaf.value.shape, leaf.names, mesh))
+    boxed = isinstance(leaf, nn.LogicallyPartitioned)
+    value, name = leaf.value if boxed else leaf, jax.tree_util.keystr(path)
+    spec = partition_spec(name, value.shape, leaf.names, mesh) if boxed else PartitionSpec()
+    sharding, size = NamedSharding(mesh, spec), math.prod(value.shape) * value.dtype.itemsize
+    if mesh.shape["fsdp"] > 1 and sharding.is_fully_replicated and size > LARGEST_WHOLE:
+      raise ValueError(f"{name}: {size:,} bytes would be whole on every device; split an axis")
+    return sharding
 
   return jax.tree_util.tree_map_with_path(
     one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)

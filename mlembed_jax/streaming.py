@@ -7,16 +7,15 @@ candidates of all devices, one gathered chunk at a time. Arrays only; letters as
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from mlembed_jax import context
 from mlembed_jax.similarity import (
   ABSENT,
   Anchors,
@@ -148,15 +147,8 @@ def _cotangent(d: tuple[list[Array], Array], like: Texts) -> Texts:
 
 def _devices() -> _Devices:
   """Returns the devices that the rows of the batch are split over, from the mesh of the context."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return _Devices((), 1, jax.default_backend())
-  spec: Any = nn.logical_to_mesh_axes(("batch",))
-  names = (spec[0],) if isinstance(spec[0], str) else tuple(spec[0] or ())
-  axes = tuple(axis for axis in names if mesh.shape[axis] > 1)
-  # The mesh knows what is compiled for; the backend here may be another one.
-  platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
-  return _Devices(axes, math.prod(mesh.shape[axis] for axis in axes), platform)
+  axes = context.mesh_axes("batch")
+  return _Devices(axes, context.parts("batch"), context.platform())
 
 
 def _on_devices(function: Callable[..., Any], *args: Any) -> Any:

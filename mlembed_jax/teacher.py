@@ -88,7 +88,7 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
       "(no config.json)"
     )
   found = _from_workdir(path) if is_workdir else _from_folder(path)
-  model = dataclasses.replace(found.model, dtype=config.model.dtype, remat="none")
+  model = dataclasses.replace(found.model, dtype=config.model.dtype, attention="auto", remat="none")
   _check_width(config, model.width, config.kd.teacher)
   _check_tokenizer(path, found, tokenizer)
   if not is_workdir:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from mlembed_jax.config_fields import Config
-from mlembed_jax.models.encoder import Encoder
+from mlembed_jax.models import encoder
 from mlembed_jax.sharding import shardings
 
 
@@ -31,8 +31,7 @@ def trained(params: Any, log_temperature: Any) -> dict[str, Any]:
 
 
 def _init(config: Config, tx: optax.GradientTransformation, unbox: Any, key: Any) -> TrainState:
-  tokens, ends = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1), jnp.int32)
-  params = unbox(Encoder(config.model).init(key, tokens, ends)["params"])
+  params = unbox(encoder.init(config.model, key))
   logs = initial_log_temperature(config)
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mlembed_jax import gradcache, losses, optimizer, train_state
+from mlembed_jax import compiler, gradcache, losses, optimizer, train_state
 from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, LossesConfig, ModelConfig
 from mlembed_jax.gradcache import Sheets
 from mlembed_jax.losses import Task, Teachers
@@ -65,8 +65,9 @@ def encode(
   model: ModelConfig, exits: tuple[int, ...], params: Any, sheets: Sheets, mask: Any = None
 ) -> Float[Array, "E S K D"]:
   """Returns the states of a block's texts (tokens [S, T], ends [S, K]) at the exits."""
-  states: Any = Encoder(model).apply({"params": params}, sheets["tokens"], sheets["ends"], mask)
-  return states[jnp.array(exits) - 1]
+  encoder = Encoder(model, exits)
+  states: Any = encoder.apply({"params": params}, sheets["tokens"], sheets["ends"], mask)
+  return states
 
 
 def value_and_grad(
@@ -121,6 +122,7 @@ def value_and_grad(
     log_temperature,
     batch["sheets"],
     batch["hashes"].shape[:2],
+    config.data.kept_tokens,
   )
   return result, grads
 
@@ -135,7 +137,11 @@ def make(
   layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config, tx, mesh))
 
   @functools.partial(
-    jax.jit, donate_argnames="state", static_argnames="task", out_shardings=(layout, None)
+    jax.jit,
+    donate_argnames="state",
+    static_argnames="task",
+    out_shardings=(layout, None),
+    compiler_options=compiler.options(mesh.devices.flat),
   )
   def step(
     state: TrainState, batch: Batch, teacher_params: Any, task: Task

@@ -136,7 +136,7 @@ def read_model(path: pathlib.Path) -> ModelConfig:
   if absent := [field for field, value in shape.items() if value is None]:
     key = names.CONFIG_KEYS.get(absent[0], absent[0])
     raise LoadError(f"E105 config: {path}/config.json has no {key}")
-  return ModelConfig(**shape, rank=0, dtype="float32", remat="none")
+  return ModelConfig(**shape, rank=0, dtype="float32", attention="auto", remat="none")
 
 
 def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:

@@ -1,11 +1,29 @@
-"""Causal grouped-query attention within segments. Takes arrays only."""
+"""Causal grouped-query attention within segments, by the best kernel of each platform.
+
+Takes arrays only. The einsum is the definition; the kernels equal it up to rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
+
+from mlembed_jax import context
 
 # Finite, so that a padding row, which may attend to nothing else, never becomes NaN.
 MASKED = -1e30
+LANES = 128  # of a TPU's vector registers: tokens and head width come in multiples of it
+SPLASH_BLOCK = 1024
+# Name of what the backward pass of attention needs beside q, k and v, for remat policies.
+SAVED = "context"
+
+
+class AttentionError(ValueError):
+  """Attention that an implementation cannot compute; the message names the field."""
 
 
 def attention(
@@ -13,23 +31,144 @@ def attention(
   k_BTGK: Float[Array, "B T G K"],
   v_BTGK: Float[Array, "B T G K"],
   segments_BT: Int[Array, "B T"],
+  implementation: str = "auto",
 ) -> Float[Array, "B T N K"]:
   """Returns the attention output in the dtype of `q`; the softmax is computed in float32.
 
   A token sees itself and earlier tokens of its own segment; padding is a segment of its own (0).
   Query head h reads key/value head h // (N / G).
+
+  Raises:
+    AttentionError: the implementation is not one of this platform, or cannot do these shapes.
+      "auto" is the first of the platform that can.
   """
+  here = context.platform()
+  choices = KERNELS.get(here, {}) | {"einsum": (einsum, lambda *_: "")}
+  if implementation != "auto" and implementation not in choices:
+    raise AttentionError(
+      f"model.attention: {implementation!r} does not run on {here}, which has {', '.join(choices)}"
+    )
+  names = choices if implementation == "auto" else (implementation,)
+  for name in names:
+    function, refuses = choices[name]
+    if not (reason := refuses(q_BTNK)):
+      return function(q_BTNK, k_BTGK, v_BTGK, segments_BT)
+  raise AttentionError(f"model.attention: {implementation!r} {reason}")
+
+
+def einsum(
+  q_BTNK: Float[Array, "B T N K"],
+  k_BTGK: Float[Array, "B T G K"],
+  v_BTGK: Float[Array, "B T G K"],
+  segments_BT: Int[Array, "B T"],
+) -> Float[Array, "B T N K"]:
+  """Returns the attention output by its definition; all scores stand in memory."""
   B, T, N, K = q_BTNK.shape
   G = k_BTGK.shape[2]
   q_BTGHK = q_BTNK.reshape(B, T, G, N // G, K)
   scores_BGHTS = jnp.einsum(
     "BTGHK,BSGK->BGHTS", q_BTGHK, k_BTGK, preferred_element_type=jnp.float32
   )
-  seen_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & jnp.tri(T, dtype=bool)[None]
-  scores_BGHTS = jnp.where(seen_BTS[:, None, None], scores_BGHTS * K**-0.5, MASKED)
+  scores_BGHTS = jnp.where(seen(segments_BT)[:, None, None], scores_BGHTS * K**-0.5, MASKED)
   weights_BGHTS = jax.nn.softmax(scores_BGHTS, axis=-1)
   out_BTGHK = jnp.einsum("BGHTS,BSGK->BTGHK", weights_BGHTS.astype(v_BTGK.dtype), v_BTGK)
-  return out_BTGHK.reshape(B, T, N, K)
+  return checkpoint_name(out_BTGHK.reshape(B, T, N, K), SAVED)
+
+
+def seen(segments_BT: Int[Array, "B T"]) -> Any:
+  """Returns which keys each query sees, [B, T, S]."""
+  same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  return same_BTS & jnp.tri(segments_BT.shape[1], dtype=bool)[None]
+
+
+def splash_attention(
+  q_BTNK: Float[Array, "B T N K"],
+  k_BTGK: Float[Array, "B T G K"],
+  v_BTGK: Float[Array, "B T G K"],
+  segments_BT: Int[Array, "B T"],
+  interpret: bool = False,
+) -> Float[Array, "B T N K"]:
+  """Returns the attention output by the Pallas kernel for TPU, each device its own heads and rows.
+
+  `interpret` runs the kernel's program on any platform.
+  """
+  kernel = _splash_kernel(*q_BTNK.shape[1:3], interpret)
+
+  def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    heads_first = [x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)]
+    out = jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments, segments))
+    return out.swapaxes(1, 2)
+
+  return _on_devices(local, q_BTNK, k_BTGK, v_BTGK, segments_BT)
+
+
+def _splash_kernel(size: int, heads: int, interpret: bool) -> Callable[..., Array]:
+  block = next(b for b in range(min(SPLASH_BLOCK, size), 0, -LANES) if size % b == 0)
+  blocks = splash.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    use_fused_bwd_kernel=True,
+  )
+  mask = splash.MultiHeadMask([splash.CausalMask((size, size))] * (heads // context.parts("heads")))
+  return splash.make_splash_mha(
+    mask,
+    block_sizes=blocks,
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=SAVED,
+    interpret=interpret,
+  )
+
+
+def _refused_by_splash(q_BTNK: Array) -> str:
+  _, size, _, width = q_BTNK.shape
+  if size % LANES:
+    return f"needs data.lengths in multiples of {LANES}, found {size}"
+  if width % LANES:
+    return f"needs model.head_dim in multiples of {LANES}, found {width}"
+  return ""
+
+
+def cudnn_attention(
+  q_BTNK: Float[Array, "B T N K"],
+  k_BTGK: Float[Array, "B T G K"],
+  v_BTGK: Float[Array, "B T G K"],
+  segments_BT: Int[Array, "B T"],
+) -> Float[Array, "B T N K"]:
+  """Returns the attention output by cuDNN's flash kernel, segments as a mask shared by all heads."""
+  mask_B1TS = seen(segments_BT)[:, None]
+  out_BTNK = jax.nn.dot_product_attention(
+    q_BTNK, k_BTGK, v_BTGK, mask=mask_B1TS, implementation="cudnn"
+  )
+  return checkpoint_name(out_BTNK, SAVED)
+
+
+def _refused_by_cudnn(q_BTNK: Array) -> str:
+  width, dtype = q_BTNK.shape[-1], q_BTNK.dtype
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"needs model.dtype bfloat16, found {dtype}"
+  if width % 8 or width > 128:
+    return f"needs model.head_dim in multiples of 8 up to 128, found {width}"
+  return ""
+
+
+def _on_devices(local: Callable[..., Array], *arrays: Array) -> Array:
+  """Returns `local(q, k, v, segments)` of each device's rows and heads."""
+  q, kv = (context.spec("batch", "token", heads, None) for heads in ("heads", "kv_heads"))
+  if not tuple(q):
+    return local(*arrays)
+  # A kernel says nothing of which axes its output varies over, so check_vma would refuse it.
+  rows = context.spec("batch", "token")
+  return jax.shard_map(local, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)(*arrays)
+
+
+# platform -> {name: (implementation, why it cannot or "")}, the best first.
+KERNELS: dict[str, dict[str, tuple[Callable[..., Array], Callable[[Array], str]]]] = {
+  "tpu": {"splash": (splash_attention, _refused_by_splash)},
+  "gpu": {"cudnn": (cudnn_attention, _refused_by_cudnn)},
+}
 
 
 def rotary(

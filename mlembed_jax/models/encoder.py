@@ -1,5 +1,6 @@
 """A dense Qwen3 decoder that returns the pooled state of every depth in one pass."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +8,32 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mlembed_jax import context
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.models.attention import attention, rotary
+from mlembed_jax.models.attention import SAVED, attention, rotary
+from mlembed_jax.models.embedding import look_up
 from mlembed_jax.models.pooling import last_tokens, packed
 
-# What the backward pass of one layer keeps; "none" means no rematerialisation at all.
+_saved = jax.checkpoint_policies.save_only_these_names
+_ATTENTION = ("query", "key", "value", SAVED)
+# What a layer keeps for its backward pass beside its input, which computes the rest again. "none"
+# means no rematerialisation at all. Bytes are those of one token in one layer of the 8B; the input
+# has 8 KiB.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": _saved(*_ATTENTION),  # 20 KiB: no second attention, 0.15 of a forward pass
+  "products": _saved(*_ATTENTION, "gate", "up"),  # 68 KiB: only norms and products of 0.17
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # 92 KiB: but attention
+  # The input itself waits in the memory of the host.
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["stream"],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
 }
 
 
@@ -48,8 +65,28 @@ def project(x: Array, w: Array, axes: int = 1) -> Array:
   token), XLA's CPU backend first transposes both operands, which doubles the time of the layer.
   """
   rows, fan_in = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
-  out = x.reshape(-1, fan_in) @ w.reshape(fan_in, -1)
+  out = _product(x.reshape(-1, fan_in), w.reshape(fan_in, -1))
   return out.reshape(*rows, *w.shape[axes:])
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "A I"], w: Float[Array, "I O"]) -> Float[Array, "A O"]:
+  return x @ w
+
+
+def _product_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+  return _product(x, w), (x, w)
+
+
+def _product_bwd(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+  x, w = saved
+  # Written to memory. XLA would compute the gradient of the norm or of the gate in the product's
+  # epilogue, which then takes twice as long (by the TPU compiler's own estimate).
+  d_x = jax.lax.optimization_barrier(d_out @ w.T)
+  return d_x, x.T @ d_out
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 class RMSNorm(nn.Module):
@@ -85,7 +122,10 @@ class Attention(nn.Module):
     v_BTGK = project(x_BTD, v_DGK)
     q_BTNK = rotary(q_BTNK, positions_BT, c.rope_theta)
     k_BTGK = rotary(k_BTGK, positions_BT, c.rope_theta)
-    out_BTNK = attention(q_BTNK, k_BTGK, v_BTGK, segments_BT)
+    q_BTNK = checkpoint_name(q_BTNK, "query")
+    k_BTGK = checkpoint_name(k_BTGK, "key")
+    v_BTGK = checkpoint_name(v_BTGK, "value")
+    out_BTNK = attention(q_BTNK, k_BTGK, v_BTGK, segments_BT, c.attention)
     return project(out_BTNK, o_NKD, axes=2)
 
 
@@ -101,7 +141,8 @@ class Mlp(nn.Module):
     gate_DF = weight(self, "gate", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
     up_DF = weight(self, "up", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
     down_FD = weight(self, "down", (c.ffn, c.width), ("ffn", "embed"), normal(c.ffn))
-    hidden_BTF = jax.nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF)
+    gated_BTF = checkpoint_name(project(x_BTD, gate_DF), "gate")
+    hidden_BTF = jax.nn.silu(gated_BTF) * checkpoint_name(project(x_BTD, up_DF), "up")
     return project(hidden_BTF, down_FD)
 
 
@@ -117,6 +158,7 @@ class Block(nn.Module):
     """Returns the residual stream [B, T, D] and its value at the end of each text [B, K, D]."""
     c = self.config
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "token", None))
+    x_BTD = checkpoint_name(x_BTD, "stream")
     normed_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
     x_BTD = x_BTD + Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT)
     x_BTD = x_BTD + Mlp(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
@@ -127,6 +169,7 @@ class Encoder(nn.Module):
   """Token ids to one vector per text and depth."""
 
   config: ModelConfig
+  exits: tuple[int, ...] = ()  # layer counts to give the states of; (): all
 
   @nn.compact
   def __call__(
@@ -134,8 +177,8 @@ class Encoder(nn.Module):
     tokens_BT: Int[Array, "B T"],
     ends_BK: Int[Array, "B K"],
     rank_mask_R: Float[Array, "R"] | None = None,
-  ) -> Float[Array, "L B K D"]:
-    """Returns the final-norm state at the end of each text after every layer.
+  ) -> Float[Array, "E B K D"]:
+    """Returns the final-norm state at the end of each text after every exit.
 
     Row b holds texts one after another, text k up to token `ends[b, k]` (ascending; T: no more
     texts, the states there are arbitrary, but finite). No text sees another one. `rank_mask_R` (1
@@ -146,7 +189,10 @@ class Encoder(nn.Module):
     positions_BT, segments_BT = packed(ends_BK, tokens_BT.shape[1])
     x_BTD = self._embed(tokens_BT, rank_mask_R)
     _, pooled_LBKD = self._layers()(c, name="layers")(x_BTD, positions_BT, segments_BT, ends_BK)
-    return RMSNorm(c, name="final_norm")(pooled_LBKD)
+    exits = self.exits or range(1, c.layers + 1)
+    # Recomputed by the backward pass, which else keeps four times as much in float32.
+    norm: Any = nn.remat(RMSNorm, prevent_cse=False)
+    return norm(c, name="final_norm")(pooled_LBKD[jnp.array(exits) - 1])
 
   def _embed(self, tokens_BT: Array, rank_mask_R: Array | None) -> Array:
     c = self.config
@@ -155,14 +201,15 @@ class Encoder(nn.Module):
     # in bfloat16 a sum of equal terms stops growing at 256 of them.
     if not c.rank:
       table_VD = weight(self, "table", (c.vocab, c.width), ("vocab", "embed"), std, "float32")
-      return table_VD[tokens_BT].astype(c.dtype)
+      return look_up(table_VD, tokens_BT).astype(c.dtype)
     table_VR = weight(self, "table", (c.vocab, c.rank), ("vocab", "rank"), std, "float32")
     # The second factor keeps the deviation 0.02 of a full table. Its columns stay whole: it is
     # small, and two dimensions on one mesh axis are not possible.
     up_RD = weight(self, "up", (c.rank, c.width), ("rank", None), normal(c.rank))
     if rank_mask_R is not None:
       up_RD = up_RD * rank_mask_R.astype(up_RD.dtype)[:, None]
-    return project(table_VR[tokens_BT].astype(c.dtype), up_RD)
+    rows_BTR = look_up(table_VR, tokens_BT).astype(c.dtype)
+    return project(rows_BTR, up_RD)
 
   def _layers(self) -> Any:
     c = self.config
@@ -180,12 +227,17 @@ class Encoder(nn.Module):
     )
 
 
+def init(config: ModelConfig, key: Array) -> Any:
+  """Returns new parameters, boxed with their logical axis names."""
+  rows = context.parts("batch")  # what the mesh splits must divide
+  tokens, ends = jnp.zeros((rows, 2), jnp.int32), jnp.ones((rows, 1), jnp.int32)
+  return Encoder(config).init(key, tokens, ends)["params"]
+
+
 def abstract_params(config: ModelConfig) -> Any:
   """Returns the boxed tree of parameter shapes and logical axis names; nothing is computed."""
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  ends = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(Encoder(config).init, key, tokens, ends)["params"]
+  return jax.eval_shape(functools.partial(init, config), key)
 
 
 def parameter_shapes(config: ModelConfig) -> Any:

@@ -1,0 +1,84 @@
+"""Compiles a run's update for a TPU topology that is not here, and says what it needs.
+
+  python -m mlembed_jax.aot --config configs/8b.py:v5p --topology v5p:4x4x4
+
+Needs the package `libtpu` (`pip install -e ".[tpu]"`), whose compiler runs on any machine. Memory
+is the compiler's account. Time is an estimate: hlo.py says from what.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from mlembed_jax import cli, pod, sweep
+from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.pod import Estimate
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration file, FILE[:variant], as of mlembed_jax.train."
+)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, e.g. v5e:16x16, v5p:4x4x4, v6e:16x16.")
+SLICES = flags.DEFINE_integer("slices", 1, "How many of them, joined by the data-centre network.")
+TASK = flags.DEFINE_string("task", "retrieval", "Task type whose batches are compiled.")
+TEXT_TOKENS = flags.DEFINE_integer(
+  "text_tokens",
+  0,
+  "Tokens of each text of the estimated step; 0: as many as data.lengths allows, the longest step "
+  "there is. Memory is that of the longest step in any case.",
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a text.")
+SWEEP = flags.DEFINE_bool(
+  "sweep", False, "Try mesh shapes, remat policies and micro-batches, and print those that fit."
+)
+
+
+def text(estimate: Estimate) -> str:
+  """Returns the report."""
+  e = estimate
+  kinds = ", ".join(f"{name} {pod.gib(size)}" for name, size in e.hbm_by_kind.items())
+  exchanges = "\n".join(
+    f"  {x['count']:,.0f} x {x['kind']} of {pod.gib(x['bytes'])} among {x['group']}, {x['scope']}"
+    for x in e.collectives[:12]
+  )
+  parts = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in e.seconds_by_kind.items())
+  return f"""\
+{e.topology}: {e.devices} chips, mesh {e.mesh}
+memory per chip: {pod.gib(e.hbm_bytes_per_device)} of {pod.gib(e.hbm_capacity)} GiB \
+({1 - e.hbm_bytes_per_device / e.hbm_capacity:.0%} free): {kinds}
+step of {e.sequences:,} texts of {e.text_tokens:,} tokens: {e.model_flops_per_step / 1e15:,.2f} PFLOP
+estimated: {1e3 * e.estimated_step_seconds:,.0f} ms ({parts}), MFU {e.estimated_mfu:.3f}, \
+{e.tokens_per_second_per_chip:,.0f} tokens and {e.sequences_per_second_per_chip:,.1f} texts per \
+second and chip
+collectives, the largest first (bytes of the whole array, GiB):
+{exchanges}
+compiled in {e.compile_seconds:.0f} s"""
+
+
+def main() -> None:
+  """Reads the flags; ends with status 1 where the configuration does not fit."""
+  config = cli.read_config(CONFIG)
+  target = pod.Target.parse(TOPOLOGY.value, SLICES.value)
+  step = pod.Step(TASK.value, TEXT_TOKENS.value)
+  if SWEEP.value:
+    found = sweep.run(config, target, step)
+    print(json.dumps([dataclasses.asdict(e) for e in found]) if JSON.value else sweep.table(found))
+    return
+  estimate = pod.estimate(config, target, step)
+  print(json.dumps(dataclasses.asdict(estimate)) if JSON.value else text(estimate))
+  if not estimate.fits:
+    sys.exit(
+      f"error: the step needs {pod.gib(estimate.hbm_bytes_per_device)} GiB per chip, {target.name} "
+      f"has {pod.gib(estimate.hbm_capacity)}; use more chips, a smaller data.micro_batch or "
+      "data.kept_tokens, or model.remat that keeps less (--sweep finds them)"
+    )
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "topology"])
+  jax.config.update("jax_platforms", "cpu")  # the compiler is asked, not a device
+  cli.run(main)

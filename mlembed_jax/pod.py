@@ -1,0 +1,255 @@
+"""The update compiled for a TPU topology: its memory, its time, its exchanges between chips."""
+
+import collections
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.experimental import topologies
+
+from mlembed_jax import flops, hlo, memory, optimizer, train_state
+from mlembed_jax.config_fields import Config, ConfigError
+from mlembed_jax.data import packing
+from mlembed_jax.data.batching import Kind
+from mlembed_jax.gradcache import BLOCKS
+from mlembed_jax.sharding import logical_rules, make_mesh, replicas
+from mlembed_jax.tpu import TPUS, Tpu
+
+# Tokens of a block on each chip where the configuration leaves the choice open: enough that the
+# exchange of weights, once per block, hides behind its products on all chips here.
+BLOCK_TOKENS = 4096
+
+
+def gib(size: float) -> str:
+  """Returns bytes in GiB."""
+  return f"{size / 2**30:.2f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Chips to compile for."""
+
+  name: str
+  tpu: Tpu
+  torus: tuple[int, ...]
+  slices: int
+
+  @classmethod
+  def parse(cls, name: str, slices: int) -> "Target":
+    """Returns the target of a name such as v5p:4x4x4; ConfigError with the known ones."""
+    kind, _, shape = name.partition(":")
+    tpu = TPUS.get(kind)
+    axes = tuple(int(n) for n in shape.split("x")) if re.fullmatch(r"\d+(x\d+)+", shape) else ()
+    if tpu is None or len(axes) != len(tpu.largest) or not all(axes):
+      known = ", ".join(f"{k}:{'x'.join('ABC'[: len(t.largest)])}" for k, t in TPUS.items())
+      raise ConfigError(
+        f"--topology: {name!r} is none that is known: {known}, with chips along each axis of the "
+        "torus, e.g. v5e:16x16, v5p:4x4x4"
+      )
+    if any(n > most for n, most in zip(sorted(axes), sorted(tpu.largest), strict=True)):
+      largest = "x".join(map(str, tpu.largest))
+      raise ConfigError(f"--topology: {name} is larger than a {kind} pod, {kind}:{largest}")
+    if slices < 1:
+      raise ConfigError(f"--slices: {slices} is not positive")
+    return cls(name, tpu, axes, slices)
+
+  def devices(self) -> Any:
+    """Returns the chips, none of which is here; ConfigError without the compiler."""
+    if not importlib.util.find_spec("libtpu"):
+      raise ConfigError('the compiler for TPUs is missing; pip install -e ".[tpu]"')
+    # Without a TPU the library would wait for the metadata server of Google's cloud.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    options = {"num_slices": self.slices} if self.slices > 1 else {}
+    try:
+      found = topologies.get_topology_desc(self.name, "tpu", **options)
+    except (RuntimeError, NotImplementedError) as error:
+      raise ConfigError(f"--topology: {self.name}: {str(error).splitlines()[0]}") from error
+    return found.devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Which step is estimated."""
+
+  task: str
+  text_tokens: int  # of every text; 0: as many as fit
+
+  def kind(self, config: Config) -> Kind:
+    """Returns what decides the shapes of the batch; ConfigError for an unknown task type."""
+    tasks = config.losses.contrastive_tasks()
+    if self.task not in tasks:
+      raise ConfigError(f"--task: {self.task!r} is not one of {', '.join(tasks)}")
+    return Kind(self.task, 1, tasks[self.task].negatives, config.data.lengths[-1], None)
+
+  def tokens(self, config: Config) -> int:
+    """Returns the tokens of each text; ConfigError if none can have so many."""
+    longest = config.data.lengths[-1]
+    if not 0 <= self.text_tokens <= longest:
+      raise ConfigError(f"--text_tokens: {self.text_tokens} is not between 1 and {longest}")
+    return self.text_tokens or longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What a compiled update needs; bytes are those of one chip."""
+
+  topology: str
+  devices: int
+  mesh: str
+  remat: str
+  micro_batch: int
+  kept_tokens: int
+  hbm_bytes_per_device: int
+  hbm_capacity: int
+  hbm_by_kind: dict[str, int]
+  fits: bool
+  sequences: int
+  text_tokens: int
+  model_flops_per_step: float
+  estimated_step_seconds: float
+  seconds_by_kind: dict[str, float]
+  estimated_mfu: float
+  tokens_per_second_per_chip: float
+  sequences_per_second_per_chip: float
+  collectives: list[dict[str, Any]]
+  compile_seconds: float
+
+
+def estimate(config: Config, target: Target, step: Step) -> Estimate:
+  """Returns what the update of a step needs on the chips of `target`.
+
+  Raises:
+    ConfigError: the configuration cannot be laid over the chips, or asks for something they lack.
+  """
+  kind, length = step.kind(config), step.tokens(config)
+  mesh = make_mesh(config, target.devices())
+  config = _with_blocks(config, mesh.size)
+  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+    started = time.perf_counter()
+    lowered = memory.lowered_step(config, kind, 1000, mesh)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      return _too_large(config, target, mesh, kind, length, str(error))
+    seconds = time.perf_counter() - started
+    by_kind = _memory(config, mesh, compiled)
+  module = hlo.Module(compiled.as_text())
+  trips = _Trips(memory.kind_layout(config, kind, replicas(mesh.shape)), length)
+  spent = module.seconds(target.tpu, target.torus, trips)
+  return _estimate(
+    config, target, mesh, kind, length, by_kind, spent, _listed(module, trips), seconds
+  )
+
+
+def _with_blocks(config: Config, devices: int) -> Config:
+  size = config.data.micro_batch or max(BLOCK_TOKENS, config.data.lengths[-1]) * devices
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=size))
+
+
+def _estimate(
+  config: Config,
+  target: Target,
+  mesh: Any,
+  kind: Kind,
+  length: int,
+  by_kind: dict[str, int],
+  spent: hlo.Seconds,
+  collectives: list[dict[str, Any]],
+  compile_seconds: float,
+) -> Estimate:
+  needed, capacity = sum(by_kind.values()), target.tpu.chip.hbm_bytes
+  texts = config.data.global_batch * kind.texts
+  work = flops.step_flops(config.model, texts * length, texts * length * (length + 1))
+  total = spent.total
+  rate = 1 / total / mesh.size if total else 0.0
+  return Estimate(
+    topology=target.name + (f" x {target.slices}" if target.slices > 1 else ""),
+    devices=mesh.size,
+    mesh=" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+    remat=config.model.remat,
+    micro_batch=config.data.micro_batch,
+    kept_tokens=config.data.kept_tokens,
+    hbm_bytes_per_device=needed,
+    hbm_capacity=capacity,
+    hbm_by_kind=by_kind,
+    fits=needed <= capacity,
+    sequences=texts,
+    text_tokens=length,
+    model_flops_per_step=work,
+    estimated_step_seconds=total,
+    seconds_by_kind=dataclasses.asdict(spent),
+    estimated_mfu=work * rate / target.tpu.peak_flops,
+    tokens_per_second_per_chip=texts * length * rate,
+    sequences_per_second_per_chip=texts * rate,
+    collectives=collectives,
+    compile_seconds=compile_seconds,
+  )
+
+
+def _too_large(
+  config: Config, target: Target, mesh: Any, kind: Kind, length: int, message: str
+) -> Estimate:
+  """Returns the estimate of a program that the compiler gave up for its memory."""
+  used = re.search(r"[Uu]sed ([\d.]+)([GM]) of", message)
+  if not used:
+    raise ConfigError(f"the compiler refuses the update: {message[:2000]}")
+  needed = int(float(used.group(1)) * 2 ** (30 if used.group(2) == "G" else 20))
+  return _estimate(
+    config, target, mesh, kind, length, {"all": needed}, hlo.Seconds(), [], float("nan")
+  )
+
+
+def _memory(config: Config, mesh: Any, compiled: Any) -> dict[str, int]:
+  """Returns the bytes of one chip by what they hold."""
+  state = train_state.abstract(config, optimizer.make(config.optimizer, 1000), mesh)
+
+  def held(tree: Any) -> int:
+    return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+  found, parameters, moments = memory.needed_bytes(compiled), held(state.params), held(state.opt_state)
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  return {
+    "parameters": parameters,
+    "optimizer": moments,
+    "batch": found - temporary - parameters - moments,
+    "activations and temporaries": temporary,
+  }
+
+
+class _Trips:
+  """How often the loops over blocks run for texts of equal length."""
+
+  def __init__(self, layout: packing.Layout, length: int):
+    self.blocks = {}
+    for i, width in enumerate(layout.widths):
+      below = layout.widths[i - 1] if i else 0
+      per_sheet = min(width // length, layout.slots(width)) if layout.packed else 1
+      sheets = math.ceil(layout.texts / per_sheet) if below < length <= width else 0
+      self.blocks[width] = math.ceil(sheets * layout.shards / layout.sheets[i])
+
+  def __call__(self, scope: str) -> float:
+    found = re.findall(rf"{BLOCKS}(\d+)_(\d+)_(\d+)", scope)
+    if not found:
+      raise hlo.HloError(f"a loop of unknown length: {scope}")
+    width, start, end = map(int, found[-1])
+    return max(0, min(self.blocks[width], end) - start)
+
+
+def _listed(module: hlo.Module, trips: Any) -> list[dict[str, Any]]:
+  """Returns the exchanges of a step, those that move most first."""
+  counted: dict[tuple[str, str, int, int], float] = collections.Counter()
+  for scope, times, one in module.exchanges(trips):
+    counted[scope, one.kind, one.bytes, one.group] += times
+  largest = sorted(counted.items(), key=lambda item: -item[0][2] * item[1])
+  return [
+    {"kind": kind, "bytes": size, "group": group, "count": count, "scope": scope}
+    for (scope, kind, size, group), count in largest
+  ]

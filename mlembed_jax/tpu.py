@@ -1,0 +1,48 @@
+"""TPU topologies: which there are, and how fast their chips compute and exchange. No jax."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from mlembed_jax.chips import CHIPS, Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+  """One generation. Sources: cloud.google.com/tpu/docs; clocks follow from peak and MXU count."""
+
+  kind: str  # jax's device_kind
+  clock_hz: float  # of the cycles that the compiler counts
+  link_bytes_per_second: float  # of one link, one way
+  ring: int  # an axis of the torus is closed to a ring from this length on
+  largest: tuple[int, ...]  # axes of the largest topology
+
+  @property
+  def chip(self) -> Chip:
+    """Peak and memory."""
+    return CHIPS[self.kind]
+
+  @property
+  def peak_flops(self) -> float:
+    """Per second, of one chip in bfloat16."""
+    return self.chip.bf16_flops
+
+  def links(self, torus: Sequence[int], group: int) -> int:
+    """Returns over how many links a chip receives in an exchange among `group` chips.
+
+    A group takes the first axes whose product holds it; a closed axis counts twice.
+    """
+    links, held = 0, 1
+    for axis in sorted(torus, reverse=True):
+      if held >= group:
+        break
+      held *= axis
+      links += 2 if axis >= self.ring else 1
+    return max(1, links)
+
+
+TPUS = {
+  "v4": Tpu("TPU v4", 1.05e9, 45e9, 4, (12, 16, 16)),
+  "v5e": Tpu("TPU v5 lite", 1.5e9, 45e9, 16, (16, 16)),
+  "v5p": Tpu("TPU v5", 1.75e9, 90e9, 4, (16, 20, 28)),
+  "v6e": Tpu("TPU v6 lite", 1.75e9, 90e9, 16, (16, 16)),
+}
