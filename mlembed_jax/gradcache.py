@@ -41,7 +41,7 @@ def value_and_grad(
   gradient of the same layout; `loss(states, watched, head)` gives (value, aux) from what they give
   for all texts of the batch, [E, B, C, D]. `rows` is (B, C).
   """
-  if all(len(width["texts"]) == 1 for width in sheets):
+  if _at_once(sheets):
     # One block is the whole batch: no second encoding.
     watched = _by_text(watch, sheets, rows, _each_block)
     return jax.value_and_grad(
@@ -65,6 +65,39 @@ def value_and_grad(
   return value, (grads, d_head)
 
 
+def work(sheets: Sequence[Sheets]) -> dict[str, Array]:
+  """Returns what a batch holds, and what is computed of it, over all devices of all hosts.
+
+  `texts`, `tokens`, `computed_tokens` (places of tokens, padding too; int32) and `squares`, the
+  sum over texts of s * (s + 1) for s tokens (float32, as a large batch has more than int32 holds).
+  """
+  widths = [_work(width, _at_once(sheets)) for width in sheets]
+  return functools.reduce(functools.partial(jax.tree.map, jnp.add), widths)
+
+
+def _work(width: Sheets, at_once: bool) -> dict[str, Array]:
+  ends, (_, S, T) = width["ends"], width["tokens"].shape
+  starts = jnp.pad(ends[..., :-1] + 1, ((0, 0), (0, 0), (1, 0)))  # of texts; empty slots come last
+  lengths = jnp.where(ends < T, ends + 1 - starts, 0)
+  # Within a sheet in int32: there, it is at most T * (T + 1).
+  squares = jnp.sum(lengths * (lengths + 1), axis=-1).astype(jnp.float32)
+  return {
+    "texts": jnp.sum(ends < T),
+    "tokens": jnp.sum(lengths),
+    "computed_tokens": S * T * (jnp.asarray(len(ends)) if at_once else _used(width)),
+    "squares": jnp.sum(squares),
+  }
+
+
+def _at_once(sheets: Sequence[Sheets]) -> bool:
+  return all(len(width["texts"]) == 1 for width in sheets)
+
+
+def _used(width: Sheets) -> Array:
+  """Returns how many blocks hold a text on any device; they come first."""
+  return jnp.any(width["ends"] < width["tokens"].shape[-1], axis=(1, 2)).sum()
+
+
 def _each_block(sheets: Sequence[Sheets], body: Body, carry: Any) -> Any:
   """Returns the carry after every block, differentiably."""
   for width in sheets:
@@ -74,12 +107,11 @@ def _each_block(sheets: Sequence[Sheets], body: Body, carry: Any) -> Any:
 
 
 def _each_used_block(sheets: Sequence[Sheets], body: Body, carry: Any) -> Any:
-  """Returns the carry after every block with a text on any device; they come first."""
+  """Returns the carry after every block with a text on any device."""
   for width in sheets:
     # The loop runs as often on every device: collectives are in its body.
-    used = jnp.any(width["ends"] < width["tokens"].shape[-1], axis=(1, 2)).sum()
     step = lambda i, carry, width=width: body(_block(width, i), carry)  # noqa: E731
-    carry = jax.lax.fori_loop(0, used, step, carry)
+    carry = jax.lax.fori_loop(0, _used(width), step, carry)
   return carry
 
 
