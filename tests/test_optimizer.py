@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from mlembed_jax import optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints
@@ -17,7 +18,7 @@ from mlembed_jax.config_fields import OptimizerConfig
 from mlembed_jax.factored import scale_by_factored_rms
 from mlembed_jax.losses import Task
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.sharding import make_mesh, put_batch, replicas
+from mlembed_jax.sharding import make_mesh, put_batch
 from tests.benchmarks.common import load_config
 from tests.material import CONFIGS, batches_of, config_dict
 from tests.test_train_step import on_mesh
@@ -111,7 +112,7 @@ def adafactor(name):
 
 
 # Names as in the model where they decide: layers are no axis of a matrix, however many there are.
-SHAPES = {"scale": (4,), "table": (130, 128), "up": (140, 128, 2, 129), "gate": (140, 8, 200)}
+SHAPES = {"scale": (4,), "table": (130, 128), "up": (2, 128, 3, 129), "gate": (140, 8, 200)}
 IN_LAYERS = ("up", "gate")
 
 
@@ -141,12 +142,10 @@ def test_updates_equal_the_formula_with_decay_on_every_parameter(moments):
       direction = steps[name](grad / max(1.0, norm), update + 1)
       expected = -rate * (direction + 0.01 * params[name])
       found = updates["layers"][name] if name in IN_LAYERS else updates[name]
-      # An ulp of float32 before rounding may be one of bfloat16, 0.8 %, of a moment after it.
-      limit = (
-        {"rtol": 2e-5, "atol": 1e-13} if moments == "float32" else {"rtol": 1e-2, "atol": 1e-10}
-      )
-      np.testing.assert_allclose(found, expected, **limit)
-      assert np.mean(np.abs(found - expected)) <= 2e-5 * max(1e-13, np.mean(np.abs(expected)))
+      # An ulp of float32 before rounding may be one of bfloat16 after it, 0.8 % of a moment.
+      limit = {"atol": 1e-13} if moments == "float32" else {"atol": 2e-2 * rate}
+      np.testing.assert_allclose(found, expected, rtol=2e-5, **limit)
+      assert np.mean(np.abs(found - expected)) <= 2e-5 * np.mean(np.abs(expected))
       params[name] = params[name] + expected.astype(np.float32)
 
 
@@ -168,13 +167,13 @@ def test_factors_of_a_matrix_are_those_of_optax():
 # The state on devices.
 
 
-def wide(moments, **fields):
-  """Returns a configuration whose matrices are large enough to be factored."""
-  sizes = {"width": 128, "ffn": 256, "rank": 128, "head_dim": 128, "layers": 2}
+def wide(moments, fields):
+  """Returns a configuration of which the table, its factor and the MLP are factored."""
+  sizes = {"width": 128, "ffn": 256, "rank": 128, "layers": 2}
   sizes = {f"model.{name}": size for name, size in sizes.items()}
   axes = {"dims": (16, 128), "exits": (1, 2), "ranks": (64, 128)}
   axes = {f"matryoshka.{name}": sizes for name, sizes in axes.items()}
-  return from_mapping(config_dict(**sizes, **axes, **{"optimizer.moments": moments}, **fields))
+  return from_mapping(config_dict(**sizes | axes | {"optimizer.moments": moments} | fields))
 
 
 def opt_state(config, mesh):
@@ -192,27 +191,33 @@ def test_bytes_of_the_state_of_the_140m(moments, each):
   mesh, size = make_mesh(config), parameter_count(config.model)
   leaves = jax.tree.leaves(opt_state(config, mesh))
   whole = sum(bytes_of(leaf, leaf.shape) for leaf in leaves)
-  assert each * size <= whole <= 1.005 * each * size + 100  # 0.5 %: rows, columns and norm scales
+  assert each * size <= whole <= 1.01 * each * size + 100  # 1 %: rows, columns and norm scales
   local = sum(bytes_of(leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
   # Norm scales and the second factor's columns are not split by both axes.
   assert local <= 1.02 * whole / 8
 
 
 def test_rows_and_columns_lie_where_their_matrix_does():
-  config = wide("factored", **{"mesh.fsdp": 4, "mesh.tensor": 2})
+  config = wide("factored", {"mesh.fsdp": 4, "mesh.tensor": 2})
   _, ((factored, _), *_) = opt_state(config, make_mesh(config))
   gate_DF = [
     moment["params"]["layers"]["mlp"]["gate"] for moment in (factored.rows, factored.columns)
   ]
   assert [x.shape for x in gate_DF] == [(2, 128, 1), (2, 1, 256)]
-  assert [x.sharding.spec for x in gate_DF] == [(None, ("fsdp",), None), (None, None, ("tensor",))]
+  specs = [PartitionSpec(None, "fsdp", None), PartitionSpec(None, None, "tensor")]
+  assert [x.sharding.spec for x in gate_DF] == specs
+
+
+def random_like(params, seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
 
 
 @functools.cache
-def updated(moments, sizes, updates=3):
-  """Returns the state after updates with random gradients, and its mesh."""
+def updated(moments, sizes):
+  """Returns a configuration, its first state, and that after three updates by random gradients."""
   names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
-  config = wide(moments, **dict(zip(names, sizes, strict=True)))
+  config = wide(moments, dict(zip(names, sizes, strict=True)))
   mesh = make_mesh(config, jax.devices()[: np.prod(sizes)])
   tx = optimizer.make(config.optimizer, 20)
   layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config, tx, mesh))
@@ -224,28 +229,26 @@ def updated(moments, sizes, updates=3):
     return state.replace(opt_state=opt_state, **optax.apply_updates(trained, updates))
 
   with on_mesh(mesh):
-    state = train_state.create(config, tx, mesh)
-    for i in range(updates):
-      rng = np.random.default_rng(i)
-      grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), state.params)
-      state = update(state, jax.device_put(grads, layout.params))
-  return config, state
+    state = start = train_state.create(config, tx, mesh)
+    for seed in range(3):
+      state = update(state, jax.device_put(random_like(state.params, seed), layout.params))
+  return config, start, state
 
 
+@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_eight_devices_equal_one(moments):
-  found, expected = (jax.device_get(updated(moments, sizes)[1]) for sizes in ((2, 2, 2), (1, 1, 1)))
-  start = jax.device_get(updated(moments, (1, 1, 1), updates=0)[1].params)
-  for a, b, before in zip(
-    *map(jax.tree.leaves, (found.params, expected.params, start)), strict=True
-  ):
+  found, (_, start, expected) = (updated(moments, sizes) for sizes in ((2, 2, 2), (1, 1, 1)))
+  trees = (tree.params for tree in jax.device_get((found[2], expected, start)))
+  for a, b, before in zip(*map(jax.tree.leaves, trees), strict=True):
     moved = np.mean(np.abs(b - before))
     assert moved > 0 and np.mean(np.abs(a - b)) <= 1e-4 * moved
 
 
-@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize("moments", MOMENTS[1:])
 def test_a_state_is_saved_and_restored_onto_another_mesh(moments, tmp_path):
-  config, state = updated(moments, (2, 2, 2))
+  config, _, state = updated(moments, (2, 2, 2))
   other = dataclasses.replace(
     config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=8, tensor=1)
   )
@@ -259,22 +262,24 @@ def test_a_state_is_saved_and_restored_onto_another_mesh(moments, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-STEPS = 40
+STEPS = 30
 
 
 @functools.cache
 def curve(moments, dataset):
   """Returns the losses of a short training on real text."""
-  config = wide(moments, **{"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 4})
-  mesh = make_mesh(config)
-  batches = batches_of(dataset, ["train/bitext.parquet"], shards=replicas(mesh.shape))
+  one_axis = {"matryoshka.dims": (128,), "matryoshka.exits": (2,), "matryoshka.ranks": (128,)}
+  config = wide(moments, one_axis | {"optimizer.learning_rate": 3e-3, "data.lengths": (32,)})
+  mesh = make_mesh(config, jax.devices()[:1])
+  options = {"lengths": config.data.lengths, "block_tokens": 1024}
+  batches = batches_of(dataset, ["train/bitext.parquet"], **options)
   with on_mesh(mesh):
     step = train_step.make(config, STEPS, mesh)
     state = train_state.create(config, optimizer.make(config.optimizer, STEPS), mesh)
     losses = []
     for i in range(STEPS):
-      batch = batches[i]
-      state, values = step(state, put_batch(batch.arrays(), mesh), None, task=Task("bitext"))
+      batch = put_batch(batches[i].arrays(), mesh)
+      state, values = step(state, batch, None, task=Task("bitext"))
       losses.append(values["loss"])
   return np.array(jax.device_get(losses))
 
@@ -284,4 +289,5 @@ def curve(moments, dataset):
 def test_training_is_as_good_as_with_float32(moments, data):
   found, expected = (curve(m, data / "dataset") for m in (moments, "float32"))
   assert expected[-10:].mean() < 0.7 * expected[:4].mean()  # it learns
-  assert found[-10:].mean() == pytest.approx(expected[-10:].mean(), rel=0.05)
+  limit = {"bfloat16": 2e-3, "factored": 2e-2}[moments]
+  assert np.abs(found / expected - 1).mean() < limit
