@@ -122,6 +122,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.01,  # times the learning rate
         "clip_norm": 1.0,
+        # Kept per parameter between updates: float32 (8 bytes) | bfloat16 (4) | factored (2: the
+        # second moment by rows and columns).
+        "moments": "float32",
       },
       # Devices along each axis: data copies the parameters, fsdp splits them, tensor splits heads
       # and MLP. -1 takes what is left.

@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "kd.space": ("raw", "unit"),
   "data.builder": ("", "quickstart"),
   "optimizer.schedule": ("cosine", "constant"),
+  "optimizer.moments": ("float32", "bfloat16", "factored"),
   "export.dtype": ("float32", "bfloat16"),
 }
 BELOW = {"optimizer.beta1": 1, "optimizer.beta2": 1}

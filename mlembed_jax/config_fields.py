@@ -138,6 +138,7 @@ class OptimizerConfig:
   eps: float
   weight_decay: float
   clip_norm: float
+  moments: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,34 @@ def value_and_grad(
   return value, (grads, d_head)
 
 
+def work(sheets: Sequence[Sheets]) -> dict[str, Array]:
+  """Returns what a batch holds, and what is computed of it, over all devices of all hosts.
+
+  `texts`, `tokens`, `computed_tokens` (places of tokens, padding too; int32) and `squares`, the
+  sum over texts of s * (s + 1) for s tokens (float32, as a large batch has more than int32 holds).
+  """
+  return functools.reduce(functools.partial(jax.tree.map, jnp.add), map(_work, sheets))
+
+
+def _work(width: Sheets) -> dict[str, Array]:
+  ends, (_, S, T) = width["ends"], width["tokens"].shape
+  starts = jnp.pad(ends[..., :-1] + 1, ((0, 0), (0, 0), (1, 0)))  # of texts; empty slots come last
+  lengths = jnp.where(ends < T, ends + 1 - starts, 0)
+  # Within a sheet in int32: there, it is at most T * (T + 1).
+  squares = jnp.sum(lengths * (lengths + 1), axis=-1).astype(jnp.float32)
+  return {
+    "texts": jnp.sum(ends < T),
+    "tokens": jnp.sum(lengths),
+    "computed_tokens": S * T * _used(width),
+    "squares": jnp.sum(squares),
+  }
+
+
+def _used(width: Sheets) -> Array:
+  """Returns how many blocks hold a text on any device; they come first."""
+  return jnp.any(width["ends"] < width["tokens"].shape[-1], axis=(1, 2)).sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Passes:
   """Both passes over the blocks of one width."""
@@ -82,14 +110,6 @@ class _Passes:
 
   def states(self, block: Sheets) -> tuple[Array, Any]:
     return self.encode(self.params, block), self.watch(block)
-
-  @functools.cached_property
-  def used(self) -> Array:
-    """How many blocks hold a text on any device; they come first.
-
-    The loops run as often on every device: collectives are in their bodies.
-    """
-    return jnp.any(self.sheets["ends"] < self.sheets["tokens"].shape[-1], axis=(1, 2)).sum()
 
   @functools.cached_property
   def kept(self) -> int:
@@ -140,7 +160,8 @@ class _Passes:
     if start == end:
       return carry
     with jax.named_scope(f"{BLOCKS}{width}_{start}_{end}"):
-      stop = jnp.minimum(self.used, end)
+      # The loop runs as often on every device: collectives are in its body.
+      stop = jnp.minimum(_used(self.sheets), end)
       return jax.lax.fori_loop(start, stop, body, carry)
 
 

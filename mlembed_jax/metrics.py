@@ -12,6 +12,9 @@ import jax
 import tensorboardX
 import tqdm
 
+from mlembed_jax import chips, flops
+from mlembed_jax.chips import Chip
+from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.loader import Batch
 from mlembed_jax.workdir import write_json, write_text
 
@@ -24,7 +27,9 @@ ROWS_SHOWN = 8  # of the batch that made the loss infinite
 class Window:
   """Numbers of the steps since the last logged line."""
 
-  def __init__(self) -> None:
+  def __init__(self, model: ModelConfig, devices: int, chip: Chip | None):
+    """`devices` of all hosts, each a `chip`; None: unknown."""
+    self._model, self._devices, self._chip = model, devices, chip
     self._reset()
 
   def _reset(self) -> None:
@@ -41,11 +46,9 @@ class Window:
     """Returns one line, and starts anew.
 
     Losses, gradient norm and negatives per row are means; learning rate, temperature and rank
-    those of the last step; rows without any negative are counted. Tokens are real ones; padding
-    is not work.
+    those of the last step; rows without any negative are counted. Texts and tokens are those of
+    all hosts, tokens real ones; padding is not work.
     """
-    real = sum(batch.real_tokens for batch, _ in self._steps)
-    computed = sum(batch.computed_tokens for batch, _ in self._steps)
     elapsed = time.perf_counter() - self._start
     by_dataset: dict[str, list[float]] = {}
     for batch, metrics in self._steps:
@@ -59,12 +62,32 @@ class Window:
       "temperature": last["temperature"],
       "rank": last["rank"],
       "empty_rows": int(sum(m["empty_rows"] for _, m in self._steps)),
-      "tokens_per_second": real / elapsed,
-      "padding_share": 1.0 - real / computed,
+      **self._speed(elapsed),
+      "padding_share": 1.0 - self._sum("tokens") / self._sum("computed_tokens"),
       "data_wait_share": self._waited_s / elapsed,
     }
     self._reset()
     return line
+
+  def _sum(self, name: str) -> float:
+    return sum(metrics[name] for _, metrics in self._steps)
+
+  def _speed(self, elapsed: float) -> dict[str, float]:
+    """Returns what all devices did per second.
+
+    There is no `mfu` on an unknown chip, nor in float32: those products have another peak, on
+    GPUs that of TF32, on TPUs one by the number of bfloat16 passes. FLOPs are given in any case.
+    """
+    tokens = self._sum("tokens")
+    rate = flops.step_flops(self._model, tokens, self._sum("squares")) / elapsed
+    known = self._chip if self._model.dtype == "bfloat16" else None
+    return {
+      "tokens_per_second": tokens / elapsed,
+      "tokens_per_second_per_chip": tokens / elapsed / self._devices,
+      "sequences_per_second": self._sum("texts") / elapsed,
+      "model_flops_per_second": rate,
+      **({"mfu": rate / (self._devices * known.bf16_flops)} if known else {}),
+    }
 
   def _means(self) -> dict[str, float]:
     seen = dict.fromkeys(name for _, m in self._steps for name in m)
@@ -115,13 +138,23 @@ class TrainingError(RuntimeError):
   """A run that cannot go on; the message names step and file."""
 
 
+def _postfix(line: dict[str, Any]) -> str:
+  """Returns what the progress bar shows of a line."""
+  mfu = f"MFU {line['mfu']:.1%}, " if "mfu" in line else ""
+  return (
+    f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, {mfu}"
+    f"padding {line['padding_share']:.0%}, waiting {line['data_wait_share']:.0%}"
+  )
+
+
 class Recorder:
   """Takes the numbers of each finished step; writes and shows every `every`-th and the last."""
 
-  def __init__(self, workdir: pathlib.Path, start: int, total: int, every: int):
+  def __init__(self, workdir: pathlib.Path, start: int, total: int, every: int, model: ModelConfig):
     """`start` and `total` count updates of the whole run."""
     self._workdir, self._warned = workdir, False
-    self._writer, self._window = Writer(workdir, start), Window()
+    chip = chips.find(jax.devices()[0].device_kind)
+    self._writer, self._window = Writer(workdir, start), Window(model, jax.device_count(), chip)
     self._total, self._every = total, every
     self._bar = tqdm.tqdm(
       initial=start,
@@ -155,11 +188,7 @@ class Recorder:
     if step % self._every == 0 or step == self._total:
       line = self._window.summary()
       self._writer.write(line)
-      self._bar.set_postfix_str(
-        f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
-        f"padding {line['padding_share']:.0%}, waiting {line['data_wait_share']:.0%}",
-        refresh=False,
-      )
+      self._bar.set_postfix_str(_postfix(line), refresh=False)
     self._bar.update()
 
   def _diverged(self, batch: Batch, values: dict[str, float]) -> str:

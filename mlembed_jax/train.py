@@ -257,7 +257,8 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       if int(state.step) == 0:
         evaluate(config, state, read, mesh, workdir)
       stop.leave_if_received("no step is lost")
-      with metrics.Recorder(workdir, int(state.step), steps, config.train.log_every) as recorder:
+      start, every = int(state.step), config.train.log_every
+      with metrics.Recorder(workdir, start, steps, every, config.model) as recorder:
         state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop)
     checkpoints.close()
     evaluate(config, state, read, mesh, workdir)

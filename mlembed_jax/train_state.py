@@ -58,10 +58,23 @@ def abstract(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> Tr
   key = jax.eval_shape(lambda: jax.random.key(0))
   # The boxes with axis names pass through tx.init, so moments follow their parameters.
   boxed = jax.eval_shape(functools.partial(_init, config, tx, lambda x: x), key)
+  boxed = boxed.replace(opt_state=_averaged_axes_whole(boxed.opt_state))
   plain = jax.eval_shape(functools.partial(_init, config, tx, nn.unbox), key)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings(boxed, mesh)
   )
+
+
+def _averaged_axes_whole(boxed: Any) -> Any:
+  """Returns the boxes of moments without the names of axes that are averaged over: of size 1."""
+
+  def one(leaf: Any) -> Any:
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      return leaf
+    sizes = zip(leaf.names, leaf.value.shape, strict=True)
+    return leaf.replace(names=tuple(None if size == 1 else name for name, size in sizes))
+
+  return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 def create(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

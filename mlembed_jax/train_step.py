@@ -175,6 +175,7 @@ def make(
       ),
       "negatives": result.negatives,
       "empty_rows": result.empty_rows,
+      **gradcache.work(batch["sheets"]),
     }
     return TrainState(step=state.step + 1, opt_state=opt_state, **trained), metrics
 

@@ -12,6 +12,7 @@ TINY = ("--config", "tests/tiny_config.py:none")
 FLAGS = {
   "head": ("--cases", "8x1", "--width", "16", "--layers", "2", "--repeats", "1"),
   "step": (*TINY, "--batch", "8", "--tokens", "32", "--repeats", "1"),
+  "torch_step": (*TINY, "--batch", "8", "--tokens", "16", "--repeats", "1"),
   "table": ("--vocab", "64", "--rank", "8", "--widths", "16", "--tokens", "32", "--repeats", "1"),
   "memory": (
     *(*TINY, "--devices", "2", "--batches", "8", "--micro-batch", "64", "--negatives", "1"),

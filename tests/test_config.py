@@ -129,6 +129,7 @@ BAD = [
   ("optimizer.beta2", 1.0, "optimizer.beta2: must be below 1, found 1.0"),
   ("export.name", "a/b", "export.name: 'a/b' is a name, not a path"),
   ("optimizer.schedule", "linear", "optimizer.schedule: 'linear' is not one of"),
+  ("optimizer.moments", "float16", "optimizer.moments: 'float16' is not one of 'float32', 'bfl"),
   ("train.epochs", 1.0, "train.steps, train.epochs: set exactly one"),
   ("train.steps", 0, "train.steps, train.epochs: set exactly one"),
 ]

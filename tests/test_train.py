@@ -87,7 +87,8 @@ def twenty(data, tmp_path_factory):
   return TWENTY[data]
 
 
-TIMES = ("tokens_per_second", "data_wait_share")
+TIMES = ("tokens_per_second", "tokens_per_second_per_chip", "sequences_per_second")
+TIMES += ("model_flops_per_second", "data_wait_share")
 
 
 def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(data, twenty, tmp_path):
@@ -147,8 +148,7 @@ def test_metrics_lines_are_complete(twenty):
     inbatch = {"inbatch_loss"} if "train/bitext.parquet" in line["loss_by_dataset"] else set()
     assert set(line) == inbatch | {
       *("step", "loss", "hard_loss", "loss_by_dataset", "learning_rate", "temperature"),
-      *("gradient_norm", "rank", "negatives", "empty_rows", "tokens_per_second", "padding_share"),
-      "data_wait_share",
+      *("gradient_norm", "rank", "negatives", "empty_rows", "padding_share", *TIMES),
     }
     assert line["loss"] > 0 and line["tokens_per_second"] > 0 and 0 <= line["padding_share"] < 1
     assert line["rank"] in (8, 16, 24) and 0 <= line["data_wait_share"] <= 1

@@ -168,6 +168,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
     "temperature",
     "negatives",
     "empty_rows",
+    *("texts", "tokens", "computed_tokens", "squares"),
   }
   assert float(metrics["loss"]) == pytest.approx(
     float(metrics["hard_loss"] + metrics["inbatch_loss"]), rel=1e-5
@@ -221,6 +222,7 @@ OTHER = {
   "optimizer.eps": 1e-6,
   "optimizer.weight_decay": 0.1,
   "optimizer.clip_norm": 2.0,
+  "optimizer.moments": "bfloat16",
   "train.seed": 1,
 }
 # Fields that act only beside others, with those.
@@ -283,6 +285,22 @@ def test_no_setting_is_forgotten():
 @pytest.mark.parametrize("field", OTHER)
 def test_every_setting_changes_the_program(field):
   assert program(from_mapping(config_dict(**{field: OTHER[field]}))) != tiny_program()
+
+
+def test_each_choice_of_moments_is_a_program_of_its_own():
+  choices = ("float32", "bfloat16", "factored")
+  found = {program(from_mapping(config_dict(**{"optimizer.moments": m}))) for m in choices}
+  assert len(found) == 3
+
+
+@pytest.mark.parametrize("field", ("learning_rate", "beta1", "beta2", "eps", "weight_decay"))
+def test_settings_change_the_program_of_factored_moments_too(field):
+  factored = {"optimizer.moments": "factored"}
+  field = f"optimizer.{field}"
+  before, after = (
+    program(from_mapping(config_dict(**factored, **more))) for more in ({}, {field: OTHER[field]})
+  )
+  assert before != after
 
 
 @pytest.mark.parametrize("field", BESIDE)

@@ -51,12 +51,16 @@ def only_full(config: Config) -> Config:
   return dataclasses.replace(config, matryoshka=axes)
 
 
+def random_ids(config: Config, texts: int) -> np.ndarray:
+  """Returns random tokens [B, C, T], every text as long as its sheet."""
+  shape = (config.data.global_batch, texts, config.data.lengths[-1])
+  return np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+
+
 def random_batch(config: Config, texts: int, mesh: Mesh) -> Batch:
-  """Returns random tokens, every text as long as its sheet."""
   shards, rows, tokens = replicas(mesh.shape), config.data.global_batch, config.data.lengths[-1]
   layout = memory.kind_layout(config, Kind("retrieval", 1, texts - 2, tokens, None), shards)
-  shape = (shards, layout.texts, tokens)
-  ids: Any = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+  ids: Any = random_ids(config, texts).reshape(shards, layout.texts, tokens)
   sheets = packing.whole(packing.pack(ids, layout), layout)
   return put_batch({"sheets": sheets, "hashes": common.random_hashes(rows, texts)}, mesh)
 
