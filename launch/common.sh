@@ -7,11 +7,16 @@ fail() {
   exit 1
 }
 
-# Prints its arguments as one line that a shell reads back as the same arguments.
+((BASH_VERSINFO[0] * 10 + BASH_VERSINFO[1] >= 44)) ||
+  fail "bash $BASH_VERSION is too old, 4.4 is needed; on macOS: brew install bash"
+
+# Prints its arguments as one line that any POSIX shell reads back as the same arguments. (bash's own
+# ${word@Q} and printf %q write other letters in a form of bash alone.)
 quoted() {
-  local word line=""
+  local word line="" quote="'\\''"
   for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then line+="$word "; else line+="${word@Q} "; fi
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/"$quote"}'"
+    line+="$word "
   done
   printf '%s\n' "${line% }"
 }
@@ -45,7 +50,7 @@ check_train_flags() {
   [[ -n $workdir ]] ||
     fail "--workdir DIR is missing among the flags of mlembed_jax.train"
   case $workdir in
-    *://*) fail "--workdir $workdir: not a path; mount the bucket (see launch/README.md)" ;;
+    *://*) fail "--workdir $workdir: not a path; mount the bucket, as README.md says (On a pod)" ;;
     /*) ;;
     *) fail "--workdir $workdir: give an absolute path; all hosts must see the same folder" ;;
   esac

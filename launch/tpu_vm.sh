@@ -23,15 +23,15 @@ Commands:
   delete    gives the slices back. What is not on shared storage is lost
 
 Options, each also as an environment variable:
-  --name NAME                  NAME       of the queued resource and of its slices
-  --zone ZONE                  ZONE       such as us-central2-b
-  --project PROJECT            PROJECT    default: that of gcloud's configuration
-  --accelerator_type TYPE      ACCELERATOR_TYPE    for create: such as v5p-256, v6e-64
-  --runtime_version VERSION    RUNTIME_VERSION     for create: such as v2-alpha-tpuv5, v2-alpha-tpuv6e
-  --slices N                   SLICES     for create: how many (1)
-  --spot                       SPOT=yes   for create: cheaper, and may be taken back
-  --bucket BUCKET              BUCKET     for install: Cloud Storage bucket to mount at /gcs/BUCKET
-  --dry_run                    prints the commands and runs nothing
+  --name NAME                TPU_NAME     of the queued resource and of its slices
+  --zone ZONE                TPU_ZONE     such as us-central2-b
+  --project PROJECT          TPU_PROJECT  default: that of gcloud's configuration
+  --accelerator_type TYPE    TPU_ACCELERATOR_TYPE  for create: such as v5p-256, v6e-64
+  --runtime_version VERSION  TPU_RUNTIME_VERSION   for create: such as v2-alpha-tpuv5
+  --slices N                 TPU_SLICES   for create: how many (1)
+  --spot                     TPU_SPOT=yes for create: cheaper, and may be taken back
+  --bucket BUCKET            TPU_BUCKET   for install: Cloud Storage bucket, mounted at /gcs/BUCKET
+  --dry_run                  prints the commands and runs nothing
 EOF
 }
 
@@ -41,7 +41,7 @@ parse() {
   while (($#)); do
     case $1 in
       --dry_run) dry_run=yes ;;
-      --spot) SPOT=yes ;;
+      --spot) TPU_SPOT=yes ;;
       --name | --zone | --project | --accelerator_type | --runtime_version | --slices | --bucket)
         (($# > 1)) || fail "$1 needs a value"
         set_option "$1" "$2"
@@ -61,25 +61,25 @@ parse() {
   done
 }
 
-# Gives variable NAME the value of option --name.
+# Gives variable TPU_NAME the value of option --name, and so for every option.
 set_option() {
   local name=${1#--}
-  printf -v "${name^^}" '%s' "$2"
+  printf -v "TPU_${name^^}" '%s' "$2"
 }
 
 # Ends the program where an option of the command is missing or cannot be meant.
 check() {
-  require NAME ZONE
-  [[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    fail "--name $NAME: small letters, digits and hyphens, a letter first"
+  require name zone
+  [[ $TPU_NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+    fail "--name $TPU_NAME: small letters, digits and hyphens, a letter first"
   case $command in
     create)
-      require ACCELERATOR_TYPE RUNTIME_VERSION
-      [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "--slices $SLICES: a whole number, 1 or more"
+      require accelerator_type runtime_version
+      [[ $TPU_SLICES =~ ^[1-9][0-9]*$ ]] || fail "--slices $TPU_SLICES: a whole number, 1 or more"
       ;;
     install)
-      [[ -z $BUCKET || $BUCKET =~ ^[a-z0-9][a-z0-9._-]+$ ]] ||
-        fail "--bucket $BUCKET: only its name, without gs:// and folders"
+      [[ -z $TPU_BUCKET || $TPU_BUCKET =~ ^[a-z0-9][a-z0-9._-]+$ ]] ||
+        fail "--bucket $TPU_BUCKET: only its name, without gs:// and folders"
       ;;
     run) check_train_flags "${train[@]}" ;;
   esac
@@ -89,36 +89,37 @@ check() {
     fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
 }
 
-# Ends the program unless these variables have values.
+# Ends the program unless these options have values.
 require() {
-  local name
+  local name variable
   for name in "$@"; do
-    [[ -n ${!name} ]] || fail "$command needs --${name,,} (or the environment variable $name)"
+    variable=TPU_${name^^}
+    [[ -n ${!variable} ]] || fail "$command needs --$name (or the environment variable $variable)"
   done
 }
 
-# gcloud compute tpus queued-resources COMMAND NAME with what every call needs.
+# gcloud compute tpus queued-resources COMMAND TPU_NAME with what every call needs.
 queued_resources() {
   local verb=$1
   shift
-  execute gcloud compute tpus queued-resources "$verb" "$@" --zone="$ZONE" \
-    ${PROJECT:+--project="$PROJECT"}
+  execute gcloud compute tpus queued-resources "$verb" "$@" --zone="$TPU_ZONE" \
+    ${TPU_PROJECT:+--project="$TPU_PROJECT"}
 }
 
 # Runs worker.sh with these arguments on all workers of all slices at once, after shell code $1.
 on_workers() {
   local first=$1
   shift
-  queued_resources ssh "$NAME" --node=all --worker=all --batch-size=all \
+  queued_resources ssh "$TPU_NAME" --node=all --worker=all --batch-size=all \
     --command="${first:+$first }bash $(quoted "$@")"
 }
 
 create() {
-  local nodes=(--node-id="$NAME")
-  ((SLICES == 1)) || nodes=(--node-count="$SLICES" --node-prefix="$NAME")
+  local nodes=(--node-id="$TPU_NAME")
+  ((TPU_SLICES == 1)) || nodes=(--node-count="$TPU_SLICES" --node-prefix="$TPU_NAME")
   # The scope lets workers read and write buckets.
-  queued_resources create "$NAME" "${nodes[@]}" --accelerator-type="$ACCELERATOR_TYPE" \
-    --runtime-version="$RUNTIME_VERSION" ${SPOT:+--spot} \
+  queued_resources create "$TPU_NAME" "${nodes[@]}" --accelerator-type="$TPU_ACCELERATOR_TYPE" \
+    --runtime-version="$TPU_RUNTIME_VERSION" ${TPU_SPOT:+--spot} \
     --scopes=https://www.googleapis.com/auth/cloud-platform
 }
 
@@ -126,23 +127,23 @@ install() {
   local archive
   archive=$(mktemp -d)/mlembed_jax.tar.gz
   trap 'rm -rf "$(dirname "$archive")"' RETURN
-  [[ -z $BUCKET ]] || check_bucket
+  [[ -z $TPU_BUCKET ]] || check_bucket
   [[ -z $(git -C "$root" status --porcelain) ]] ||
     echo "note: changes that are not committed are not copied" >&2
   execute git -C "$root" archive --format=tar.gz --prefix=mlembed_jax.new/ --output="$archive" HEAD
-  queued_resources scp "$archive" "$NAME:" --node=all --worker=all
+  queued_resources scp "$archive" "$TPU_NAME:" --node=all --worker=all
   on_workers "rm -rf mlembed_jax.new && tar xzf mlembed_jax.tar.gz &&" \
-    mlembed_jax.new/launch/worker.sh install "$BUCKET"
+    mlembed_jax.new/launch/worker.sh install "$TPU_BUCKET"
 }
 
 # Checkpoints are written to a folder that is then renamed: in a bucket without a hierarchical
 # namespace, gcsfuse refuses that, and the run would fail at its first checkpoint.
 check_bucket() {
   local found
-  found=$(execute gcloud storage buckets describe "gs://$BUCKET" --raw \
+  found=$(execute gcloud storage buckets describe "gs://$TPU_BUCKET" --raw \
     --format='value(hierarchicalNamespace.enabled)')
   if [[ -n $dry_run ]]; then echo "$found"; elif [[ $found != True ]]; then
-    fail "gs://$BUCKET has no hierarchical namespace; create a bucket with" \
+    fail "gs://$TPU_BUCKET has no hierarchical namespace; create a bucket with" \
       "--uniform-bucket-level-access --enable-hierarchical-namespace"
   fi
 }
@@ -153,8 +154,8 @@ if [[ $# == 0 || $1 == -h || $1 == --help ]]; then
 fi
 command=$1
 shift
-: "${NAME:=}" "${ZONE:=}" "${PROJECT:=}" "${ACCELERATOR_TYPE:=}" "${RUNTIME_VERSION:=}"
-: "${SLICES:=1}" "${SPOT:=}" "${BUCKET:=}"
+: "${TPU_NAME:=}" "${TPU_ZONE:=}" "${TPU_PROJECT:=}" "${TPU_ACCELERATOR_TYPE:=}" "${TPU_RUNTIME_VERSION:=}"
+: "${TPU_SLICES:=1}" "${TPU_SPOT:=}" "${TPU_BUCKET:=}"
 dry_run=""
 worker=mlembed_jax/launch/worker.sh # under the home directory of a worker
 case $command in
@@ -166,11 +167,11 @@ check
 
 case $command in
   create) create ;;
-  status) queued_resources describe "$NAME" --format='value(state.state)' ;;
+  status) queued_resources describe "$TPU_NAME" --format='value(state.state)' ;;
   install) install ;;
   run) on_workers "" "$worker" start "${train[@]}" ;;
   resume) on_workers "" "$worker" restart ;;
-  logs) queued_resources ssh "$NAME" --node=0 --worker=0 --command="bash $worker logs" ;;
+  logs) queued_resources ssh "$TPU_NAME" --node=0 --worker=0 --command="bash $worker logs" ;;
   stop) on_workers "" "$worker" stop ;;
-  delete) queued_resources delete "$NAME" --force --quiet ;;
+  delete) queued_resources delete "$TPU_NAME" --force --quiet ;;
 esac

@@ -5,6 +5,7 @@ package: flags of mlembed_jax.train stand after `--` and are handed on as they a
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -14,6 +15,8 @@ import shutil
 import string
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 
@@ -60,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
   return top
 
 
-def add_run_flags(add) -> None:
+def add_run_flags(add: Callable[..., Any]) -> None:
   """Adds the flags that fill the template."""
   add("--image", required=True, help="made with launch/gke/Dockerfile")
   add("--tpu", required=True, help=f"generation: {', '.join(ACCELERATORS)}")
@@ -81,7 +84,7 @@ def train_workdir(flags: list[str]) -> str:
     InputError: flags of mlembed_jax.train are missing, or the workdir is no absolute path.
   """
   values = {"config": "", "workdir": ""}
-  for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+  for flag, following in itertools.pairwise([*flags, ""]):
     name, equals, value = flag.lstrip("-").partition("=")
     if flag.startswith("-") and name in values:
       values[name] = value if equals else following
@@ -99,7 +102,9 @@ def train_workdir(flags: list[str]) -> str:
 def check_name(name: str) -> None:
   """Raises InputError unless pods can be named after the run."""
   if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
-    raise InputError(f"--name {name}: small letters, digits and hyphens, a letter first, at most 40")
+    raise InputError(
+      f"--name {name}: small letters, digits and hyphens, a letter first, at most 40"
+    )
 
 
 def hosts(topology: str, chips_per_host: int) -> int:
@@ -193,7 +198,7 @@ def logs(args: argparse.Namespace, _: list[str]) -> tuple[list[str], str]:
   return ["logs", "--follow", "--tail=50", "--container=train", f"--selector={selector}"], ""
 
 
-def suspend(value: bool):
+def suspend(value: bool) -> Callable[..., tuple[list[str], str]]:
   """Returns the function of a command that deletes all pods, with SIGTERM, or makes them again."""
   patch = json.dumps({"spec": {"suspend": value}})
   return lambda args, _: (["patch", "jobset", args.name, "--type=merge", f"--patch={patch}"], "")
