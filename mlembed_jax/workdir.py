@@ -63,8 +63,10 @@ def open_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the folder, made if needed.
 
   Raises:
-    ConfigError: it cannot be made or written to.
+    ConfigError: it is a URL, or cannot be made or written to.
   """
+  if "://" in str(path):  # it would be taken for a folder below this one
+    raise ConfigError(f"--workdir: {path} is not a path; mount the bucket, for example by gcsfuse")
   workdir = pathlib.Path(path).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)

@@ -343,6 +343,12 @@ def test_an_unwritable_workdir_is_refused(data, tmp_path):
   assert f"error: --workdir: {tmp_path}/file/work is not writable" in result.stderr
 
 
+def test_a_workdir_that_is_a_url_is_refused(data):
+  result = run(data, "gs://bucket/run")
+  assert result.returncode == 1 and not (ROOT / "gs:").exists()
+  assert "error: --workdir: gs://bucket/run is not a path" in result.stderr
+
+
 def test_help_is_short_and_complete():
   result = subprocess.run(
     [sys.executable, "-m", "mlembed_jax.train", "--help"],
