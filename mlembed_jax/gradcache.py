@@ -165,7 +165,6 @@ class _Passes:
       return jax.lax.fori_loop(start, stop, body, carry)
 
 
-
 # Texts are numbered within their shard, so states never leave their device: shard_map promises it.
 
 

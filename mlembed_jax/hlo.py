@@ -198,9 +198,7 @@ def _group(op: Operation) -> int:
 class _Clock:
   """Adds up one module's operations."""
 
-  def __init__(
-    self, module: Module, tpu: Tpu, torus: Sequence[int], trips: Callable[[str], float]
-  ):
+  def __init__(self, module: Module, tpu: Tpu, torus: Sequence[int], trips: Callable[[str], float]):
     self.module, self.tpu, self.torus, self.trips = module, tpu, torus, trips
     self.of = functools.cache(self._of)
 

@@ -214,7 +214,11 @@ def _memory(config: Config, mesh: Any, compiled: Any) -> dict[str, int]:
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
-  found, parameters, moments = memory.needed_bytes(compiled), held(state.params), held(state.opt_state)
+  found, parameters, moments = (
+    memory.needed_bytes(compiled),
+    held(state.params),
+    held(state.opt_state),
+  )
   temporary = compiled.memory_analysis().temp_size_in_bytes
   return {
     "parameters": parameters,
