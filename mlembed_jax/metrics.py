@@ -1,5 +1,6 @@
 """Numbers of a run: metrics.jsonl, TensorBoard files and the progress bar."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import jax
 import tensorboardX
 import tqdm
 
+from mlembed_jax import hosts
 from mlembed_jax.data.loader import Batch
 from mlembed_jax.workdir import write_json, write_text
 
@@ -121,7 +123,9 @@ class Recorder:
   def __init__(self, workdir: pathlib.Path, start: int, total: int, every: int):
     """`start` and `total` count updates of the whole run."""
     self._workdir, self._warned = workdir, False
-    self._writer, self._window = Writer(workdir, start), Window()
+    # Every process reads the numbers, and so notices a diverged loss; the first one writes them.
+    self._writer = Writer(workdir, start) if hosts.is_first() else None
+    self._window = Window()
     self._total, self._every = total, every
     self._bar = tqdm.tqdm(
       initial=start,
@@ -129,6 +133,7 @@ class Recorder:
       desc="training",
       unit="step",
       dynamic_ncols=True,
+      disable=not hosts.is_first(),
       mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )
 
@@ -137,7 +142,8 @@ class Recorder:
 
   def __exit__(self, *_: Any) -> None:
     self._bar.close()
-    self._writer.close()
+    if self._writer:
+      self._writer.close()
 
   def record(self, batch: Batch, device_metrics: Any, waited_s: float) -> None:
     """Reads one step's metrics from the device; call it when a later step has been started.
@@ -149,12 +155,13 @@ class Recorder:
     step = batch.step + 1
     if not math.isfinite(values["loss"] + values["gradient_norm"]):
       raise TrainingError(self._diverged(batch, values))
-    if values["empty_rows"] == batch.rows.size * jax.process_count():
+    if values["empty_rows"] == batch.global_rows:
       self._without_negatives(batch)
     self._window.add(batch, values, waited_s)
     if step % self._every == 0 or step == self._total:
       line = self._window.summary()
-      self._writer.write(line)
+      if self._writer:
+        self._writer.write(line)
       self._bar.set_postfix_str(
         f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
         f"padding {line['padding_share']:.0%}, waiting {line['data_wait_share']:.0%}",
@@ -163,9 +170,11 @@ class Recorder:
     self._bar.update()
 
   def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
-    rows = batch.rows.tolist()
+    # Processes that share replicas have the same rows.
+    rows = list(dict.fromkeys(itertools.chain(*hosts.gather(batch.rows.tolist()))))
     path = self._workdir / "diverged.json"
-    write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
+    if hosts.is_first():
+      write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
     shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (" ..." if len(rows) > ROWS_SHOWN else "")
     return (
       f"step {batch.step + 1} ({batch.dataset}, rows {shown}): the loss is {values['loss']}, its "
@@ -175,7 +184,7 @@ class Recorder:
 
   def _without_negatives(self, batch: Batch) -> None:
     """Warns of the first such step; the others are counted in `empty_rows`."""
-    if not self._warned:
+    if not self._warned and hosts.is_first():
       self._bar.write(
         f"warning: step {batch.step + 1} ({batch.dataset}) had nothing to compare: every negative "
         "of every row has the text of its query or positive, or all scores are equal. "
