@@ -18,7 +18,6 @@ import threading
 import time
 from typing import IO, Any
 
-LEAVE_S = 10.0  # for the others to end after one has failed; then they are killed
 POLL_S = 0.1
 
 
@@ -32,7 +31,7 @@ def main() -> int:
     for own in variables:
       print(shlex.join(["env", *(f"{k}={v}" for k, v in own.items()), *command]))
     return 0
-  return _run(command, variables)
+  return _run(command, variables, options.leave_s)
 
 
 def _options() -> argparse.Namespace:
@@ -42,6 +41,12 @@ def _options() -> argparse.Namespace:
   parser.add_argument("--processes", type=_positive, default=2, help="how many (2)")
   parser.add_argument("--devices", type=_positive, default=4, help="CPU devices of each (4)")
   parser.add_argument("--port", type=_positive, help="of process 0 (a free one)")
+  parser.add_argument(
+    "--leave_s",
+    type=float,
+    default=10.0,
+    help="for the others when one has failed, in seconds (10)",
+  )
   parser.add_argument("--dry_run", action="store_true", help="print the commands and end")
   parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENTS", help="of python")
   return parser.parse_args()
@@ -69,7 +74,7 @@ def _variables(options: argparse.Namespace, port: int, number: int) -> dict[str,
   }
 
 
-def _run(command: list[str], variables: list[dict[str, str]]) -> int:
+def _run(command: list[str], variables: list[dict[str, str]], leave_s: float) -> int:
   """Returns the status of the command in all processes."""
   running: list[subprocess.Popen[str]] = []
 
@@ -99,7 +104,7 @@ def _run(command: list[str], variables: list[dict[str, str]]) -> int:
   ]
   for reader in readers:
     reader.start()
-  status = _wait(running)
+  status = _wait(running, leave_s)
   for reader in readers:
     reader.join(1.0)  # a process that a killed one left behind may hold its end
   return status
@@ -112,12 +117,12 @@ def _copy(number: int, source: IO[str], target: IO[str]) -> None:
       target.flush()
 
 
-def _wait(running: list[subprocess.Popen[str]]) -> int:
-  """Returns the first status that is not 0, when all have ended."""
+def _wait(running: list[subprocess.Popen[str]], leave_s: float) -> int:
+  """Returns the first status that is not 0, when all have ended; kills what stays after it."""
   failed, end = 0, float("inf")
   while any(process.poll() is None for process in running):
     if not failed and (failed := _first_failure(running)):
-      end = time.monotonic() + LEAVE_S
+      end = time.monotonic() + leave_s
     if time.monotonic() > end:
       for process in running:
         process.kill()

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from mlembed_jax.config_fields import ConfigError
 
 LONGEST_WAIT_S = 24 * 3600  # one process prepares data or exports while the others wait
-SEEN_WITHIN_S = 60.0  # a new file on shared storage; caches of NFS forget within 60 s
+SEEN_WITHIN_S = 10.0  # a new file on shared storage; nobody has asked for it before it is there
 PIECE_BYTES = 256 * 2**20  # of an array that is gathered at a time
 
 _waits = itertools.count()
