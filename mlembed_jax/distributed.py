@@ -24,7 +24,12 @@ ADDRESS, COUNT, ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCES
 RETRY_S = 0.5
 # jax aborts with a stack trace when its own time is over; ours comes first, with a message.
 JAX_LATER_S = 60
+NO_CLUSTER = "coordinator_address should be defined"  # what jax says on a single machine
 LEAVE_S = 5.0  # in which processes that end together have left
+CHECK = (
+  f"check that process 0 is running, that a firewall lets its port through, and that {ADDRESS} and "
+  f"{COUNT} are the same everywhere. --join_timeout_s waits longer"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +121,11 @@ def join(timeout_s: int) -> None:
   elif found:
     _initialize(_absent_of(found, timeout_s), deadline, None, found)
   elif _may_use_tpus(os.environ):
-    with contextlib.suppress(ValueError):  # jax finds no cluster: one machine
+    try:
       _initialize(_absent_of("tpu", timeout_s), deadline)
+    except ValueError as error:
+      if NO_CLUSTER not in str(error):
+        raise  # on one of many machines that must not go on alone
   if not jax.distributed.is_initialized():
     return
   # jax has caught SIGTERM, of which processes tell each other by stop.py.
@@ -153,23 +161,17 @@ def _check_address(member: Member, deadline: float) -> None:
   waited = time.monotonic() - started
   raise ConfigError(
     f"process {member.process} cannot reach process 0 at {member.address} ({reason}, for "
-    f"{waited:.0f} s); {_CHECK}"
+    f"{waited:.0f} s); {CHECK}"
   )
-
-
-_CHECK = (
-  f"check that process 0 is running, that a firewall lets its port through, and that {ADDRESS} and "
-  f"{COUNT} are the same everywhere. --join_timeout_s waits longer"
-)
 
 
 def _absent(member: Member, timeout_s: int) -> str:
   return (
     f"process {member.process} is connected with process 0 at {member.address}, but not all "
-    f"{member.processes} processes came within {timeout_s} s; {_CHECK}"
+    f"{member.processes} processes came within {timeout_s} s; {CHECK}"
     if member.process
     else f"not all {member.processes} processes came to {member.address} within {timeout_s} s; "
-    f"{_CHECK}"
+    f"{CHECK}"
   )
 
 
@@ -184,15 +186,21 @@ def _absent_of(found: str, timeout_s: int) -> str:
 def _initialize(
   message: str, deadline: float, member: Member | None = None, method: str | None = None
 ) -> None:
+  if member:  # where jax aborts, this line says why
+    who = f"process {member.process} of {member.processes}"
+    print(f"{who} joins process 0 at {member.address}", file=sys.stderr, flush=True)
   with _ends_after(deadline - time.monotonic(), message):
-    jax.distributed.initialize(
-      coordinator_address=member.address if member else None,
-      num_processes=member.processes if member else None,
-      process_id=member.process if member else None,
-      # What Slurm or Open MPI say of devices is for processes that they counted.
-      cluster_detection_method="deactivate" if member else method,
-      initialization_timeout=int(deadline - time.monotonic()) + JAX_LATER_S,
-    )
+    try:
+      jax.distributed.initialize(
+        coordinator_address=member.address if member else None,
+        num_processes=member.processes if member else None,
+        process_id=member.process if member else None,
+        # What Slurm or Open MPI say of devices is for processes that they counted.
+        cluster_detection_method="deactivate" if member else method,
+        initialization_timeout=int(deadline - time.monotonic()) + JAX_LATER_S,
+      )
+    except RuntimeError as error:
+      raise ConfigError(f"{error}; {message}") from error
 
 
 @contextlib.contextmanager
