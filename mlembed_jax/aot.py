@@ -62,7 +62,7 @@ compiled in {e.compile_seconds:.0f} s"""
 def main() -> None:
   """Reads the flags; ends with status 1 where the configuration does not fit."""
   config = cli.read_config(CONFIG)
-  target = pod.Target.parse(TOPOLOGY.value, SLICES.value)
+  target = pod.Target.parse(str(TOPOLOGY.value), SLICES.value)
   step = pod.Step(TASK.value, TEXT_TOKENS.value)
   if SWEEP.value:
     found = sweep.run(config, target, step)

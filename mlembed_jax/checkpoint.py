@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mlembed_jax import hosts
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import ConfigError, ModelConfig
 from mlembed_jax.data.plan import difference
@@ -42,8 +43,8 @@ class Checkpoints:
     )
 
   def latest(self) -> int | None:
-    """Returns the newest saved step, None where there is none."""
-    return self._manager.latest_step()
+    """Returns the newest saved step that process 0 finds, None where there is none."""
+    return hosts.gather(self._manager.latest_step())[0]
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves in the background; a step that is already saved is left alone."""
@@ -102,6 +103,18 @@ def check_same_run(
     print("going on with other data:\n  " + "\n  ".join(changed), flush=True)
 
 
+def _reader(workdir: pathlib.Path, **items: Any) -> ocp.CheckpointManager:
+  """Returns a manager with which each process reads on its own."""
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader_{own}"
+  )
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, create=False, multiprocessing_options=alone
+  )
+  return ocp.CheckpointManager(workdir / "checkpoints", options=options, **items)
+
+
 def latest_step(workdir: pathlib.Path) -> int:
   """Returns the newest saved step.
 
@@ -109,7 +122,7 @@ def latest_step(workdir: pathlib.Path) -> int:
     ConfigError: the workdir holds no finished checkpoint.
   """
   if (workdir / "checkpoints").is_dir():
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+    with _reader(workdir) as manager:
       if (step := manager.latest_step()) is not None:
         return step
   raise ConfigError(f"{workdir}: no finished checkpoint yet")
@@ -122,7 +135,7 @@ def load_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
     ConfigError: the workdir holds no finished checkpoint.
   """
   step, handler = latest_step(workdir), ocp.PyTreeCheckpointHandler()
-  with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handler) as manager:
+  with _reader(workdir, item_handlers=handler) as manager:
     shapes = {"params": parameter_shapes(model)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)

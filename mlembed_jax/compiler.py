@@ -1,6 +1,5 @@
 """Options of the XLA compiler that the update is compiled with, by platform; all stand here."""
 
-from collections.abc import Sequence
 from typing import Any
 
 # Exchanges of weights run beside products instead of between them.
@@ -26,8 +25,6 @@ OPTIONS = {
 GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
 
 
-def options(devices: Sequence[Any]) -> dict[str, str]:
-  """Returns `compiler_options` for `jax.jit` on these devices; {} where nothing is known."""
-  if devices[0].platform == "gpu":
-    return GPU
-  return OPTIONS.get(devices[0].device_kind, {})
+def options(device: Any) -> dict[str, str]:
+  """Returns `compiler_options` for `jax.jit` on such devices; {} where nothing is known."""
+  return GPU if device.platform == "gpu" else OPTIONS.get(device.device_kind, {})

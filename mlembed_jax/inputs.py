@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from mlembed_jax import hosts
 from mlembed_jax.config_fields import STORED, Config, ConfigError, DataConfig
 from mlembed_jax.data import catalog, loader, manifest, mixture, plan, prepare, quickstart
 from mlembed_jax.data.batching import Kind
@@ -91,6 +92,12 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
 def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
   """Returns where the data lies that the builder wrote."""
   folder = workdir / "data"
+  text = folder / "text" / "manifest.json"
+  hosts.on_first(lambda: _build(config, folder))
+  return dataclasses.replace(config.data, dataset=str(folder / "dataset"), manifest=str(text))
+
+
+def _build(config: Config, folder: pathlib.Path) -> None:
   print(f"collecting the text of installed packages in {folder}", flush=True)
   quickstart.build(folder / "text", vocab_size=config.model.vocab, seed=config.train.seed)
   text = folder / "text" / "manifest.json"
@@ -103,7 +110,6 @@ def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
     config.data.pooled_token,
   )
   prepare.run(job, processes=os.cpu_count() or 1, max_dropped_share=0.0)
-  return dataclasses.replace(config.data, dataset=str(job.out), manifest=str(text))
 
 
 def _instructed(opened: Catalog, path: str) -> Catalog:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlembed_jax import optimizer, train_state, train_step
+from mlembed_jax import hosts, optimizer, train_state, train_step
 from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
@@ -105,11 +105,13 @@ def with_micro_batch(
     return config
   if chosen >= smallest_micro_batch(config, mesh.shape):
     return _sized(config, chosen)
-  available, kind = device_bytes(), widest(config, kinds)
+  # All processes must compile the same programs, and choose the same.
+  available, kind = min(hosts.gather(device_bytes())), widest(config, kinds)
   needed: dict[int, int | None] = {}
 
   def compiled_bytes(size: int) -> int | None:
-    needed[size] = _step_bytes(_sized(config, size), kind, steps, mesh, teacher)
+    found = hosts.gather(_step_bytes(_sized(config, size), kind, steps, mesh, teacher))
+    needed[size] = None if None in found else max(found)
     return needed[size]
 
   chosen = largest_micro_batch(sizes(config, tokens_per_step, mesh), compiled_bytes, available)

@@ -1,5 +1,6 @@
 """Numbers of a run: metrics.jsonl, TensorBoard files and the progress bar."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -12,7 +13,7 @@ import jax
 import tensorboardX
 import tqdm
 
-from mlembed_jax import chips, flops
+from mlembed_jax import chips, flops, hosts
 from mlembed_jax.chips import Chip
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.loader import Batch
@@ -154,7 +155,9 @@ class Recorder:
     """`start` and `total` count updates of the whole run."""
     self._workdir, self._warned = workdir, False
     chip = chips.find(jax.devices()[0].device_kind)
-    self._writer, self._window = Writer(workdir, start), Window(model, jax.device_count(), chip)
+    # Every process reads the numbers, and so notices a diverged loss; the first one writes them.
+    self._writer = Writer(workdir, start) if hosts.is_first() else None
+    self._window = Window(model, jax.device_count(), chip)
     self._total, self._every = total, every
     self._bar = tqdm.tqdm(
       initial=start,
@@ -162,6 +165,7 @@ class Recorder:
       desc="training",
       unit="step",
       dynamic_ncols=True,
+      disable=not hosts.is_first(),
       mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )
 
@@ -170,7 +174,8 @@ class Recorder:
 
   def __exit__(self, *_: Any) -> None:
     self._bar.close()
-    self._writer.close()
+    if self._writer:
+      self._writer.close()
 
   def record(self, batch: Batch, device_metrics: Any, waited_s: float) -> None:
     """Reads one step's metrics from the device; call it when a later step has been started.
@@ -182,19 +187,22 @@ class Recorder:
     step = batch.step + 1
     if not math.isfinite(values["loss"] + values["gradient_norm"]):
       raise TrainingError(self._diverged(batch, values))
-    if values["empty_rows"] == batch.rows.size * jax.process_count():
+    if values["empty_rows"] == batch.global_rows:
       self._without_negatives(batch)
     self._window.add(batch, values, waited_s)
     if step % self._every == 0 or step == self._total:
       line = self._window.summary()
-      self._writer.write(line)
+      if self._writer:
+        self._writer.write(line)
       self._bar.set_postfix_str(_postfix(line), refresh=False)
     self._bar.update()
 
   def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
-    rows = batch.rows.tolist()
+    # Processes that share replicas have the same rows.
+    rows = list(dict.fromkeys(itertools.chain(*hosts.gather(batch.rows.tolist()))))
     path = self._workdir / "diverged.json"
-    write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
+    if hosts.is_first():
+      write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
     shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (" ..." if len(rows) > ROWS_SHOWN else "")
     return (
       f"step {batch.step + 1} ({batch.dataset}, rows {shown}): the loss is {values['loss']}, its "
@@ -204,7 +212,7 @@ class Recorder:
 
   def _without_negatives(self, batch: Batch) -> None:
     """Warns of the first such step; the others are counted in `empty_rows`."""
-    if not self._warned:
+    if not self._warned and hosts.is_first():
       self._bar.write(
         f"warning: step {batch.step + 1} ({batch.dataset}) had nothing to compare: every negative "
         "of every row has the text of its query or positive, or all scores are equal. "

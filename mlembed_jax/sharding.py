@@ -99,6 +99,27 @@ def replicas(shape: Mapping[str, int]) -> int:
   return shape["data"] * shape["fsdp"]
 
 
+def rows_of(process: int, mesh: Mesh) -> tuple[int, int]:
+  """Returns (part, parts): the rows of a batch that the devices of a process hold.
+
+  Processes that share replicas (mesh.tensor goes over several) hold the same part.
+
+  Raises:
+    ConfigError: the mesh deals replicas to processes unevenly.
+  """
+  held: dict[int, set[int]] = {}
+  for replica, devices in enumerate(mesh.devices.reshape(replicas(mesh.shape), -1)):
+    for device in devices:
+      held.setdefault(device.process_index, set()).add(replica)
+  parts = sorted({tuple(sorted(of)) for of in held.values()})
+  if sum(map(len, parts)) != replicas(mesh.shape) or len({len(part) for part in parts}) > 1:
+    raise ConfigError(
+      f"mesh: {dict(mesh.shape)} splits rows unevenly over {len(held)} processes; mesh.tensor must "
+      "divide the devices of a process, or be a multiple of them"
+    )
+  return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
 def smallest_micro_batch(config: Config, shape: Mapping[str, int]) -> int:
   """Returns the tokens of one sheet of the longest texts on every replica."""
   return config.data.lengths[-1] * replicas(shape)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mlembed_jax import checkpoint
+from mlembed_jax import checkpoint, hosts
 from mlembed_jax.config_fields import STORED, Config, ConfigError, ModelConfig
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.store import Split
@@ -59,11 +59,9 @@ class Teacher:
       _, params = checkpoint.load_params(self.path, model)
     else:
       params = load_params(self.path, model)
-    return jax.tree.map(
-      lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding),
-      params,
-      self.abstract(mesh),
-    )
+    abstract = self.abstract(mesh)
+    cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
+    return hosts.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 
 
 def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:

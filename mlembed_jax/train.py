@@ -4,13 +4,10 @@ The same command with the same workdir goes on from the newest checkpoint, bit f
 run had never stopped. SIGTERM and Ctrl-C during training save a checkpoint first.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,9 +18,21 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from mlembed_jax import cli, inputs, memory, metrics, optimizer, train_state, train_step
+import mlembed_jax
+from mlembed_jax import (
+  cli,
+  distributed,
+  hosts,
+  inputs,
+  memory,
+  metrics,
+  optimizer,
+  train_state,
+  train_step,
+)
 from mlembed_jax.checkpoint import Checkpoints, check_same_run
-from mlembed_jax.config_fields import Config, ConfigError
+from mlembed_jax.config import flatten
+from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.eval import grid
 from mlembed_jax.hf.export import check_target, export_folder
@@ -31,7 +40,8 @@ from mlembed_jax.hf.load import load_params
 from mlembed_jax.inputs import Inputs
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, replicas
+from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
+from mlembed_jax.stop import StopSignals
 from mlembed_jax.teacher import Teacher
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import (
@@ -52,23 +62,28 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of the run: checkpoints, metrics, export. Made if it does not exist.",
+  "Folder of the run: checkpoints, metrics, export. Made if it does not exist. Several machines "
+  "need one that they share.",
   required=True,
 )
-
-
 ACCEPT_CHANGED_DATA = flags.DEFINE_bool(
   "accept_changed_data",
   False,
   "Go on from the newest checkpoint although rows, mixture or batches changed.",
 )
+JOIN_TIMEOUT_S = flags.DEFINE_integer(
+  "join_timeout_s",
+  300,
+  "Seconds to wait at the start until all processes of the run are there.",
+  lower_bound=1,
+)
 
 
-def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
-  """Returns this host's part of every batch of the run."""
-  placement = loader.Placement(
-    config.data.micro_batch, replicas(mesh.shape), jax.process_index(), jax.process_count()
-  )
+def make_batches(
+  config: Config, inputs: Inputs, mesh: Mesh, part: tuple[int, int], steps: int
+) -> loader.Batches:
+  """Returns this process's part of every batch of the run: part, parts as `rows_of` gives them."""
+  placement = loader.Placement(config.data.micro_batch, replicas(mesh.shape), *part)
   order = inputs.plan.order()
   return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 
@@ -81,32 +96,12 @@ def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoin
   state = train_state.create(config, tx, mesh)
   if config.train.init_from:
     params = load_params(pathlib.Path(config.train.init_from), config.model)
+    if config.model.rank:
+      # A factorisation may round in another way on another machine; parts of two do not fit.
+      params |= hosts.from_first({name: params[name] for name in ("table", "up")})
     layout = jax.tree.map(lambda x: x.sharding, state.params)
-    state = state.replace(params=jax.device_put(params, layout))
+    state = state.replace(params=hosts.place(params, layout))
   return state
-
-
-class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
-  """Turns SIGTERM, which preempted machines get, and Ctrl-C into a flag read between steps."""
-
-  def __init__(self) -> None:
-    self.received = 0
-    stopping = (signal.SIGTERM, signal.SIGINT)
-    self._previous = {number: signal.signal(number, self._receive) for number in stopping}
-
-  def _receive(self, number: int, _: Any) -> None:
-    self.received = number
-    self.__exit__()  # a second one ends the program at once
-
-  def leave_if_received(self, saved: str) -> None:
-    """Ends the program with status 128 + signal after a stop signal."""
-    if self.received:
-      print(f"stopped by signal {self.received}; {saved}, the same command goes on", flush=True)
-      sys.exit(128 + self.received)
-
-  def __exit__(self, *_: Any) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
 
 
 def make_step(
@@ -146,37 +141,45 @@ def fit(
   with jax.transfer_guard("disallow"):
     for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers)):
       task = Task(batch.task_type, batch.positives)
-      state, values = step(state, put_batch(batch.arrays(), mesh), task=task)
+      with jax.transfer_guard_host_to_device(
+        "allow"
+      ):  # to jax, parts of global arrays are implicit
+        arrays, signals = put_batch(batch.arrays(), mesh), stop.exchange()
+      state, values = step(state, arrays, task=task)
       if pending:
         recorder.record(*pending)
       pending = batch, values, waited_s
-      done, stopping = batch.step + 1, stop.received
+      done, stopping = batch.step + 1, stop.agreed(signals)
       if done % config.train.checkpoint_every == 0 or done == len(batches) or stopping:
         recorder.record(*pending)  # a diverged state is noticed here, before it is saved
         pending = None
         checkpoints.save(done, state)
       if stopping:
         checkpoints.close()
-        stop.leave_if_received(f"step {done} is saved")
+        stop.leave(stopping, f"step {done} is saved")
   return state
 
 
 def evaluate(
   config: Config, state: TrainState, read: Inputs, mesh: Mesh, workdir: pathlib.Path
-) -> list[dict[str, Any]]:
-  """Returns the held-out scores of every slice at this step; a finished evaluation is read back."""
+) -> None:
+  """Writes the held-out scores of every slice at this step, unless they are there."""
   step = int(state.step)
-  scores = read_evaluation(workdir, step)
-  if {score["task"] for score in scores} != {task.name for task in read.tasks}:
+  found = {score["task"] for score in read_evaluation(workdir, step)}
+  if hosts.gather(found != {task.name for task in read.tasks})[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
     scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
-    write_json(evaluation_path(workdir, step), {"step": step, "scores": scores})
-  return scores
+    record = {"step": step, "scores": scores}
+    hosts.on_first(lambda: write_json(evaluation_path(workdir, step), record))
 
 
 def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
-  step = int(state.step)
+  params = hosts.fetch(state.params) if config.export.at_end else None
+  hosts.on_first(lambda: _report(config, read, int(state.step), params, workdir))
+
+
+def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathlib.Path) -> None:
   after = read_evaluation(workdir, step)
   before = read_evaluation(workdir, 0)
   for task in read.tasks:
@@ -187,7 +190,7 @@ def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Pat
     folder = export_folder(
       export_path(config, workdir),
       run=run,
-      params=jax.device_get(state.params),
+      params=params,
       tokenizer=read.tokenizer,
       step=step,
       cut=Slice(),
@@ -220,11 +223,12 @@ def chosen_before(run: Run, workdir: pathlib.Path, checkpoints: Checkpoints) -> 
   """
   if checkpoints.latest() is None:
     # Scores of a run that was stopped before its first checkpoint.
-    shutil.rmtree(workdir / "eval", ignore_errors=True)
+    hosts.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
     return 0
-  stored = Run.load(workdir)
-  check_same_run(stored, run, workdir, ACCEPT_CHANGED_DATA.value)
-  return stored.config.data.micro_batch
+  with hosts.agreed():
+    stored = Run.load(workdir)
+    check_same_run(stored, run, workdir, ACCEPT_CHANGED_DATA.value)
+  return hosts.gather(stored.config.data.micro_batch)[0]
 
 
 def train(config: Config, workdir: pathlib.Path) -> None:
@@ -234,25 +238,27 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
     SystemExit: after SIGTERM (143) or Ctrl-C (130); the checkpoint is written.
   """
-  if jax.process_count() > 1:
-    raise ConfigError("this version trains on one host; start it on a single process")
-  mesh = make_mesh(config)
-  read = inputs.load(config, workdir)
-  run, steps = inputs.describe(config, read), inputs.steps(config, read)
+  with hosts.agreed():
+    mesh = make_mesh(config)
+    part = rows_of(jax.process_index(), mesh)
+    read = inputs.load(config, workdir)
+    run, steps = inputs.describe(config, read), inputs.steps(config, read)
+    if config.export.at_end:
+      check_target(export_path(config, workdir))
+  hosts.check_same(run.plan)
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
   chosen = chosen_before(run, workdir, checkpoints)
-  if config.export.at_end:
-    check_target(export_path(config, workdir))
-  copy_file(read.tokenizer.path, workdir / "tokenizer.json")
+  hosts.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    with StopSignals() as stop:
-      inputs.report(read, steps, workdir)
+    with StopSignals(mesh) as stop:
+      hosts.on_first(lambda: inputs.report(read, steps, workdir))
       config = memory.with_micro_batch(
         config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
       )
-      dataclasses.replace(run, config=config).save(workdir)
+      sized = dataclasses.replace(run, config=config)
+      hosts.on_first(lambda: sized.save(workdir))
       step = make_step(config, steps, mesh, read.teacher)
-      batches = make_batches(config, read, mesh, steps)
+      batches = make_batches(config, read, mesh, part, steps)
       state = initial_state(config, steps, mesh, checkpoints)
       if int(state.step) == 0:
         evaluate(config, state, read, mesh, workdir)
@@ -267,7 +273,14 @@ def train(config: Config, workdir: pathlib.Path) -> None:
 
 def main() -> None:
   """Reads the flags."""
-  train(cli.read_config(CONFIG), open_workdir(WORKDIR.value))
+  with distributed.joined(JOIN_TIMEOUT_S.value):
+    with hosts.agreed():
+      config, workdir = cli.read_config(CONFIG), open_workdir(WORKDIR.value)
+    hosts.check_shared(workdir)
+    versions = {"jax": jax.__version__, "mlembed_jax": mlembed_jax.__version__}
+    options = {"--accept_changed_data": ACCEPT_CHANGED_DATA.value}
+    hosts.check_same(versions | options | flatten(config))
+    train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from mlembed_jax import compiler, gradcache, losses, optimizer, train_state
@@ -135,13 +135,14 @@ def make(
   tx = optimizer.make(config.optimizer, steps)
   rate = optimizer.schedule(config.optimizer, steps)
   layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config, tx, mesh))
+  whole = NamedSharding(mesh, PartitionSpec())  # every host reads the metrics
 
   @functools.partial(
     jax.jit,
     donate_argnames="state",
     static_argnames="task",
-    out_shardings=(layout, None),
-    compiler_options=compiler.options(mesh.devices.flat),
+    out_shardings=(layout, whole),
+    compiler_options=compiler.options(mesh.devices.flat[0]),
   )
   def step(
     state: TrainState, batch: Batch, teacher_params: Any, task: Task

@@ -63,9 +63,12 @@ def wait_for_step(workdir, step, seconds=300):
 
 def arrays(workdir, step):
   """Returns every array of a checkpoint: parameters, moments and step."""
-  state = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
-  flat = jax.tree.leaves(state)
-  return [np.asarray(leaf) for leaf in flat]
+  path, checkpointer = workdir / "checkpoints" / str(step) / "default", ocp.PyTreeCheckpointer()
+  tree = checkpointer.metadata(path).item_metadata.tree
+  # As numpy arrays: the devices of several processes are not those of this one.
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  state = checkpointer.restore(path, restore_args=as_numpy)
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def assert_same_state(a, b, step):

@@ -26,6 +26,7 @@ class Batch:
   task_type: str
   positives: int  # per row
   rows: Int64[np.ndarray, "B"]  # of the file, counted from 0
+  global_rows: int  # of all hosts
   languages: list[str]  # of the rows
   sheets: list[Sheets]  # by width; the used blocks of this host
   layout: Layout  # of this host
@@ -71,7 +72,7 @@ class Placement:
   block_tokens: int  # encoded at a time over all hosts
   shards: int  # data-parallel devices over all hosts
   host: int = 0
-  hosts: int = 1
+  hosts: int = 1  # that read different rows
 
 
 class Batches:
@@ -133,6 +134,7 @@ class Batches:
       task_type=kind.task_type,
       positives=kind.positives,
       rows=np.array([row.row for row in rows]),
+      global_rows=options.batch_size,
       languages=[row.language for row in rows],
       sheets=packing.pack(shards, layout),
       layout=layout,

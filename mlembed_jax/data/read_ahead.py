@@ -133,7 +133,8 @@ class _Worker:
 
 def _work(pipe: Connection, batches: Batches, first: int, stride: int, parent: int) -> None:
   """Sends batches from a process of its own."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
+  for number in (signal.SIGINT, signal.SIGTERM):  # Slurm, too, sends them to all processes of a job
+    signal.signal(number, signal.SIG_IGN)  # they are for the process that trains
   end_with_parent(parent)
   ready: queue.Queue[Batch | Exception] = queue.Queue(PREFETCH - 1)
 

@@ -1,0 +1,56 @@
+"""Signals that stop a run: every process stops after the same step, whichever of them got one."""
+
+import contextlib
+import signal
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
+  """Turns SIGTERM, which preempted machines get, and Ctrl-C into a flag read between steps."""
+
+  def __init__(self, mesh: Mesh) -> None:
+    """Several processes exchange their flags over the devices of `mesh`."""
+    self._received, self._mesh = 0, mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+    self._largest = jax.jit(lambda flags: flags.max(), out_shardings=whole)
+    stopping = (signal.SIGTERM, signal.SIGINT)
+    self._previous = {number: signal.signal(number, self._receive) for number in stopping}
+
+  def _receive(self, number: int, _: Any) -> None:
+    self._received = number
+    self.__exit__()  # a second one ends the program at once
+
+  def exchange(self) -> jax.Array | None:
+    """Sends this process's flag to all others; call it right before a step is started.
+
+    The devices compute the answer before that step, so when the step before is done it is there:
+    nobody waits. None with a single process.
+    """
+    if not jax.distributed.is_initialized():
+      return None
+    places = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+    flags = np.full(len(self._mesh.local_devices), self._received, np.int32)
+    return self._largest(jax.make_array_from_process_local_data(places, flags))
+
+  def agreed(self, exchanged: jax.Array | None) -> int:
+    """Returns the signal that all processes stop for, 0 for none."""
+    return self._received if exchanged is None else int(jax.device_get(exchanged))
+
+  def leave(self, number: int, saved: str) -> None:
+    """Ends the program with status 128 + signal."""
+    print(f"stopped by signal {number}; {saved}, the same command goes on", flush=True)
+    sys.exit(128 + number)
+
+  def leave_if_received(self, saved: str) -> None:
+    """Ends the program after a stop signal of any process; waits for all."""
+    if number := self.agreed(self.exchange()):
+      self.leave(number, saved)
+
+  def __exit__(self, *_: Any) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

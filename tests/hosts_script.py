@@ -1,0 +1,102 @@
+"""Run by two processes: each function of hosts.py does what it says, or this ends with an error."""
+
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mlembed_jax import distributed, hosts
+from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.sharding import put_batch, rows_of
+
+
+def raised(act):
+  try:
+    act()
+  except ConfigError as error:
+    return str(error)
+  raise AssertionError("nothing was raised")
+
+
+def one_fails(me):
+  with hosts.agreed():
+    if me == 1:
+      with hosts.agreed():
+        raise ConfigError("the disk is full")
+    hosts.gather("an exchange that process 1 does not come to")
+
+
+def check_exchange(me, folder):
+  assert hosts.gather({"ü": me}) == [{"ü": 0}, {"ü": 1}]
+  told = raised(lambda: one_fails(me))
+  assert told == ("the disk is full" if me == 1 else "process 1: the disk is full")
+  hosts.check_same({"a": 1, "b": 2})
+  other = raised(lambda: hosts.check_same({"a": 1, "seed": me}))
+  assert other.startswith("process 1: not the same run as process 0; ")
+  assert other.endswith("versions:\n  seed: 0 on process 0, 1 on process 1")
+  hosts.check_shared(folder)
+  hosts.SEEN_WITHIN_S = 0.0
+  own = folder / str(me)
+  own.mkdir()
+  assert "storage that all machines share" in raised(lambda: hosts.check_shared(own))
+  hosts.gather(None)
+  assert not list(folder.glob("**/.shared_*"))
+  hosts.on_first(lambda: (folder / f"by_{me}").touch())
+  assert (folder / "by_0").exists() and not (folder / "by_1").exists()
+
+
+def mesh_of(order, shape):
+  devices = np.array(jax.devices())[order].reshape(shape)
+  return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def check_arrays(me):
+  mesh = mesh_of(range(4), (1, 4, 1))
+  full = {"x": np.arange(24.0).reshape(8, 3), "y": np.arange(4.0)}
+  layout = NamedSharding(mesh, PartitionSpec("fsdp"))
+  made = hosts.place(full, {"x": layout, "y": layout})
+  assert not made["x"].is_fully_addressable
+  hosts.PIECE_BYTES = 30  # less than three rows
+  for name, array in hosts.fetch(made).items():
+    np.testing.assert_array_equal(array, full[name] if me == 0 else np.empty(0))
+  first = hosts.from_first({"x": full["x"] + me})
+  np.testing.assert_array_equal(first["x"], full["x"])
+
+
+def check_rows(me):
+  """Each row of a batch is read once, wherever the mesh puts the devices of a process."""
+  for order, shape, expected in (
+    (range(4), (1, 4, 1), (me, 2)),
+    ([2, 0, 3, 1], (1, 4, 1), (1 - me, 2)),  # replicas 0 and 2 on process 1
+    (range(4), (1, 2, 2), (me, 2)),
+    ([0, 2, 1, 3], (1, 2, 2), (0, 1)),  # both processes hold half of each replica
+  ):
+    mesh = mesh_of(order, shape)
+    part, parts = rows_of(me, mesh)
+    assert (part, parts) == expected
+    rows = np.arange(8).reshape(parts, -1)[part]
+    batch = put_batch({"sheets": ({"texts": rows[None, :, None]},), "hashes": rows}, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    hashes, texts = jax.jit(lambda *x: x, out_shardings=whole)(
+      batch["hashes"], batch["sheets"][0]["texts"]
+    )
+    np.testing.assert_array_equal(np.sort(hashes), np.arange(8))
+    np.testing.assert_array_equal(texts[0, :, 0], hashes)
+  uneven = mesh_of([0, 1, 2], (1, 3, 1))
+  assert "splits rows unevenly over 2 processes" in raised(lambda: rows_of(me, uneven))
+
+
+def main():
+  with distributed.joined(60):
+    me = int(os.environ["JAX_PROCESS_ID"])
+    check_exchange(me, pathlib.Path(sys.argv[1]))
+    check_arrays(me)
+    check_rows(me)
+    print("all is well")
+
+
+if __name__ == "__main__":
+  main()
