@@ -9,14 +9,12 @@ is the compiler's account. Time is an estimate: hlo.py says from what.
 import dataclasses
 import json
 import sys
-from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from mlembed_jax import cli, pod, sweep
-from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.pod import Estimate
 
 CONFIG = config_flags.DEFINE_config_file(

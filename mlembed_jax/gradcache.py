@@ -63,6 +63,16 @@ def value_and_grad(
   return value, (grads, d_head)
 
 
+def kept_bytes(encode: Encode, params: Any, sheets: Sequence[Sheets], kept_tokens: int) -> int:
+  """Returns the bytes of what is kept of `sheets` (shapes) between the passes."""
+  total = 0
+  for width in sheets:
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), width)
+    each = _Passes(encode, lambda _: None, params, width, kept_tokens)
+    total += each.kept * Pull(encode, params, first).bytes
+  return total
+
+
 def work(sheets: Sequence[Sheets]) -> dict[str, Array]:
   """Returns what a batch holds, and what is computed of it, over all devices of all hosts.
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 from jax.experimental import topologies
 
-from mlembed_jax import flops, hlo, memory, optimizer, train_state
+from mlembed_jax import flops, hlo, memory, optimizer, train_state, train_step
 from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
@@ -138,7 +138,7 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
     except jax.errors.JaxRuntimeError as error:
       return _too_large(config, target, mesh, kind, length, str(error))
     seconds = time.perf_counter() - started
-    by_kind = _memory(config, mesh, compiled)
+    by_kind = _memory(config, kind, mesh, compiled)
   module = hlo.Module(compiled.as_text())
   trips = _Trips(memory.kind_layout(config, kind, replicas(mesh.shape)), length)
   spent = module.seconds(target.tpu, target.torus, trips)
@@ -205,26 +205,25 @@ def _too_large(
   )
 
 
-def _memory(config: Config, mesh: Any, compiled: Any) -> dict[str, int]:
+def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, int]:
   """Returns the bytes of one chip by what they hold."""
   state = train_state.abstract(config, optimizer.make(config.optimizer, 1000), mesh)
+  batch = memory.batch_shapes(config, kind, replicas(mesh.shape))
 
   def held(tree: Any) -> int:
     return sum(
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
-  found, parameters, moments = (
-    memory.needed_bytes(compiled),
-    held(state.params),
-    held(state.opt_state),
-  )
+  parameters, moments = held(state.params), held(state.opt_state)
   temporary = compiled.memory_analysis().temp_size_in_bytes
+  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // replicas(mesh.shape)
   return {
     "parameters": parameters,
     "optimizer": moments,
-    "batch": found - temporary - parameters - moments,
-    "activations and temporaries": temporary,
+    "batch": memory.needed_bytes(compiled) - temporary - parameters - moments,
+    "kept activations": kept,
+    "temporaries": temporary - kept,
   }
 
 
@@ -249,7 +248,7 @@ class _Trips:
 
 def _listed(module: hlo.Module, trips: Any) -> list[dict[str, Any]]:
   """Returns the exchanges of a step, those that move most first."""
-  counted: dict[tuple[str, str, int, int], float] = collections.Counter()
+  counted: dict[tuple[str, str, int, int], float] = collections.defaultdict(float)
   for scope, times, one in module.exchanges(trips):
     counted[scope, one.kind, one.bytes, one.group] += times
   largest = sorted(counted.items(), key=lambda item: -item[0][2] * item[1])

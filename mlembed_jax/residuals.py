@@ -32,6 +32,11 @@ class Pull:
   def _leaves(self, params: Any, x: Any) -> list[Any]:
     return jax.tree.leaves(self._vjp(params, x)[1])
 
+  @property
+  def bytes(self) -> int:
+    """Bytes of the residuals of one input."""
+    return sum(x.size * x.dtype.itemsize for x in jax.eval_shape(lambda: self.empty(1)))
+
   def empty(self, count: int) -> list[jax.Array]:
     """Returns room for the residuals of `count` inputs."""
     varying = [x for x, varies in zip(self._shapes, self._varies, strict=True) if varies]

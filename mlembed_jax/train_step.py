@@ -127,6 +127,14 @@ def value_and_grad(
   return result, grads
 
 
+def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
+  """Returns the bytes of activations, over all devices, that wait for the backward pass."""
+  axes = plan(config.model, config.matryoshka)
+  mask = jax.ShapeDtypeStruct((config.model.rank,), jnp.float32) if config.model.rank else None
+  run = lambda p, block: encode(config.model, axes.exits, p[0], block, p[1])  # noqa: E731
+  return gradcache.kept_bytes(run, (params, mask), sheets, config.data.kept_tokens)
+
+
 def make(
   config: Config, steps: int, mesh: Mesh, teacher: TeacherShape | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -48,12 +48,11 @@ def attention(
     raise AttentionError(
       f"model.attention: {implementation!r} does not run on {here}, which has {', '.join(choices)}"
     )
-  names = choices if implementation == "auto" else (implementation,)
-  for name in names:
-    function, refuses = choices[name]
-    if not (reason := refuses(q_BTNK)):
-      return function(q_BTNK, k_BTGK, v_BTGK, segments_BT)
-  raise AttentionError(f"model.attention: {implementation!r} {reason}")
+  names = list(choices) if implementation == "auto" else [implementation]
+  able = [name for name in names if not choices[name][1](q_BTNK)]
+  if not able:
+    raise AttentionError(f"model.attention: {names[-1]} {choices[names[-1]][1](q_BTNK)}")
+  return choices[able[0]][0](q_BTNK, k_BTGK, v_BTGK, segments_BT)
 
 
 def einsum(
@@ -102,7 +101,7 @@ def splash_attention(
   return _on_devices(local, q_BTNK, k_BTGK, v_BTGK, segments_BT)
 
 
-def _splash_kernel(size: int, heads: int, interpret: bool) -> Callable[..., Array]:
+def _splash_kernel(size: int, heads: int, interpret: bool) -> Any:
   block = next(b for b in range(min(SPLASH_BLOCK, size), 0, -LANES) if size % b == 0)
   blocks = splash.BlockSizes(
     block_q=block,
@@ -137,7 +136,7 @@ def cudnn_attention(
   v_BTGK: Float[Array, "B T G K"],
   segments_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T N K"]:
-  """Returns the attention output by cuDNN's flash kernel, segments as a mask shared by all heads."""
+  """Returns the attention output by cuDNN's flash kernel; all heads share a mask of segments."""
   mask_B1TS = seen(segments_BT)[:, None]
   out_BTNK = jax.nn.dot_product_attention(
     q_BTNK, k_BTGK, v_BTGK, mask=mask_B1TS, implementation="cudnn"
