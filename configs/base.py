@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "dtype": "bfloat16",  # of the computation; parameters are float32. bfloat16 | float32
         "attention": "auto",  # the platform's kernel | splash (TPU) | cudnn (GPU) | einsum (all)
         "remat": "full",  # computed again by backward, in growing need of memory: offload and full
-        #                   (whole layers) | attention and products (all but those) | dots | none
+        #                   (whole layers) | context (all but attention) | products | dots | none
       },
       # What is trained along each axis. () is the default set; (full,) alone switches an axis off.
       "matryoshka": {

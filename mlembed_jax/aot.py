@@ -59,6 +59,8 @@ compiled in {e.compile_seconds:.0f} s"""
 
 def main() -> None:
   """Reads the flags; ends with status 1 where the configuration does not fit."""
+  if not CONFIG.value.data.builder and not CONFIG.value.data.dataset:
+    CONFIG.value.data.dataset = "nothing is read"
   config = cli.read_config(CONFIG)
   target = pod.Target.parse(str(TOPOLOGY.value), SLICES.value)
   step = pod.Step(TASK.value, TEXT_TOKENS.value)

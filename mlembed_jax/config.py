@@ -26,7 +26,7 @@ from mlembed_jax.config_fields import (
 CHOICES: dict[str, tuple[str, ...]] = {
   "model.dtype": ("float32", "bfloat16"),
   "model.attention": ("auto", "splash", "cudnn", "einsum"),
-  "model.remat": ("none", "full", "attention", "products", "dots", "offload"),
+  "model.remat": ("none", "full", "context", "products", "dots", "offload"),
   "losses.softmax": ("separate", "joint"),
   "losses.false_negative_score": ("own", "teacher"),
   "kd.match": ("depth_fraction", "index"),

@@ -16,6 +16,7 @@ from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.losses import Task
+from mlembed_jax.models import attention
 from mlembed_jax.sharding import abstract_batch, replicas, smallest_micro_batch
 from mlembed_jax.teacher import Teacher
 
@@ -23,6 +24,13 @@ from mlembed_jax.teacher import Teacher
 USABLE = 0.9
 PADDING = 0.02  # of a step's tokens
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+def check_attention(config: Config, platform: str) -> None:
+  """Raises ConfigError where `model.attention` cannot compute sheets of `data.lengths`."""
+  m = config.model
+  for length in config.data.lengths:
+    attention.choose(m.attention, platform, length, m.head_dim, m.dtype)
 
 
 def device_bytes() -> int:

@@ -18,6 +18,7 @@ from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.gradcache import BLOCKS
+from mlembed_jax.memory import check_attention
 from mlembed_jax.sharding import logical_rules, make_mesh, replicas
 from mlembed_jax.tpu import TPUS, Tpu
 
@@ -130,6 +131,7 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
   config = _with_blocks(config, mesh.size)
+  check_attention(config, "tpu")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
     lowered = memory.lowered_step(config, kind, 1000, mesh)

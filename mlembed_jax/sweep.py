@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from mlembed_jax import pod
 from mlembed_jax.config_fields import Config, ConfigError
 
-REMAT = ("full", "attention", "products")
+REMAT = ("full", "context", "products")
 BLOCKS = (2048, 8192)  # tokens of a block on each chip
 
 

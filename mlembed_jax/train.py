@@ -240,6 +240,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   """
   with hosts.agreed():
     mesh = make_mesh(config)
+    memory.check_attention(config, mesh.devices.flat[0].platform)
     part = rows_of(jax.process_index(), mesh)
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)

@@ -4,7 +4,7 @@ Takes arrays only. The einsum is the definition; the kernels equal it up to roun
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from mlembed_jax import context
+from mlembed_jax.config_fields import ConfigError
 
 # Finite, so that a padding row, which may attend to nothing else, never becomes NaN.
 MASKED = -1e30
@@ -20,10 +21,6 @@ LANES = 128  # of a TPU's vector registers: tokens and head width come in multip
 SPLASH_BLOCK = 1024
 # Name of what the backward pass of attention needs beside q, k and v, for remat policies.
 SAVED = "context"
-
-
-class AttentionError(ValueError):
-  """Attention that an implementation cannot compute; the message names the field."""
 
 
 def attention(
@@ -39,20 +36,44 @@ def attention(
   Query head h reads key/value head h // (N / G).
 
   Raises:
-    AttentionError: the implementation is not one of this platform, or cannot do these shapes.
-      "auto" is the first of the platform that can.
+    ConfigError: as of `choose`.
   """
-  here = context.platform()
-  choices = KERNELS.get(here, {}) | {"einsum": (einsum, lambda *_: "")}
-  if implementation != "auto" and implementation not in choices:
-    raise AttentionError(
-      f"model.attention: {implementation!r} does not run on {here}, which has {', '.join(choices)}"
+  _, size, _, width = q_BTNK.shape
+  name = choose(implementation, context.platform(), size, width, str(q_BTNK.dtype))
+  return FUNCTIONS[name](q_BTNK, k_BTGK, v_BTGK, segments_BT)
+
+
+def choose(implementation: str, platform: str, size: int, width: int, dtype: str) -> str:
+  """Returns the name of the function for texts of `size` tokens and heads of `width`.
+
+  "auto" is the first of the platform that can do these shapes.
+
+  Raises:
+    ConfigError: the implementation is none of this platform, or cannot do these shapes.
+  """
+  here = [*KERNELS.get(platform, ()), "einsum"]
+  if implementation == "auto":
+    return next(name for name in here if not _refusal(name, size, width, dtype))
+  if implementation not in here:
+    raise ConfigError(
+      f"model.attention: {implementation!r} does not run on {platform}, which has {', '.join(here)}"
     )
-  names = list(choices) if implementation == "auto" else [implementation]
-  able = [name for name in names if not choices[name][1](q_BTNK)]
-  if not able:
-    raise AttentionError(f"model.attention: {names[-1]} {choices[names[-1]][1](q_BTNK)}")
-  return choices[able[0]][0](q_BTNK, k_BTGK, v_BTGK, segments_BT)
+  if reason := _refusal(implementation, size, width, dtype):
+    raise ConfigError(f"model.attention: {implementation} needs {reason}")
+  return implementation
+
+
+def _refusal(name: str, size: int, width: int, dtype: str) -> str:
+  """Returns what an implementation would need instead, "" where it can do these shapes."""
+  if name == "splash" and size % LANES:
+    return f"data.lengths in multiples of {LANES}, found {size}"
+  if name == "splash" and width % LANES:
+    return f"model.head_dim in multiples of {LANES}, found {width}"
+  if name == "cudnn" and dtype != "bfloat16":
+    return f"model.dtype bfloat16, found {dtype}"
+  if name == "cudnn" and (width % 8 or width > LANES):
+    return f"model.head_dim in multiples of 8 up to {LANES}, found {width}"
+  return ""
 
 
 def einsum(
@@ -121,36 +142,19 @@ def _splash_kernel(size: int, heads: int, interpret: bool) -> Any:
   )
 
 
-def _refused_by_splash(q_BTNK: Array) -> str:
-  _, size, _, width = q_BTNK.shape
-  if size % LANES:
-    return f"needs data.lengths in multiples of {LANES}, found {size}"
-  if width % LANES:
-    return f"needs model.head_dim in multiples of {LANES}, found {width}"
-  return ""
-
-
 def cudnn_attention(
   q_BTNK: Float[Array, "B T N K"],
   k_BTGK: Float[Array, "B T G K"],
   v_BTGK: Float[Array, "B T G K"],
   segments_BT: Int[Array, "B T"],
+  kernel: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N K"]:
   """Returns the attention output by cuDNN's flash kernel; all heads share a mask of segments."""
   mask_B1TS = seen(segments_BT)[:, None]
   out_BTNK = jax.nn.dot_product_attention(
-    q_BTNK, k_BTGK, v_BTGK, mask=mask_B1TS, implementation="cudnn"
+    q_BTNK, k_BTGK, v_BTGK, mask=mask_B1TS, implementation=kernel
   )
   return checkpoint_name(out_BTNK, SAVED)
-
-
-def _refused_by_cudnn(q_BTNK: Array) -> str:
-  width, dtype = q_BTNK.shape[-1], q_BTNK.dtype
-  if dtype not in (jnp.bfloat16, jnp.float16):
-    return f"needs model.dtype bfloat16, found {dtype}"
-  if width % 8 or width > 128:
-    return f"needs model.head_dim in multiples of 8 up to 128, found {width}"
-  return ""
 
 
 def _on_devices(local: Callable[..., Array], *arrays: Array) -> Array:
@@ -163,11 +167,12 @@ def _on_devices(local: Callable[..., Array], *arrays: Array) -> Array:
   return jax.shard_map(local, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)(*arrays)
 
 
-# platform -> {name: (implementation, why it cannot or "")}, the best first.
-KERNELS: dict[str, dict[str, tuple[Callable[..., Array], Callable[[Array], str]]]] = {
-  "tpu": {"splash": (splash_attention, _refused_by_splash)},
-  "gpu": {"cudnn": (cudnn_attention, _refused_by_cudnn)},
+FUNCTIONS: dict[str, Any] = {
+  "splash": splash_attention,
+  "cudnn": cudnn_attention,
+  "einsum": einsum,
 }
+KERNELS = {"tpu": ("splash",), "gpu": ("cudnn",)}  # the best first; einsum runs everywhere
 
 
 def rotary(

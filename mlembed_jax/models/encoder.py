@@ -18,15 +18,14 @@ from mlembed_jax.models.embedding import look_up
 from mlembed_jax.models.pooling import last_tokens, packed
 
 _saved = jax.checkpoint_policies.save_only_these_names
-_ATTENTION = ("query", "key", "value", SAVED)
 # What a layer keeps for its backward pass beside its input, which computes the rest again. "none"
 # means no rematerialisation at all. Bytes are those of one token in one layer of the 8B; the input
 # has 8 KiB.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "attention": _saved(*_ATTENTION),  # 20 KiB: no second attention, 0.15 of a forward pass
-  "products": _saved(*_ATTENTION, "gate", "up"),  # 68 KiB: only norms and products of 0.17
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # 92 KiB: but attention
+  "context": _saved(SAVED),  # 8 KiB: no second attention
+  "products": _saved("query", "key", "value", SAVED, "gate", "up"),  # 68 KiB: no second MLP either
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # 84 KiB: all products but attention
   # The input itself waits in the memory of the host.
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],

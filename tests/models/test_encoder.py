@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.config import CHOICES
+from mlembed_jax.config_fields import ConfigError, ModelConfig
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models import pooling
-from mlembed_jax.models.attention import attention, rotary
-from mlembed_jax.models.encoder import Encoder, RMSNorm, abstract_params
+from mlembed_jax.models.attention import rotary
+from mlembed_jax.models.encoder import REMAT_POLICIES, Encoder, RMSNorm, abstract_params
 from mlembed_jax.sharding import RULES
 from tests.material import FAST_COMPILE, packed, padded, random_batch, random_params
 
@@ -37,28 +38,6 @@ def test_rms_norm_worked_example(tiny):
   params = {"scale": jnp.array([1, 0.5, 2, 1])}
   x = jnp.array([1.0, 2, 2, 4])
   np.testing.assert_allclose(model.apply({"params": params}, x), [0.4, 0.4, 1.6, 1.6], rtol=1e-5)
-
-
-def numpy_attention(q, k, v, segments):
-  """Returns grouped-query causal attention, one query at a time, in float64."""
-  B, T, N, K = q.shape
-  out = np.zeros((B, T, N, K))
-  for b, t, n in np.ndindex(B, T, N):
-    g = n // (N // k.shape[2])
-    keys = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-    scores = np.array([q[b, t, n] @ k[b, s, g] for s in keys]) / np.sqrt(K)
-    weights = np.exp(scores - scores.max())
-    out[b, t, n] = (weights / weights.sum()) @ v[b, keys, g]
-  return out
-
-
-def test_attention_equals_numpy():
-  generator = np.random.default_rng(0)
-  q, k, v = (generator.normal(size=(2, 9, heads, 4)).astype(np.float32) for heads in (6, 2, 2))
-  segments = np.array([[1] * 9, [1, 1, 1, 2, 2, 2, 2, 0, 0]])
-  np.testing.assert_allclose(
-    attention(q, k, v, segments), numpy_attention(q, k, v, segments), atol=1e-5
-  )
 
 
 def test_rotary_equals_numpy():
@@ -228,7 +207,7 @@ def test_bfloat16_sums_a_frequent_tokens_gradient_in_float32(tiny, rank):
   np.testing.assert_allclose(np.median(ratio), 4096, rtol=0.02)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
+@pytest.mark.parametrize("policy", REMAT_POLICIES)
 def test_remat_changes_no_gradient(tiny, params, batch, policy):
   def grads(remat):
     apply = padded(dataclasses.replace(tiny.model, remat=remat))
@@ -250,6 +229,7 @@ OTHER = {
   "rope_theta": 1e4,
   "norm_eps": 1e-5,
   "dtype": "bfloat16",
+  "attention": "splash",
   "remat": "full",
 }
 
@@ -265,12 +245,16 @@ def program(model: ModelConfig) -> str:
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
 def test_every_field_changes_the_program(tiny, field):
   changed = dataclasses.replace(tiny.model, **{field: OTHER[field]})
+  if field == "attention":  # kernels are none of the CPU's
+    with pytest.raises(ConfigError, match=r"model\.attention"):
+      program(changed)
+    return
   assert program(changed) != program(tiny.model)
 
 
 def test_remat_policies_are_different_programs(tiny):
-  programs = {program(dataclasses.replace(tiny.model, remat=r)) for r in ("none", "full", "dots")}
-  assert len(programs) == 3
+  programs = {program(dataclasses.replace(tiny.model, remat=r)) for r in CHOICES["model.remat"]}
+  assert len(programs) == len(CHOICES["model.remat"]) == 1 + len(REMAT_POLICIES)
 
 
 def test_every_parameter_names_its_axes(tiny):
