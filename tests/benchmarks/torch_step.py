@@ -102,7 +102,6 @@ class Encoder(torch.nn.Module):
     theta = {"rope_type": "default", "rope_theta": model.rope_theta}
     config = transformers.Qwen3Config(**sizes, rope_parameters=theta, attn_implementation="sdpa")
     self.trunk = transformers.Qwen3Model(config).train()
-    self.trunk.embed_tokens = None
     self.trunk.load_state_dict(trunk_weights(model, weights))
     if model.remat == "full":
       # The older name leaves in transformers 6.
@@ -130,7 +129,8 @@ def trunk_weights(model: ModelConfig, weights: Any) -> dict[str, torch.Tensor]:
     array = weights[t.path] if t.layer is None else weights[t.path][t.layer]
     return torch.tensor(np.ascontiguousarray(t.to_hf(array)))
 
-  return {t.name: tensor(t) for t in names.tensors(model) if t.path != names.TABLE[0]}
+  unused = {names.TABLE[1]: torch.zeros(1, model.width)}
+  return unused | {t.name: tensor(t) for t in names.tensors(model) if t.path != names.TABLE[0]}
 
 
 class Theirs:
