@@ -21,14 +21,7 @@ from tests.test_train import ENVIRONMENT, ROOT, arrays, lines, wait_for_step
 LAUNCHER = ROOT / "launch" / "local_processes.py"
 STEPS = 16
 # One kind of batch and one exit: every process compiles the step on its own.
-SMdef test_jax_still_says_the_same_of_a_single_machine():
-  """On TPU machines it is asked whether there are others; `join` goes by this answer."""
-  code = "import jax; jax.distributed.initialize()"
-  _, _, errors = finish(start(sys.executable, "-c", code))
-  assert f"ValueError: {distributed.NO_CLUSTER}" in errors
-
-
-ALL = {
+SMALL = {
   "data.train": "('train/bitext.parquet',)",
   "data.heldout": "('heldout/bitext.parquet',)",
   "data.lengths": "(32,)",
@@ -206,6 +199,13 @@ def test_a_port_that_is_taken_is_named():
     member = distributed.Member(f"localhost:{server.getsockname()[1]}", 2, 0)
     with pytest.raises(ConfigError, match=r"cannot listen on port \d+: Address already in use"):
       distributed._check_address(member, time.monotonic())
+
+
+def test_jax_still_says_the_same_of_a_single_machine():
+  """On TPU machines it is asked whether there are others; `join` goes by this answer."""
+  code = "import jax; jax.distributed.initialize()"
+  _, _, errors = finish(start(sys.executable, "-c", code))
+  assert f"ValueError: {distributed.NO_CLUSTER}" in errors
 
 
 ALL = {
