@@ -44,11 +44,14 @@ def text(estimate: Estimate) -> str:
     for x in e.collectives[:12]
   )
   parts = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in e.seconds_by_kind.items())
+  used = pod.gib(e.hbm_bytes_per_device)
+  work = e.model_flops_per_step / 1e15
+  free = 1 - e.hbm_bytes_per_device / e.hbm_capacity
   return f"""\
 {e.topology}: {e.devices} chips, mesh {e.mesh}
-memory per chip: {pod.gib(e.hbm_bytes_per_device)} of {pod.gib(e.hbm_capacity)} GiB \
-({1 - e.hbm_bytes_per_device / e.hbm_capacity:.0%} free): {kinds}
-step of {e.sequences:,} texts of {e.text_tokens:,} tokens: {e.model_flops_per_step / 1e15:,.2f} PFLOP
+memory per chip: {used} of {pod.gib(e.hbm_capacity)} GiB ({free:.0%} free):
+  {kinds}
+step of {e.sequences:,} texts of {e.text_tokens:,} tokens: {work:,.2f} PFLOP
 estimated: {1e3 * e.estimated_step_seconds:,.0f} ms ({parts}), MFU {e.estimated_mfu:.3f}, \
 {e.tokens_per_second_per_chip:,.0f} tokens and {e.sequences_per_second_per_chip:,.1f} texts per \
 second and chip

@@ -112,11 +112,13 @@ def splash_attention(
 
   `interpret` runs the kernel's program on any platform.
   """
-  kernel = _splash_kernel(*q_BTNK.shape[1:3], interpret)
+  _, size, heads, _ = q_BTNK.shape
+  kernel = _splash_kernel(size, heads, interpret)
 
   def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
     heads_first = [x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)]
-    out = jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments, segments))
+    ids = splash.SegmentIds(segments, segments)
+    out = jax.vmap(kernel)(*heads_first, ids)
     return out.swapaxes(1, 2)
 
   return _on_devices(local, q_BTNK, k_BTGK, v_BTGK, segments_BT)

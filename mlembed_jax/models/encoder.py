@@ -24,7 +24,8 @@ _saved = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "context": _saved(SAVED),  # 8 KiB: no second attention
-  "products": _saved("query", "key", "value", SAVED, "gate", "up"),  # 68 KiB: no second MLP either
+  # 68 KiB: nor MLP
+  "products": _saved("query", "key", "value", SAVED, "gate", "up"),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # 84 KiB: all products but attention
   # The input itself waits in the memory of the host.
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
