@@ -79,11 +79,10 @@ JOIN_TIMEOUT_S = flags.DEFINE_integer(
 )
 
 
-def make_batches(
-  config: Config, inputs: Inputs, mesh: Mesh, part: tuple[int, int], steps: int
-) -> loader.Batches:
-  """Returns this process's part of every batch of the run: part, parts as `rows_of` gives them."""
-  placement = loader.Placement(config.data.micro_batch, replicas(mesh.shape), *part)
+def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
+  """Returns this process's part of every batch of the run."""
+  part, parts = rows_of(jax.process_index(), mesh)
+  placement = loader.Placement(config.data.micro_batch, replicas(mesh.shape), part, parts)
   order = inputs.plan.order()
   return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 
@@ -241,7 +240,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   with hosts.agreed():
     mesh = make_mesh(config)
     memory.check_attention(config, mesh.devices.flat[0].platform)
-    part = rows_of(jax.process_index(), mesh)
+    rows_of(jax.process_index(), mesh)  # refused here, before any work
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
     if config.export.at_end:
@@ -259,7 +258,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       sized = dataclasses.replace(run, config=config)
       hosts.on_first(lambda: sized.save(workdir))
       step = make_step(config, steps, mesh, read.teacher)
-      batches = make_batches(config, read, mesh, part, steps)
+      batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)
       if int(state.step) == 0:
         evaluate(config, state, read, mesh, workdir)

@@ -26,7 +26,8 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "context": _saved(SAVED),  # 8 KiB: no second attention
   # 68 KiB: nor MLP
   "products": _saved("query", "key", "value", SAVED, "gate", "up"),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # 84 KiB: all products but attention
+  # 84 KiB: all products but those of attention
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   # The input itself waits in the memory of the host.
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
