@@ -66,6 +66,8 @@ class Target:
       raise ConfigError('the compiler for TPUs is missing; pip install -e ".[tpu]"')
     # Without a TPU the library would wait for the metadata server of Google's cloud.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # One process at a time may hold a TPU; there is none to hold.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"num_slices": self.slices} if self.slices > 1 else {}
     try:
       found = topologies.get_topology_desc(self.name, "tpu", **options)
@@ -198,7 +200,7 @@ def _too_large(
   config: Config, target: Target, mesh: Any, kind: Kind, length: int, message: str
 ) -> Estimate:
   """Returns the estimate of a program that the compiler gave up for its memory."""
-  used = re.search(r"[Uu]sed ([\d.]+)([GM]) of", message)
+  used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([GM])", message)
   if not used:
     raise ConfigError(f"the compiler refuses the update: {message[:2000]}")
   needed = int(float(used.group(1)) * 2 ** (30 if used.group(2) == "G" else 20))

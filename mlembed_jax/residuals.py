@@ -24,7 +24,7 @@ class Pull:
     self._tree = jax.tree.structure(pull)
     reached = _reached(jaxpr.jaxpr, len(jax.tree.leaves(params)))
     self._varies = [isinstance(v, core.Var) and v in reached for v in jaxpr.jaxpr.outvars]
-    self._shared = _without(jaxpr, reached, self._varies)
+    self._shared = _fixed(jaxpr, self._varies)
 
   def _vjp(self, params: Any, x: Any) -> tuple[Any, Any]:
     return jax.vjp(lambda p: self._function(p, x), params)
@@ -68,10 +68,12 @@ def _reached(jaxpr: core.Jaxpr, first: int) -> set[Any]:
   return reached
 
 
-def _without(
-  jaxpr: core.ClosedJaxpr, reached: set[Any], varies: Sequence[bool]
-) -> core.ClosedJaxpr:
+def _fixed(jaxpr: core.ClosedJaxpr, varies: Sequence[bool]) -> core.ClosedJaxpr:
   """Returns the program of the outputs that do not vary."""
   fixed = [v for v, changes in zip(jaxpr.jaxpr.outvars, varies, strict=True) if not changes]
-  eqns = [e for e in jaxpr.jaxpr.eqns if not reached.intersection(e.outvars)]
+  needed, eqns = set(v for v in fixed if isinstance(v, core.Var)), []
+  for eqn in reversed(jaxpr.jaxpr.eqns):
+    if needed.intersection(eqn.outvars):
+      needed.update(v for v in eqn.invars if isinstance(v, core.Var))
+      eqns.insert(0, eqn)
   return jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(eqns=eqns, outvars=fixed))

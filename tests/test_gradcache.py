@@ -181,7 +181,9 @@ def test_blocks_with_a_text_are_encoded_twice_or_kept(kept_tokens, times):
   def run(scale, sheets):
     loss = lambda states, _, head: (jnp.sum(states) + head, states)  # noqa: E731
     nothing = lambda _: None  # noqa: E731
-    return gradcache.value_and_grad(encode, nothing, loss, scale, scale, sheets, (16, 4), kept_tokens)
+    return gradcache.value_and_grad(
+      encode, nothing, loss, scale, scale, sheets, (16, 4), kept_tokens
+    )
 
   with on_mesh(one_device(TINY)):
     (_, states), grads = jax.jit(run)(jnp.float32(2), arrays["sheets"])

@@ -186,7 +186,7 @@ def bytes_of(leaf, shape):
 
 @pytest.mark.parametrize(("moments", "each"), [("float32", 8), ("bfloat16", 4), ("factored", 2)])
 def test_bytes_of_the_state_of_the_140m(moments, each):
-  changes = {"optimizer.moments": moments, "mesh.tensor": 2}
+  changes = {"optimizer.moments": moments}
   config = load_config(CONFIGS / "140m.py", **changes)
   mesh, size = make_mesh(config), parameter_count(config.model)
   leaves = jax.tree.leaves(opt_state(config, mesh))

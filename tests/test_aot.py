@@ -1,0 +1,199 @@
+"""Updates compiled for TPUs that are not here: memory, time, exchanges, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlembed_jax import flops, hlo, optimizer, pod, train_state
+from mlembed_jax.config import from_mapping
+from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.gradcache import BLOCKS
+from mlembed_jax.models.encoder import parameter_count
+from mlembed_jax.sharding import make_mesh
+from mlembed_jax.tpu import TPUS
+from tests.benchmarks.common import load_config
+from tests.material import CONFIGS, config_dict
+
+SMALL = {
+  "model.layers": 2,
+  "model.vocab": 4096,
+  "data.lengths": (256,),
+  "data.global_batch": 64,
+  "data.micro_batch": 8 * 1024,
+}
+
+
+def run(*flags, **fields):
+  options = [f"--config.{name}={value}" for name, value in (SMALL | fields).items()]
+  command = [sys.executable, "-m", "mlembed_jax.aot", "--config", str(CONFIGS / "140m.py")]
+  return subprocess.run([*command, *flags, *options], capture_output=True, text=True, check=False)
+
+
+def test_report_of_a_small_model():
+  """The update of a small model on eight chips, half of its blocks kept."""
+  done = run("--topology", "v5e:2x4", "--json", **{"data.kept_tokens": 72 * 1024})
+  assert done.returncode == 0, done.stderr
+  report = json.loads(done.stdout)
+  check_estimate(report)
+  check_memory(report)
+  check_collectives(report)
+
+
+def check_estimate(report):
+  config = load_config(CONFIGS / "140m.py", **SMALL, **{"data.kept_tokens": 72 * 1024})
+  texts = 64 * 9
+  work = flops.step_flops(config.model, texts * 256, texts * 256 * 257)
+  assert report["topology"] == "v5e:2x4" and report["devices"] == 8
+  assert report["model_flops_per_step"] == work
+  assert (
+    report["fits"] and 0 < report["hbm_bytes_per_device"] < report["hbm_capacity"] == 16 * 2**30
+  )
+  seconds = report["estimated_step_seconds"]
+  assert report["estimated_mfu"] == pytest.approx(work / seconds / 8 / 197e12)
+  assert 0.02 < report["estimated_mfu"] < 1
+  assert report["tokens_per_second_per_chip"] == pytest.approx(texts * 256 / seconds / 8)
+  assert report["compile_seconds"] > 1
+
+
+def check_memory(report):
+  config = load_config(CONFIGS / "140m.py", **SMALL)
+  by_kind = report["hbm_by_kind"]
+  assert sum(by_kind.values()) == report["hbm_bytes_per_device"]
+  # Norm scales are whole on each chip.
+  share = 4 * parameter_count(config.model) / 8
+  assert share <= by_kind["parameters"] <= 1.01 * share
+  assert by_kind["optimizer"] == pytest.approx(2 * by_kind["parameters"], rel=1e-4)
+  # Inputs of two layers, bfloat16, of half of 18 blocks; states of the texts are little beside.
+  inputs = 2 * 640 * 2 * 72 * 1024 / 8
+  assert inputs < by_kind["kept activations"] < 2 * inputs
+  assert by_kind["temporaries"] > 0
+
+
+def check_collectives(report):
+  kinds = {x["kind"] for x in report["collectives"]}
+  assert "all-gather" in kinds  # of weights
+  assert all(x["group"] == 8 for x in report["collectives"])
+  counts = [x["count"] for x in report["collectives"] if BLOCKS in x["scope"]]
+  assert max(counts) % (9 * 2) == 0  # in a loop over half of 18 blocks one over two layers
+
+
+def test_what_does_not_fit_ends_with_a_sentence():
+  # 18 GB of scores and activations of all texts, kept at once on four chips.
+  fields = {
+    "model.remat": "none",
+    "model.layers": 9,
+    "data.lengths": (1024,),
+    "data.global_batch": 512,
+    "data.micro_batch": 4 * 128 * 1024,
+    "data.kept_tokens": 10**9,
+  }
+  done = run("--topology", "v5e:2x2", **fields)
+  assert done.returncode == 1
+  assert "GiB per chip, v5e:2x2 has 16.00" in done.stderr and "data.kept_tokens" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("name", "slices", "message"),
+  [
+    ("v9:4x4", 1, "none that is known: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB"),
+    ("v5p:4x4", 1, "none that is known"),
+    ("v5e", 1, "none that is known"),
+    ("v5e:0x4", 1, "none that is known"),
+    ("v5e:32x16", 1, "larger than a v5e pod, v5e:16x16"),
+    ("v5e:4x4", 0, "--slices: 0 is not positive"),
+  ],
+)
+def test_unknown_chips_are_refused(name, slices, message):
+  with pytest.raises(ConfigError, match=message):
+    pod.Target.parse(name, slices)
+
+
+def test_a_shape_without_hardware_is_refused_by_name():
+  with pytest.raises(ConfigError, match="--topology: v5e:3x5"):
+    pod.Target.parse("v5e:3x5", 1).devices()
+
+
+@pytest.mark.parametrize(
+  ("step", "message"),
+  [
+    (pod.Step("retrieval", 65), "--text_tokens: 65 is not between 1 and 64"),
+    (pod.Step("ranking", 0), "--task: 'ranking' is not one of retrieval, bitext"),
+  ],
+)
+def test_unknown_steps_are_refused(step, message):
+  config = from_mapping(config_dict())
+  with pytest.raises(ConfigError, match=message):
+    step.kind(config)
+    step.tokens(config)
+
+
+def test_slices_hold_copies():
+  devices = pod.Target.parse("v5e:2x4", 2).devices()
+  mesh = make_mesh(from_mapping(config_dict(**{"mesh.data": 2})), devices)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 1}
+  assert [{d.slice_index for d in copy.flat} for copy in mesh.devices] == [{0}, {1}]
+  with pytest.raises(ConfigError, match=r"mesh\.data: 1 is not a multiple of the 2 slices"):
+    make_mesh(from_mapping(config_dict(**{"mesh.fsdp": 8, "mesh.tensor": 2})), devices)
+
+
+def module_of(function, *shapes, name="v5e:2x4", axis=None):
+  """Returns the module of `function` on one chip, or on all with the first axis of each split."""
+  devices = pod.Target.parse(name, 1).devices()
+  mesh = Mesh(np.array(devices[: 8 if axis else 1]), ("x",))
+  split = NamedSharding(mesh, PartitionSpec(axis))
+  inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
+  return hlo.Module(jax.jit(function, out_shardings=split).lower(*inputs).compile().as_text())
+
+
+def no_trips(scope):
+  raise AssertionError(scope)
+
+
+@pytest.mark.parametrize(("name", "most"), [("v5e:2x4", 1.3), ("v6e:2x4", 2.0)])
+def test_products_in_a_loop_take_their_flops_over_the_peak(name, most):
+  def layers(x, weights):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+  module = module_of(layers, (8192, 4096), (5, 4096, 4096), name=name)
+  tpu = TPUS[name[:3]]
+  found = module.seconds(tpu, (2, 4), no_trips)
+  ideal = 5 * 2 * 8192 * 4096**2 / tpu.peak_flops
+  assert ideal < found.compute < most * ideal
+  assert found.collectives == found.attention == found.hidden == 0
+
+
+def test_a_loop_of_unknown_length_is_asked_for():
+  def steps(x, count):
+    return jax.lax.fori_loop(0, count[0].astype(jnp.int32), lambda _, x: x @ x, x)
+
+  module = module_of(steps, (4096, 4096), (1,))
+  once, thrice = (module.seconds(TPUS["v5e"], (2, 4), lambda _, n=n: n) for n in (1, 3))
+  ideal = 2 * 4096**3 / 197e12
+  assert 2 * ideal < thrice.total - once.total < 3 * ideal
+
+
+def test_a_sum_over_chips_takes_its_bytes_over_the_links():
+  module = module_of(
+    lambda x: jnp.broadcast_to(jnp.sum(x, axis=0, keepdims=True), x.shape), (8, 2**20), axis="x"
+  )
+  found = [one for _, _, one in module.exchanges(no_trips)]
+  assert [(one.kind, one.bytes, one.group) for one in found] == [("all-reduce", 2 * 2**20, 8)]
+  # Eight chips of v5e are no ring: a link per axis of 2 x 4.
+  expected = 2 * 7 / 8 * 2 * 2**20 / (2 * 45e9)
+  assert found[0].seconds(TPUS["v5e"], (2, 4)) == pytest.approx(expected)
+
+
+def test_the_state_of_a_pod_is_split():
+  config = load_config(CONFIGS / "8b.py")
+  mesh = make_mesh(config, pod.Target.parse("v5e:16x16", 1).devices())
+  state = train_state.abstract(config, optimizer.make(config.optimizer, 10), mesh)
+  local = sum(
+    np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+  )
+  assert local <= 1.03 * 12 * parameter_count(config.model) / 256
