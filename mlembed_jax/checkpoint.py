@@ -26,6 +26,9 @@ FREE = (
   "data.heldout",
   "data.instructions",  # what it says stands in the plan
   "data.micro_batch",
+  "data.kept_tokens",
+  "model.attention",  # another machine may have another kernel
+  "model.remat",
   "data.packing",
   "data.workers",
 )

@@ -1,6 +1,10 @@
 """Options of the XLA compiler that the update is compiled with, by platform; all stand here."""
 
+import os
+import pathlib
 from typing import Any
+
+import jax
 
 # Exchanges of weights run beside products instead of between them.
 ASYNC_COLLECTIVES = {
@@ -23,6 +27,16 @@ OPTIONS = {
   "TPU v6 lite": ASYNC_COLLECTIVES | LARGE_TILES,
 }
 GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+
+
+def cache(folder: pathlib.Path, platform: str) -> None:
+  """Keeps compiled programs in a folder, unless JAX_COMPILATION_CACHE_DIR names another.
+
+  A run that goes on, and every process but one, then loads what took minutes to compile. Not on
+  CPU, whose programs compile in seconds and are bound to one kind of processor.
+  """
+  if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def options(device: Any) -> dict[str, str]:

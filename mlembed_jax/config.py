@@ -87,6 +87,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   _check_matryoshka(config)
   _check_losses(config)
   _check_teacher(config)
+  _check_kept(config)
   _check_data_and_length(config)
   return config
 
@@ -213,6 +214,20 @@ def _check_teacher(config: Config) -> None:
     raise ConfigError(f"kd.exits: {kd.exits} must be positive and ascending")
   if kd.exits and kd.teacher in ("", STORED):
     raise ConfigError("kd.exits: only a teacher that is a folder has exits")
+
+
+def _check_kept(config: Config) -> None:
+  data = config.data
+  if 0 < data.kept_tokens < data.micro_batch:
+    raise ConfigError(
+      f"data.kept_tokens: {data.kept_tokens} are less than a block of data.micro_batch = "
+      f"{data.micro_batch}, so nothing would be kept"
+    )
+  if data.kept_tokens and config.model.remat == "offload":
+    raise ConfigError(
+      "data.kept_tokens: model.remat = offload moves the activations of one block at a time; set "
+      "data.kept_tokens to 0, or model.remat to full"
+    )
 
 
 def _check_data_and_length(config: Config) -> None:

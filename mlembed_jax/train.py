@@ -21,6 +21,7 @@ from ml_collections import config_flags
 import mlembed_jax
 from mlembed_jax import (
   cli,
+  compiler,
   distributed,
   hosts,
   inputs,
@@ -239,7 +240,9 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   """
   with hosts.agreed():
     mesh = make_mesh(config)
-    memory.check_attention(config, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    memory.check_attention(config, platform)
+    compiler.cache(workdir / "compiled", platform)
     rows_of(jax.process_index(), mesh)  # refused here, before any work
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)

@@ -122,3 +122,13 @@ def test_the_residual_stream_is_constrained(tiny, mesh, params):
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.logical_rules()):
     text = jax.jit(padded(tiny.model)).lower({"params": params}, *batch).as_text()
   assert "sharding_constraint" in text
+
+
+def test_a_large_array_without_a_split_is_refused(mesh):
+  whole = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((2048, 1024), "float32"), (None, None))
+  with pytest.raises(
+    ValueError, match=r"'table'\]: 8,388,608 bytes would be whole on every device"
+  ):
+    sharding.shardings({"table": whole}, mesh)
+  split = nn.LogicallyPartitioned(whole.value, ("embed", None))
+  assert sharding.shardings({"table": split}, mesh)["table"].spec == P("fsdp", None)
