@@ -193,8 +193,8 @@ def test_bytes_of_the_state_of_the_140m(moments, each):
   whole = sum(bytes_of(leaf, leaf.shape) for leaf in leaves)
   assert each * size <= whole <= 1.01 * each * size + 100  # 1 %: rows, columns and norm scales
   local = sum(bytes_of(leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-  # Norm scales and the second factor's columns are not split by both axes.
-  assert local <= 1.02 * whole / 8
+  # Norm scales are whole on each device, and so are means over the axis that is split.
+  assert local <= 1.03 * whole / 8
 
 
 def test_rows_and_columns_lie_where_their_matrix_does():
