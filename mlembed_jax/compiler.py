@@ -16,9 +16,9 @@ ASYNC_COLLECTIVES = {
   # On few chips XLA would gather weights in pieces, between products too small to be fast.
   "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
-# Room for the tiles of one operation. With the default of 16 MiB products of 8,192 tokens reach
-# 0.85 of the peak on v5p by the compiler's estimate and 0.62 (16,384 tokens) on v6e; with 64 MiB
-# 0.98 and 0.91. Compiling takes several times as long. v5e gains nothing (0.98 against 0.99).
+# Room for the tiles of one operation. With the default of 16 MiB a product [T, 4096] x
+# [4096, 12288] alone reaches 0.85 of the peak on v5p (T = 8,192) by the compiler's estimate, and 0.62 on v6e
+# (T = 16,384); with 64 MiB 0.98 and 0.91. Compiling takes longer. v5e gains nothing (0.98, 0.99).
 LARGE_TILES = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 OPTIONS = {
   "TPU v4": ASYNC_COLLECTIVES,
@@ -32,7 +32,7 @@ GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
 def cache(folder: pathlib.Path, platform: str) -> None:
   """Keeps compiled programs in a folder, unless JAX_COMPILATION_CACHE_DIR names another.
 
-  A run that goes on, and every process but one, then loads what took minutes to compile. Not on
+  A run that goes on then loads what took minutes to compile. Not on
   CPU, whose programs compile in seconds and are bound to one kind of processor.
   """
   if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.tpu import Tpu
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -21,7 +22,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 START, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 
-class HloError(ValueError):
+class HloError(ConfigError):
   """A compiled module in a form that is not understood."""
 
 
@@ -76,7 +77,7 @@ class Collective:
   """One exchange between devices."""
 
   kind: str
-  bytes: int  # of the whole array, on one device
+  bytes: int  # on one device: of the whole array where parts are gathered, summed or scattered
   group: int  # devices that take part
 
   def seconds(self, tpu: Tpu, torus: Sequence[int]) -> float:
@@ -86,9 +87,14 @@ class Collective:
     both directions. Source: chapter "Sharded matrices" of "How to scale your model" (jax-ml).
     """
     share = (self.group - 1) / max(1, self.group)
-    received = {"all-reduce": 2 * share, "all-to-all": share / 4, "collective-permute": 1.0}
+    one_link = self.bytes / tpu.link_bytes_per_second
+    if self.kind == "collective-permute":  # to a neighbour
+      return one_link
     links = tpu.links(torus, self.group)
-    return self.bytes * received.get(self.kind, share) / (links * tpu.link_bytes_per_second)
+    # What goes to all passes a quarter of each ring on its way, on average.
+    hops = max(1.0, sum(tpu.axes(torus, self.group)) / 4)
+    passed = {"all-reduce": 2 * share, "all-to-all": share * hops}.get(self.kind, share)
+    return one_link * passed / links
 
 
 def size(shape: str) -> int:
@@ -162,8 +168,9 @@ class Module:
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
       return None
-    given = op.shape if kind != "reduce-scatter" else ""
-    return Collective(kind, size(given), _group(op))
+    group = _group(op)
+    held = size(op.shape) // (2 if op.opcode.endswith("-start") else 1)  # operand and result
+    return Collective(kind, held * (group if kind == "reduce-scatter" else 1), group)
 
   def inner(self, op: Operation) -> list[Operation]:
     """Returns the operations of the computation that a fusion calls."""
@@ -270,9 +277,10 @@ def kernel_flops(op: Operation) -> float:
   Two products per score forward; five in the backward kernel, which computes the scores again.
   """
   products = 5 if "dkv" in op.name or "bwd" in op.name else 2
-  shapes = re.findall(r"bf16\[(\d+),(\d+),(\d+),(\d+)\]|f32\[(\d+),(\d+),(\d+),(\d+)\]", op.shape)
-  sizes = [[int(n) for n in shape if n] for shape in shapes]
-  if not sizes:
+  # The largest output is of query heads: [batch, heads, tokens, width], or with an axis of parts.
+  shapes = re.findall(r"(?:bf16|f32)\[((?:\d+,){3,4}\d+)\]", op.shape)
+  if not shapes:
     raise HloError(f"the kernel {op.name} is no attention kernel: {op.shape[:100]}")
-  batch, heads, tokens, width = max(sizes, key=math.prod)
-  return products * 2 * batch * heads * tokens * (tokens + 1) / 2 * width
+  sizes = max(([int(n) for n in shape.split(",")] for shape in shapes), key=math.prod)
+  heads, tokens, width = sizes[-3:]
+  return products * 2 * sizes[0] * heads * tokens * (tokens + 1) / 2 * width

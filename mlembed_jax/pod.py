@@ -130,6 +130,8 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
   Raises:
     ConfigError: the configuration cannot be laid over the chips, or asks for something they lack.
   """
+  if config.kd.teacher:
+    raise ConfigError("kd.teacher: a teacher is not part of the estimate; set it to ''")
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
   config = _with_blocks(config, mesh.size)
@@ -182,7 +184,7 @@ def _estimate(
     hbm_bytes_per_device=needed,
     hbm_capacity=capacity,
     hbm_by_kind=by_kind,
-    fits=needed <= capacity,
+    fits=needed <= memory.USABLE * capacity and spent.total > 0,
     sequences=texts,
     text_tokens=length,
     model_flops_per_step=work,
@@ -204,9 +206,7 @@ def _too_large(
   if not used:
     raise ConfigError(f"the compiler refuses the update: {message[:2000]}")
   needed = int(float(used.group(1)) * 2 ** (30 if used.group(2) == "G" else 20))
-  return _estimate(
-    config, target, mesh, kind, length, {"all": needed}, hlo.Seconds(), [], float("nan")
-  )
+  return _estimate(config, target, mesh, kind, length, {"all": needed}, hlo.Seconds(), [], 0.0)
 
 
 def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """TPU topologies: which there are, and how fast their chips compute and exchange. No jax."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from mlembed_jax.chips import CHIPS, Chip
@@ -29,15 +30,19 @@ class Tpu:
   def links(self, torus: Sequence[int], group: int) -> int:
     """Returns over how many links a chip receives in an exchange among `group` chips.
 
-    A group takes the first axes whose product holds it; a closed axis counts twice.
+    An axis that the group takes whole, and that is closed to a ring, counts twice.
     """
-    links, held = 0, 1
+    taken = zip(self.axes(torus, group), sorted(torus, reverse=True), strict=False)
+    return max(1, sum(2 if n == axis >= self.ring else 1 for n, axis in taken))
+
+  def axes(self, torus: Sequence[int], group: int) -> list[int]:
+    """Returns how many chips of each axis a group takes, the longest axis first."""
+    taken = []
     for axis in sorted(torus, reverse=True):
-      if held >= group:
-        break
-      held *= axis
-      links += 2 if axis >= self.ring else 1
-    return max(1, links)
+      if group > 1:
+        taken.append(min(axis, group))
+        group = math.ceil(group / axis)
+    return taken
 
 
 TPUS = {

@@ -268,7 +268,11 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       stop.leave_if_received("no step is lost")
       start, every = int(state.step), config.train.log_every
       with metrics.Recorder(workdir, start, steps, every, config.model) as recorder:
-        state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop)
+        try:
+          state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop)
+        except metrics.TrainingError:
+          checkpoints.close()  # one may still be on its way to the disk
+          raise
     checkpoints.close()
     evaluate(config, state, read, mesh, workdir)
   report(config, read, state, workdir)

@@ -95,7 +95,10 @@ def test_what_does_not_fit_ends_with_a_sentence():
   }
   done = run("--topology", "v5e:2x2", **fields)
   assert done.returncode == 1
-  assert "GiB per chip, v5e:2x2 has 16.00" in done.stderr and "data.kept_tokens" in done.stderr
+  assert (
+    "GiB per chip, v5e:2x2 has 16.00, of which 90 % may" in done.stderr
+    and "data.kept_tokens" in done.stderr
+  )
 
 
 @pytest.mark.parametrize(
@@ -197,3 +200,28 @@ def test_the_state_of_a_pod_is_split():
     np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
   )
   assert local <= 1.03 * 12 * parameter_count(config.model) / 256
+
+
+def test_kernels_count_query_heads():
+  """Eight rows, 32 query and 8 key heads, 1,024 tokens, width 128."""
+  forward = "f32[8,512,128], bf16[8,32,1024,128]"
+  backward = "f32[8,512,128], bf16[8,1,32,1024,128], bf16[8,8,1024,128], bf16[8,8,1024,128]"
+  scores = 8 * 32 * 1024 * 1025 / 2
+  for name, shape, products in (("splash_fwd", forward, 2), ("splash_dkv", backward, 5)):
+    kernel = hlo.Operation(name, f"({shape})", "custom-call", "tpu_custom_call")
+    assert hlo.kernel_flops(kernel) == products * 2 * 128 * scores
+
+
+@pytest.mark.parametrize(
+  ("name", "torus", "group", "links"),
+  [("v5p", (4, 4, 4), 16, 4), ("v5p", (4, 4, 4), 64, 6), ("v5e", (16, 16), 256, 4)]
+  + [("v5e", (16, 16), 64, 3), ("v5e", (16, 16), 4, 1), ("v5e", (4, 4), 16, 2)],
+)
+def test_only_whole_closed_axes_count_twice(name, torus, group, links):
+  assert TPUS[name].links(torus, group) == links
+
+
+def test_teachers_are_not_estimated():
+  config = from_mapping(config_dict(**{"kd.teacher": "stored"}))
+  with pytest.raises(ConfigError, match=r"kd\.teacher: a teacher is not part"):
+    pod.estimate(config, pod.Target.parse("v5e:2x4", 1), pod.Step("retrieval", 0))

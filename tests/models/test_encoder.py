@@ -13,7 +13,14 @@ from mlembed_jax.config_fields import ConfigError, ModelConfig
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models import pooling
 from mlembed_jax.models.attention import rotary
-from mlembed_jax.models.encoder import REMAT_POLICIES, Encoder, RMSNorm, abstract_params
+from mlembed_jax.models.encoder import (
+  REMAT_POLICIES,
+  Encoder,
+  RMSNorm,
+  abstract_params,
+  parameter_shapes,
+)
+from mlembed_jax.residuals import Pull
 from mlembed_jax.sharding import RULES
 from tests.material import FAST_COMPILE, packed, padded, random_batch, random_params
 
@@ -255,6 +262,20 @@ def test_every_field_changes_the_program(tiny, field):
 def test_remat_policies_are_different_programs(tiny):
   programs = {program(dataclasses.replace(tiny.model, remat=r)) for r in CHOICES["model.remat"]}
   assert len(programs) == len(CHOICES["model.remat"]) == 1 + len(REMAT_POLICIES)
+
+
+def test_policies_keep_more_and_more(tiny):
+  tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+  block = {"tokens": tokens, "ends": jax.ShapeDtypeStruct((2, 1), jnp.int32)}
+
+  def kept(remat):
+    model = dataclasses.replace(tiny.model, remat=remat)
+    encode = lambda p, x: Encoder(model).apply({"params": p}, x["tokens"], x["ends"])  # noqa: E731
+    return Pull(encode, parameter_shapes(model), block).bytes
+
+  for order in (("full", "context", "products", "none"), ("full", "dots", "none")):
+    sizes = [kept(remat) for remat in order]
+    assert sizes == sorted(set(sizes))
 
 
 def test_every_parameter_names_its_axes(tiny):
