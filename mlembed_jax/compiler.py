@@ -17,8 +17,9 @@ ASYNC_COLLECTIVES = {
   "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
 # Room for the tiles of one operation. With the default of 16 MiB a product [T, 4096] x
-# [4096, 12288] alone reaches 0.85 of the peak on v5p (T = 8,192) by the compiler's estimate, and 0.62 on v6e
-# (T = 16,384); with 64 MiB 0.98 and 0.91. Compiling takes longer. v5e gains nothing (0.98, 0.99).
+# [4096, 12288] alone reaches 0.85 of the peak on v5p (T = 8,192) by the compiler's estimate, and
+# 0.62 on v6e (T = 16,384); with 64 MiB 0.98 and 0.91. Compiling takes longer. v5e gains nothing
+# (0.98, 0.99).
 LARGE_TILES = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 OPTIONS = {
   "TPU v4": ASYNC_COLLECTIVES,
