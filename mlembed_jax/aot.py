@@ -76,9 +76,9 @@ def main() -> None:
   if not estimate.fits:
     needed, there = pod.gib(estimate.hbm_bytes_per_device), pod.gib(estimate.hbm_capacity)
     sys.exit(
-      f"error: the step needs {needed} GiB per chip, {target.name} has {there}, of which 90 % may "
-      "be used; use more chips, a smaller data.micro_batch or data.kept_tokens, or model.remat that "
-      "keeps less (--sweep finds them)"
+      f"error: the step needs {needed} GiB per chip, {target.name} has {there}, of which 90 % "
+      "may be used; use more chips, a smaller data.micro_batch or data.kept_tokens, or model.remat "
+      "that keeps less (--sweep finds them)"
     )
 
 

@@ -96,7 +96,7 @@ def test_what_does_not_fit_ends_with_a_sentence():
   done = run("--topology", "v5e:2x2", **fields)
   assert done.returncode == 1
   assert (
-    "GiB per chip, v5e:2x2 has 16.00, of which 90 % may" in done.stderr
+    "GiB per chip, v5e:2x2 has 16.00, of which 90 % " in done.stderr
     and "data.kept_tokens" in done.stderr
   )
 

@@ -24,7 +24,7 @@ TEACHER = dataclasses.replace(
 
 
 # Two of the four blocks of 512 tokens are kept.
-EIGHT = {"mesh.data": 2, "data.kept_tokens": 1024}
+EIGHT = {"mesh.data": 2, "data.micro_batch": 512, "data.kept_tokens": 1024}
 
 
 def value_and_grad(config, task, mesh, change=lambda arrays: arrays, **options):
