@@ -46,10 +46,9 @@ def text(estimate: Estimate) -> str:
   parts = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in e.seconds_by_kind.items())
   used = pod.gib(e.hbm_bytes_per_device)
   work = e.model_flops_per_step / 1e15
-  free = 1 - e.hbm_bytes_per_device / e.hbm_capacity
   return f"""\
 {e.topology}: {e.devices} chips, mesh {e.mesh}
-memory per chip: {used} of {pod.gib(e.hbm_capacity)} GiB ({free:.0%} free):
+memory per chip: {used} of {pod.gib(e.hbm_capacity)} GiB ({e.free:.0%} free):
   {kinds}
 step of {e.sequences:,} texts of {e.text_tokens:,} tokens: {work:,.2f} PFLOP
 estimated: {1e3 * e.estimated_step_seconds:,.0f} ms ({parts}), MFU {e.estimated_mfu:.3f}, \

@@ -20,12 +20,10 @@ from mlembed_jax.models.encoder import Encoder
 def _program(
   model: ModelConfig, exits: tuple[int, ...], out: NamedSharding | None
 ) -> Callable[..., Any]:
-  rows = np.array(exits) - 1
-
   @functools.partial(jax.jit, out_shardings=out)
   def run(params: Any, tokens: Any, lengths: Any) -> Any:
-    states: Any = Encoder(model).apply({"params": params}, tokens, lengths[:, None] - 1)
-    return states[rows, :, 0].astype(jnp.float32)
+    states: Any = Encoder(model, exits).apply({"params": params}, tokens, lengths[:, None] - 1)
+    return states[:, :, 0].astype(jnp.float32)
 
   return run
 

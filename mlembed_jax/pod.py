@@ -18,7 +18,6 @@ from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.gradcache import BLOCKS
-from mlembed_jax.memory import check_attention
 from mlembed_jax.sharding import logical_rules, make_mesh, replicas
 from mlembed_jax.tpu import TPUS, Tpu
 
@@ -123,6 +122,11 @@ class Estimate:
   collectives: list[dict[str, Any]]
   compile_seconds: float
 
+  @property
+  def free(self) -> float:
+    """The share of the memory that is left."""
+    return 1 - self.hbm_bytes_per_device / self.hbm_capacity
+
 
 def estimate(config: Config, target: Target, step: Step) -> Estimate:
   """Returns what the update of a step needs on the chips of `target`.
@@ -135,7 +139,7 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
   config = _with_blocks(config, mesh.size)
-  check_attention(config, "tpu")
+  memory.check_attention(config, "tpu")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
     lowered = memory.lowered_step(config, kind, 1000, mesh)

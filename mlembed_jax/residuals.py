@@ -19,18 +19,15 @@ class Pull:
 
   def __init__(self, function: Function, params: Any, example: Any):
     self._function = function
-    jaxpr, self._shapes = jax.make_jaxpr(self._leaves, return_shape=True)(params, example)
-    _, pull = jax.eval_shape(self._vjp, params, example)
-    self._tree = jax.tree.structure(pull)
+    pull_of = lambda params, x: self._vjp(params, x)[1]  # noqa: E731
+    jaxpr, pull = jax.make_jaxpr(pull_of, return_shape=True)(params, example)
+    self._shapes, self._tree = jax.tree.flatten(pull)
     reached = _reached(jaxpr.jaxpr, len(jax.tree.leaves(params)))
     self._varies = [isinstance(v, core.Var) and v in reached for v in jaxpr.jaxpr.outvars]
     self._shared = _fixed(jaxpr, self._varies)
 
   def _vjp(self, params: Any, x: Any) -> tuple[Any, Any]:
     return jax.vjp(lambda p: self._function(p, x), params)
-
-  def _leaves(self, params: Any, x: Any) -> list[Any]:
-    return jax.tree.leaves(self._vjp(params, x)[1])
 
   @property
   def bytes(self) -> int:

@@ -48,11 +48,10 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
 
 def line(e: pod.Estimate) -> str:
   """Returns one setting as a row of a Markdown table."""
-  free = 1 - e.hbm_bytes_per_device / e.hbm_capacity
   time = f"{1e3 * e.estimated_step_seconds:,.0f} ms | {e.estimated_mfu:.3f}" if e.fits else "- | -"
   return (
     f"| {e.mesh} | {e.remat} | {e.micro_batch:,} | {e.kept_tokens:,} | "
-    f"{pod.gib(e.hbm_bytes_per_device)} | {free:.0%} | {time} |"
+    f"{pod.gib(e.hbm_bytes_per_device)} | {e.free:.0%} | {time} |"
   )
 
 

@@ -214,8 +214,14 @@ def test_kernels_count_query_heads():
 
 @pytest.mark.parametrize(
   ("name", "torus", "group", "links"),
-  [("v5p", (4, 4, 4), 16, 4), ("v5p", (4, 4, 4), 64, 6), ("v5e", (16, 16), 256, 4)]
-  + [("v5e", (16, 16), 64, 3), ("v5e", (16, 16), 4, 1), ("v5e", (4, 4), 16, 2)],
+  [
+    ("v5p", (4, 4, 4), 16, 4),
+    ("v5p", (4, 4, 4), 64, 6),
+    ("v5e", (16, 16), 256, 4),
+    ("v5e", (16, 16), 64, 3),
+    ("v5e", (16, 16), 4, 1),
+    ("v5e", (4, 4), 16, 2),
+  ],
 )
 def test_only_whole_closed_axes_count_twice(name, torus, group, links):
   assert TPUS[name].links(torus, group) == links
