@@ -13,9 +13,9 @@ base = load_module(pathlib.Path(__file__).with_name("base.py"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-  config = base.get_config(variant)
+  config = base.get_config()
   config.model.update(width=640, layers=9, ffn=1536, rank=512)
   config.optimizer.learning_rate = 3e-05
   config.train.epochs = 3.0
   config.export.name = "mlembed-140m"
-  return config
+  return base.apply_variant(config, base.VARIANTS, variant)

@@ -13,9 +13,9 @@ base = load_module(pathlib.Path(__file__).with_name("base.py"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-  config = base.get_config(variant)
+  config = base.get_config()
   config.model.update(width=896, layers=16, ffn=2560, rank=512)
   config.optimizer.learning_rate = 2e-05
   config.train.epochs = 3.0
   config.export.name = "mlembed-330m"
-  return config
+  return base.apply_variant(config, base.VARIANTS, variant)

@@ -1,7 +1,7 @@
 """Every field of a run, with its meaning. The other files state only what differs from this one.
 
 `--config configs/8b.py:reference`, and so for every size, restores the published recipe where ours
-departs from it.
+departs from it. `configs/8b.py:v5p` (v5e, v6e) sets what a size needs on such a pod.
 """
 
 from ml_collections import ConfigDict
@@ -9,6 +9,17 @@ from ml_collections import ConfigDict
 from mlembed_jax.config_fields import REFERENCE
 
 VARIANTS = {"": {}, "reference": REFERENCE}
+
+
+def pod(chips: int, block: int, remat: str, copies: int = 1) -> dict:
+  """Returns the fields of a run on a pod, with `block` tokens at a time on each chip."""
+  return {
+    "data.lengths": (1024,),  # one loop over blocks; shorter texts share sheets
+    "data.micro_batch": chips * block,
+    "data.kept_tokens": 512 * 9 * 1024,  # all of the longest step: nothing is encoded twice
+    "model.remat": remat,
+    "mesh.data": copies,
+  }
 
 
 def task(negatives: int, inbatch: bool = False, symmetric: bool = False) -> dict:
@@ -23,9 +34,9 @@ def task(negatives: int, inbatch: bool = False, symmetric: bool = False) -> dict
   }
 
 
-def get_config(variant: str = "") -> ConfigDict:
-  """Returns the 0.6B-shaped defaults, changed by a named variant."""
-  config = ConfigDict(
+def get_config() -> ConfigDict:
+  """Returns the defaults, shaped for 0.6B."""
+  return ConfigDict(
     {
       # The encoder: a dense Qwen3 decoder without a language-model head.
       "model": {
@@ -150,7 +161,6 @@ def get_config(variant: str = "") -> ConfigDict:
       },
     }
   )
-  return apply_variant(config, VARIANTS, variant)
 
 
 def apply_variant(config: ConfigDict, variants: dict[str, dict], variant: str) -> ConfigDict:

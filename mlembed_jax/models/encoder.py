@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,31 +59,35 @@ def normal(fan_in: int) -> nn.initializers.Initializer:
 
 
 def project(x: Array, w: Array, axes: int = 1) -> Array:
-  """Returns the product over the last `axes` axes of `x` and the first of `w`.
-
-  Tokens are flattened to one axis for it. Where a weight gradient contracts two axes (batch and
-  token), XLA's CPU backend first transposes both operands, which doubles the time of the layer.
-  """
-  rows, fan_in = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
-  out = checkpoint_name(_product(x.reshape(-1, fan_in), w.reshape(fan_in, -1)), "product")
+  """Returns the product over the last `axes` axes of `x` and the first of `w`."""
+  rows = x.shape[: x.ndim - axes]
+  if context.platform() != "tpu":
+    # As one axis. For a weight gradient that contracts two (batch and token), XLA's CPU backend
+    # transposes both operands, which doubles the time of the layer. On TPU, where attention has its
+    # heads before its tokens, it is the flattening that transposes.
+    x = x.reshape(-1, *x.shape[len(rows) :])
+  out = checkpoint_name(_product(x, w, axes), "product")
   return out.reshape(*rows, *w.shape[axes:])
 
 
-@jax.custom_vjp
-def _product(x: Float[Array, "A I"], w: Float[Array, "I O"]) -> Float[Array, "A O"]:
-  return x @ w
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, axes: int) -> Array:
+  # With the axes of heads as one: a result in pieces of a head takes twice the time on TPU.
+  out = jnp.tensordot(x, w.reshape(*w.shape[:axes], -1), axes)
+  return out.reshape(*out.shape[:-1], *w.shape[axes:])
 
 
-def _product_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-  return _product(x, w), (x, w)
+def _product_fwd(x: Array, w: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+  return _product(x, w, axes), (x, w)
 
 
-def _product_bwd(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+def _product_bwd(axes: int, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
   x, w = saved
-  # Written to memory. XLA would compute the gradient of the norm or of the gate in the product's
-  # epilogue, which then takes twice as long (by the TPU compiler's own estimate).
-  d_x = jax.lax.optimization_barrier(d_out @ w.T)
-  return d_x, x.T @ d_out
+  d_out = jax.lax.optimization_barrier(d_out)
+  rows = tuple(range(x.ndim - axes))
+  transposed = w.transpose(*range(axes, w.ndim), *range(axes))
+  d_x = _product(d_out, transposed, w.ndim - axes)
+  return d_x, jnp.tensordot(x, d_out, (rows, rows))
 
 
 _product.defvjp(_product_fwd, _product_bwd)

@@ -12,7 +12,7 @@ from mlembed_jax.config import CHOICES
 from mlembed_jax.config_fields import ConfigError, ModelConfig
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models import pooling
-from mlembed_jax.models.attention import rotary
+from mlembed_jax.models.attention import quarter_turn, rotary
 from mlembed_jax.models.encoder import (
   REMAT_POLICIES,
   Encoder,
@@ -59,6 +59,12 @@ def test_rotary_equals_numpy():
   # float32 angles of 40,000 radians are 4e-3 apart; transformers has the same.
   np.testing.assert_allclose(rotary(x, positions, 1e4), expected, atol=1e-2)
   np.testing.assert_allclose(rotary(x, positions, 1e4)[:, :3], expected[:, :3], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_turning_by_a_product_is_exact(dtype):
+  x = jnp.array(np.random.default_rng(0).normal(size=(1, 5, 2, 8)), dtype)
+  np.testing.assert_array_equal(quarter_turn(x, "tpu"), quarter_turn(x, "cpu"))
 
 
 def test_padding_never_changes_a_result(encode, params, batch, states):
