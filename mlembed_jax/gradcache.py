@@ -46,7 +46,8 @@ def value_and_grad(
   for all texts of the batch, [E, B, C, D]. `rows` is (B, C). Of each width the blocks that
   `kept_tokens` hold are encoded once.
   """
-  passes = [_Passes(encode, watch, params, width, kept_tokens) for width in sheets]
+  alone = len(sheets) == 1
+  passes = [_Passes(encode, watch, params, width, kept_tokens, alone) for width in sheets]
   shapes = jax.eval_shape(passes[0].states, passes[0].block(0))
   into: Any = jax.tree.map(lambda x: jnp.zeros((x.shape[0], *rows, x.shape[-1]), x.dtype), shapes)
   kept = []
@@ -68,7 +69,7 @@ def kept_bytes(encode: Encode, params: Any, sheets: Sequence[Sheets], kept_token
   total = 0
   for width in sheets:
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), width)
-    each = _Passes(encode, lambda _: None, params, width, kept_tokens)
+    each = _Passes(encode, lambda _: None, params, width, kept_tokens, len(sheets) == 1)
     total += each.kept * Pull(encode, params, first).bytes
   return total
 
@@ -110,6 +111,7 @@ class _Passes:
   params: Any
   sheets: Sheets
   kept_tokens: int
+  alone: bool  # there is no other width, so the first block holds a text
 
   @property
   def blocks(self) -> int:
@@ -169,6 +171,9 @@ class _Passes:
     width = self.sheets["tokens"].shape[-1]
     if start == end:
       return carry
+    if self.alone and (start, end) == (0, 1):
+      # Without a loop what is kept is not copied to where the loop keeps it.
+      return body(jnp.int32(0), carry)
     with jax.named_scope(f"{BLOCKS}{width}_{start}_{end}"):
       # The loop runs as often on every device: collectives are in its body.
       stop = jnp.minimum(_used(self.sheets), end)

@@ -221,26 +221,34 @@ class _Clock:
 
   def _follow(self, op: Operation, flights: dict[str, list[float]], total: Seconds) -> None:
     """Keeps what is exchanged in the background, from its start to its end."""
-    inner = self.module.inner(op)
-    marks = {o.attribute(r'custom_call_target="(\w+)"') for o in inner}
-    if not marks & {START, DONE}:
-      return
-    for o in inner:
-      if not (exchange := self.module.collective(o)):
-        continue
-      channel = o.attribute(r"channel_id=(\d+)")
-      if START in marks:
-        flights[channel] = [exchange.seconds(self.tpu, self.torus), 0.0]
-      elif channel in flights:
-        needed, passed = flights.pop(channel)
+    for key, exchange in self._ends(op):
+      if exchange:
+        flights[key] = [exchange.seconds(self.tpu, self.torus), 0.0]
+      elif key in flights:
+        needed, passed = flights.pop(key)
         total.hidden += min(needed, passed)
         total.collectives += max(0.0, needed - passed)
+
+  def _ends(self, op: Operation) -> Iterator[tuple[str, Collective | None]]:
+    """Yields (key, exchange) of those that start at `op`, and (key, None) of those that end."""
+    if op.opcode.endswith("-start") and (exchange := self.module.collective(op)):
+      yield op.name, exchange
+    if op.opcode.endswith("-done"):
+      yield op.attribute(r"%([^\s,)]+)"), None
+    inner = self.module.inner(op)
+    marks = {o.attribute(r'custom_call_target="(\w+)"') for o in inner}
+    if marks & {START, DONE}:
+      for o in inner:
+        if exchange := self.module.collective(o):
+          yield o.attribute(r"channel_id=(\d+)"), exchange if START in marks else None
 
   def _one(self, op: Operation) -> Seconds:
     if op.opcode == "while":
       return self._loop(op)
     if op.opcode == "conditional":
       return self._longest(op)
+    if op.opcode.endswith("-start"):
+      return Seconds()  # priced where it ends
     if exchange := self.module.collective(op):
       return Seconds(collectives=exchange.seconds(self.tpu, self.torus))
     if op.opcode == "custom-call" and "tpu_custom_call" in op.operands:

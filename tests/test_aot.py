@@ -76,6 +76,7 @@ def check_memory(report):
 
 
 def check_collectives(report):
+  assert report["seconds_by_kind"]["hidden"] > 0  # gathers of weights, beside products
   kinds = {x["kind"] for x in report["collectives"]}
   assert "all-gather" in kinds  # of weights
   assert all(x["group"] == 8 for x in report["collectives"])
@@ -190,6 +191,43 @@ def test_a_sum_over_chips_takes_its_bytes_over_the_links():
   # Eight chips of v5e are no ring: a link per axis of 2 x 4.
   expected = 2 * 7 / 8 * 2 * 2**20 / (2 * 45e9)
   assert found[0].seconds(TPUS["v5e"], (2, 4)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+  ("kind", "group", "share"),
+  [
+    ("all-gather", 8, 7 / 8),
+    ("reduce-scatter", 8, 7 / 8),
+    ("all-reduce", 8, 2 * 7 / 8),
+    ("all-to-all", 8, 7 / 8 * 6 / 4),  # on its way through a quarter of 4 + 2 chips
+  ],
+)
+def test_exchanges_take_what_a_chip_receives(kind, group, share):
+  found = hlo.Collective(kind, 9 * 10**9, group).seconds(TPUS["v5e"], (2, 4))
+  assert found == pytest.approx(share * 9e9 / (2 * 45e9))
+
+
+BACKGROUND = """
+ENTRY %main (p: bf16[500000]) -> bf16[4000000] {
+  %p = bf16[500000]{0} parameter(0)
+  %copy-start = (bf16[500000]{0}, bf16[500000]{0}) copy-start(%p)
+  %gather = (bf16[500000]{0}, bf16[4000000]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %work = bf16[500000]{0} add(%p, %p), backend_config={"estimated_cycles":"WORK"}
+  %copy-done = bf16[500000]{0} copy-done(%copy-start)
+  ROOT %done = bf16[4000000]{0} all-gather-done(%gather)
+}
+"""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 3.0])
+def test_work_beside_an_exchange_hides_it(share):
+  exchange = 7 / 8 * 2 * 4_500_000 / 2 / (2 * 45e9)  # operand and result stand in its shape
+  cycles = round(share * exchange * TPUS["v5e"].clock_hz)
+  module = hlo.Module(BACKGROUND.replace("WORK", str(cycles)))
+  found = module.seconds(TPUS["v5e"], (2, 4), no_trips)
+  assert found.hidden == pytest.approx(min(share, 1) * exchange, rel=1e-3)
+  assert found.collectives == pytest.approx(max(0, 1 - share) * exchange, rel=1e-3)
+  assert found.total == pytest.approx(max(share, 1) * exchange, rel=1e-3)
 
 
 def test_the_state_of_a_pod_is_split():

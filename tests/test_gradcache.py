@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlembed_jax import gradcache, train_state, train_step
+from mlembed_jax import gradcache, memory, train_state, train_step
 from mlembed_jax.config import from_mapping
+from mlembed_jax.data.batching import Kind
 from mlembed_jax.losses import Task
-from mlembed_jax.models.encoder import abstract_params
+from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.sharding import make_mesh, put_batch, replicas, shardings
 from mlembed_jax.train_step import TeacherShape
 from tests.material import FAST_COMPILE, config_dict, random_params
@@ -194,6 +195,25 @@ def test_blocks_with_a_text_are_encoded_twice_or_kept(kept_tokens, times):
   assert len(encoded) == times * used
 
 
+def test_what_is_kept_is_split_over_the_devices():
+  """The temporary memory of a device grows by its share of all that is kept."""
+
+  def temporaries(kept_tokens):
+    config = from_mapping(config_dict(**EIGHT | {"data.kept_tokens": kept_tokens}))
+    mesh = make_mesh(config)
+    kind = Kind("retrieval", 1, 2, 64, None)
+    with on_mesh(mesh):
+      compiled = memory.lowered_step(config, kind, 10, mesh).compile(FAST_COMPILE)
+      sheets = memory.batch_shapes(config, kind, replicas(mesh.shape))["sheets"]
+      params = parameter_shapes(config.model)
+      kept = train_step.kept_bytes(config, params, sheets)
+    return compiled.memory_analysis().temp_size_in_bytes, kept // replicas(mesh.shape)
+
+  (none, nothing), (all_, kept) = temporaries(0), temporaries(10**6)
+  assert nothing == 0 and kept > none / 2
+  assert 0.8 * kept < all_ - none < 1.2 * kept
+
+
 COLLECTIVE = re.compile(
   r"= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 )
@@ -216,6 +236,10 @@ def test_states_never_leave_their_device():
     program = lowered.compile(FAST_COMPILE).as_text()
   exchanged = COLLECTIVE.findall(program)
   assert len(exchanged) > 10  # of weights, their gradients and the token table
-  # States have at least three axes, exits, texts and width; weights of a layer two. The columns of
-  # the token table that lie on one device, 24 / 4, are exchanged by sheet and token.
-  assert not [x for x in exchanged if re.search(r"f32\[\d+,\d+,\d+", x) and "32,6]" not in x]
+  # States have at least three axes: exits, texts and width. So have weights by heads, and the
+  # columns of the token table on one device, 24 / 4, which are exchanged by sheet and token.
+  m = config.model
+  by_heads = {f"{m.width},{n},{m.head_dim}" for n in (m.heads, m.kv_heads)}
+  by_heads |= {f"{n},{m.head_dim},{m.width}" for n in (m.heads, m.kv_heads)}
+  large = set(re.findall(r"f32\[(\d+,\d+,[\d,]+)\]", " ".join(exchanged)))
+  assert large - by_heads == {"2,32,6"}

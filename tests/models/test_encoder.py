@@ -227,7 +227,7 @@ def test_remat_changes_no_gradient(tiny, params, batch, policy):
     return jax.jit(jax.grad(lambda p: jnp.sum(apply({"params": p}, *batch) ** 3)))(params)
 
   for a, b in zip(jax.tree.leaves(grads("none")), jax.tree.leaves(grads(policy)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-3)
 
 
 OTHER = {
