@@ -34,9 +34,9 @@ def task(negatives: int, inbatch: bool = False, symmetric: bool = False) -> dict
   }
 
 
-def get_config() -> ConfigDict:
-  """Returns the defaults, shaped for 0.6B."""
-  return ConfigDict(
+def get_config(variant: str = "") -> ConfigDict:
+  """Returns the 0.6B-shaped defaults, changed by a named variant."""
+  config = ConfigDict(
     {
       # The encoder: a dense Qwen3 decoder without a language-model head.
       "model": {
@@ -161,6 +161,7 @@ def get_config() -> ConfigDict:
       },
     }
   )
+  return apply_variant(config, VARIANTS, variant)
 
 
 def apply_variant(config: ConfigDict, variants: dict[str, dict], variant: str) -> ConfigDict:

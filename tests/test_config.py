@@ -63,8 +63,22 @@ def test_reference_variant_sets_the_published_switches():
   assert config.data.pooled_token == "<|im_end|>"
 
 
+@pytest.mark.parametrize("name", ["0_6b", "1_7b", "4b", "8b"])
+@pytest.mark.parametrize(("pod", "chips"), [("v5e", 256), ("v5p", 64), ("v6e", 256)])
+def test_pod_variants_lay_whole_blocks_over_their_chips(name, pod, chips):
+  config, plain = load(name, pod), load(name)
+  data, longest = config.data, 512 * 9 * config.data.lengths[-1]
+  assert data.kept_tokens == longest and longest % data.micro_batch == 0
+  assert data.micro_batch % (chips * data.lengths[-1]) == 0 and chips % config.mesh.data == 0
+  changed = {n for n, value in flatten(config).items() if value != flatten(plain)[n]}
+  memory = {"data.lengths", "data.micro_batch", "data.kept_tokens", "model.remat", "mesh.data"}
+  assert changed <= memory  # nothing that is learned
+
+
 def test_unknown_variant_is_refused():
-  with pytest.raises(LookupError, match="unknown variant 'refrence'; known: reference"):
+  with pytest.raises(
+    LookupError, match="unknown variant 'refrence'; known: reference, v5e, v5p, v6e"
+  ):
     load_module(CONFIGS / "8b.py").get_config("refrence")
 
 
