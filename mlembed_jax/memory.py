@@ -23,6 +23,9 @@ from mlembed_jax.teacher import Teacher
 # Of a device's memory; the rest is for batches on their way, and for fragmentation.
 USABLE = 0.9
 PADDING = 0.02  # of a step's tokens
+# Of a block, on each chip that holds a part of the weights: enough that gathering them, once per
+# block, hides behind its products on all TPUs.
+BLOCK_TOKENS = 4096
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
@@ -56,10 +59,15 @@ def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
   """Returns the micro-batches to choose from, ascending: the smallest one, doubled and doubled.
 
   A step pads the last block of each width, by half of it on average; larger ones would make this
-  more than the share PADDING of its tokens.
+  more than the share PADDING of its tokens. Where chips gather weights, waiting for them would cost
+  more than padding does: there, blocks go up to BLOCK_TOKENS per chip if a step fills them.
   """
-  size, widths = smallest_micro_batch(config, mesh.shape), len(config.data.lengths)
-  doublings = math.log2(max(1.0, 2 * PADDING * tokens_per_step / (widths * size)))
+  size = smallest_micro_batch(config, mesh.shape)
+  tokens = tokens_per_step / len(config.data.lengths)
+  largest = 2 * PADDING * tokens
+  if mesh.shape["fsdp"] > 1 and mesh.devices.flat[0].platform != "cpu":
+    largest = max(largest, min(tokens, BLOCK_TOKENS * replicas(mesh.shape)))
+  doublings = math.log2(max(1.0, largest / size))
   return [size * 2**i for i in range(int(doublings) + 1)]
 
 
@@ -112,13 +120,13 @@ def with_micro_batch(
   if config.data.micro_batch:
     return config
   if chosen >= smallest_micro_batch(config, mesh.shape):
-    return _sized(config, chosen)
+    return sized(config, chosen)
   # All processes must compile the same programs, and choose the same.
   available, kind = min(hosts.gather(device_bytes())), widest(config, kinds)
   needed: dict[int, int | None] = {}
 
   def compiled_bytes(size: int) -> int | None:
-    found = hosts.gather(_step_bytes(_sized(config, size), kind, steps, mesh, teacher))
+    found = hosts.gather(_step_bytes(sized(config, size), kind, steps, mesh, teacher))
     needed[size] = None if None in found else max(found)
     return needed[size]
 
@@ -128,10 +136,11 @@ def with_micro_batch(
     f"{(needed[chosen] or 0) / 2**30:.1f} of {available / 2**30:.1f} GiB per device",
     flush=True,
   )
-  return _sized(config, chosen)
+  return sized(config, chosen)
 
 
-def _sized(config: Config, micro_batch: int) -> Config:
+def sized(config: Config, micro_batch: int) -> Config:
+  """Returns `config` with this `data.micro_batch`."""
   return dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
 
 

@@ -21,10 +21,6 @@ from mlembed_jax.gradcache import BLOCKS
 from mlembed_jax.sharding import logical_rules, make_mesh, replicas
 from mlembed_jax.tpu import TPUS, Tpu
 
-# Tokens of a block on each chip where the configuration leaves the choice open: enough that the
-# exchange of weights, once per block, hides behind its products on all chips here.
-BLOCK_TOKENS = 4096
-
 
 def gib(size: float) -> str:
   """Returns bytes in GiB."""
@@ -138,7 +134,9 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
     raise ConfigError("kd.teacher: a teacher is not part of the estimate; set it to ''")
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
-  config = _with_blocks(config, mesh.size)
+  if not config.data.micro_batch:
+    block = max(memory.BLOCK_TOKENS, config.data.lengths[-1])
+    config = memory.sized(config, block * mesh.size)
   memory.check_attention(config, "tpu")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
@@ -155,11 +153,6 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
   return _estimate(
     config, target, mesh, kind, length, by_kind, spent, _listed(module, trips), seconds
   )
-
-
-def _with_blocks(config: Config, devices: int) -> Config:
-  size = config.data.micro_batch or max(BLOCK_TOKENS, config.data.lengths[-1]) * devices
-  return dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=size))
 
 
 def _estimate(

@@ -141,9 +141,8 @@ def fit(
   with jax.transfer_guard("disallow"):
     for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers)):
       task = Task(batch.task_type, batch.positives)
-      with jax.transfer_guard_host_to_device(
-        "allow"
-      ):  # to jax, parts of global arrays are implicit
+      # To jax, parts of global arrays are implicit transfers.
+      with jax.transfer_guard_host_to_device("allow"):
         arrays, signals = put_batch(batch.arrays(), mesh), stop.exchange()
       state, values = step(state, arrays, task=task)
       if pending:

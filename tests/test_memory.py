@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mlembed_jax import memory
+from mlembed_jax import memory, pod
 from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.config_fields import ConfigError, MeshConfig
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.sharding import make_mesh
 from tests.material import config_dict, packed
@@ -45,6 +45,16 @@ def test_sizes_start_at_a_sheet_per_device_and_end_where_padding_would_be_too_mu
   assert memory.sizes(config, 100, mesh) == [512]
 
 
+def test_chips_that_gather_weights_get_larger_blocks():
+  config = from_mapping(config_dict(**{"mesh.data": 4}))
+  split = make_mesh(config, pod.Target.parse("v5e:4x4", 1).devices())
+  copies = dataclasses.replace(config, mesh=MeshConfig(data=16, fsdp=1, tensor=1))
+  whole = make_mesh(copies, list(split.devices.flat))
+  assert memory.sizes(config, 200_000, whole) == [1024, 2048]  # of 16 sheets of 64; 2 percent
+  assert memory.sizes(config, 200_000, split)[-1] == 65_536  # 4,096 for each of 16 chips
+  assert memory.sizes(config, 20_000, split)[-1] == 8192  # a step has 10,000 of each width
+
+
 BITEXT = Kind("bitext", 1, 4, 64, None)
 SCORED = Kind("scored_pairs", 1, 0, 64, None)
 
@@ -64,7 +74,7 @@ def test_a_real_step_is_compiled_for_the_choice(config, monkeypatch, capsys):
 
   with on_mesh(mesh):
     small, large = (
-      memory._step_bytes(memory._sized(config, n), kind, 20, mesh, None) for n in (64, 128)
+      memory._step_bytes(memory.sized(config, n), kind, 20, mesh, None) for n in (64, 128)
     )
     assert small < large
     assert chosen(small) == 64
@@ -82,7 +92,7 @@ def test_the_choice_of_a_continued_run_stays(config, monkeypatch):
 
 
 def test_a_given_micro_batch_is_kept(config):
-  kept = memory._sized(config, 1024)
+  kept = memory.sized(config, 1024)
   assert memory.with_micro_batch(kept, 512, [BITEXT], 1e5, 20, None, None) is kept
 
 
@@ -97,7 +107,7 @@ def test_the_widest_kind_decides_with_the_longest_texts_of_all(config):
 
 @pytest.mark.parametrize("kind", [BITEXT, SCORED, dataclasses.replace(BITEXT, vectors=(2, 64))])
 def test_shapes_are_those_of_a_batch(config, kind):
-  sized = memory._sized(config, 512)
+  sized = memory.sized(config, 512)
   rows = random_rows(64, kind.texts, 64)
   expected = {
     "sheets": packed(*rows, 8, block_tokens=512),

@@ -86,7 +86,7 @@ def _product_bwd(axes: int, saved: tuple[Array, Array], d_out: Array) -> tuple[A
   d_out = jax.lax.optimization_barrier(d_out)
   rows = tuple(range(x.ndim - axes))
   transposed = w.transpose(*range(axes, w.ndim), *range(axes))
-  d_x = _product(d_out, transposed, w.ndim - axes)
+  d_x: Any = _product(d_out, transposed, w.ndim - axes)
   return d_x, jnp.tensordot(x, d_out, (rows, rows))
 
 
