@@ -83,6 +83,8 @@ def _product_fwd(x: Array, w: Array, axes: int) -> tuple[Array, tuple[Array, Arr
 
 def _product_bwd(axes: int, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
   x, w = saved
+  # Written to memory. XLA would compute the gradient of a norm or of the gate twice, inside of both
+  # products: the backward pass of a layer of the 8B then takes 11 % more on v5e.
   d_out = jax.lax.optimization_barrier(d_out)
   rows = tuple(range(x.ndim - axes))
   transposed = w.transpose(*range(axes, w.ndim), *range(axes))
