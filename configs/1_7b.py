@@ -10,9 +10,9 @@ base = load_module(pathlib.Path(__file__).with_name("base.py"))
 
 
 PODS = {  # v5e:16x16, v5p:4x4x4, v6e:16x16
-  "v5e": base.pod(256, block=9216, remat="context", copies=4),
-  "v5p": base.pod(64, block=18_432, remat="context", copies=4),
-  "v6e": base.pod(256, block=9216, remat="context", copies=4),
+  "v5e": base.pod(remat="context", copies=4),
+  "v5p": base.pod(remat="context", copies=4),
+  "v6e": base.pod(remat="context", copies=4),
 }
 
 

@@ -11,12 +11,15 @@ from mlembed_jax.config_fields import REFERENCE
 VARIANTS = {"": {}, "reference": REFERENCE}
 
 
-def pod(chips: int, block: int, remat: str, copies: int = 1) -> dict:
-  """Returns the fields of a run on a pod, with `block` tokens at a time on each chip."""
+def pod(remat: str, copies: int = 1) -> dict:
+  """Returns the fields of a run on a pod.
+
+  How many tokens are encoded at a time is chosen by the texts of the corpus (`data.micro_batch`).
+  """
   return {
     "data.lengths": (1024,),  # one loop over blocks; shorter texts share sheets
-    "data.micro_batch": chips * block,
-    "data.kept_tokens": 512 * 9 * 1024,  # all of the longest step: nothing is encoded twice
+    # All of the longest step, of clustering rows with 11 texts: nothing is encoded twice.
+    "data.kept_tokens": 512 * 11 * 1024,
     "model.remat": remat,
     "mesh.data": copies,
   }

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from mlembed_jax import cli, pod, sweep
+from mlembed_jax import cli, memory, pod, sweep
 from mlembed_jax.pod import Estimate
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -22,7 +22,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, e.g. v5e:16x16, v5p:4x4x4, v6e:16x16.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many of them, joined by the data-centre network.")
-TASK = flags.DEFINE_string("task", "retrieval", "Task type whose batches are compiled.")
+TASK = flags.DEFINE_string(
+  "task", "", "Task type whose batches are compiled; empty: the one that needs most memory."
+)
 TEXT_TOKENS = flags.DEFINE_integer(
   "text_tokens",
   0,
@@ -38,20 +40,29 @@ SWEEP = flags.DEFINE_bool(
 def text(estimate: Estimate) -> str:
   """Returns the report."""
   e = estimate
+  used, there = pod.gib(e.hbm_bytes_per_device), pod.gib(e.hbm_capacity)
   kinds = ", ".join(f"{name} {pod.gib(size)}" for name, size in e.hbm_by_kind.items())
+  return f"""\
+{e.topology}: {e.devices} chips, mesh {e.mesh}, model.remat {e.remat}
+data.micro_batch {e.micro_batch:,} ({e.micro_batch // e.devices:,} per chip), \
+data.kept_tokens {e.kept_tokens:,}
+memory per chip: {used} of {there} GiB ({e.free:.0%} free):
+  {kinds}
+step of {e.sequences:,} texts of {e.text_tokens:,} tokens ({e.task}): \
+{e.model_flops_per_step / 1e15:,.2f} PFLOP
+{_speed(e) if e.estimated_step_seconds else "estimated: nothing, as the compiler gave up"}"""
+
+
+def _speed(e: Estimate) -> str:
+  parts = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in e.seconds_by_kind.items())
+  slower = 1 + e.seconds_by_kind["attention"] / e.estimated_step_seconds
   exchanges = "\n".join(
     f"  {x['count']:,.0f} x {x['kind']} of {pod.gib(x['bytes'])} among {x['group']}, {x['scope']}"
     for x in e.collectives[:12]
   )
-  parts = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in e.seconds_by_kind.items())
-  used = pod.gib(e.hbm_bytes_per_device)
-  work = e.model_flops_per_step / 1e15
   return f"""\
-{e.topology}: {e.devices} chips, mesh {e.mesh}
-memory per chip: {used} of {pod.gib(e.hbm_capacity)} GiB ({e.free:.0%} free):
-  {kinds}
-step of {e.sequences:,} texts of {e.text_tokens:,} tokens: {work:,.2f} PFLOP
-estimated: {1e3 * e.estimated_step_seconds:,.0f} ms ({parts}), MFU {e.estimated_mfu:.3f}, \
+estimated: {1e3 * e.estimated_step_seconds:,.0f} ms ({parts}), MFU {e.estimated_mfu:.3f} \
+({e.estimated_mfu / slower:.3f} if attention takes twice as long), \
 {e.tokens_per_second_per_chip:,.0f} tokens and {e.sequences_per_second_per_chip:,.1f} texts per \
 second and chip
 collectives, the largest first (bytes of the whole array, GiB):
@@ -69,15 +80,15 @@ def main() -> None:
   if SWEEP.value:
     found = sweep.run(config, target, step)
     print(json.dumps([dataclasses.asdict(e) for e in found]) if JSON.value else sweep.table(found))
-    return
+    sys.exit(None if found and found[0].fits else "error: none of these fits; use more chips")
   estimate = pod.estimate(config, target, step)
   print(json.dumps(dataclasses.asdict(estimate)) if JSON.value else text(estimate))
   if not estimate.fits:
     needed, there = pod.gib(estimate.hbm_bytes_per_device), pod.gib(estimate.hbm_capacity)
     sys.exit(
-      f"error: the step needs {needed} GiB per chip, {target.name} has {there}, of which 90 % "
-      "may be used; use more chips, a smaller data.micro_batch or data.kept_tokens, or model.remat "
-      "that keeps less (--sweep finds them)"
+      f"error: the step needs {needed} GiB per chip, {target.name} has {there}, of which "
+      f"{memory.USABLE:.0%} may be used; use more chips, a smaller data.micro_batch or "
+      "data.kept_tokens, or model.remat that keeps less (--sweep finds them)"
     )
 
 

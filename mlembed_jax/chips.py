@@ -41,8 +41,10 @@ CHIPS: dict[str, Chip] = {
   "NVIDIA L40S": Chip(362e12, 48 * GIB),  # L40S data sheet: 362.05
   "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24 * GIB),  # Ada whitepaper, float32 accumulation
 }
+# Names that newer versions of jax give some of them.
+ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
 
 def find(device_kind: str) -> Chip | None:
   """Returns the chip of a jax `device_kind`, None for one that is not in the table."""
-  return CHIPS.get(device_kind)
+  return CHIPS.get(ALIASES.get(device_kind, device_kind))

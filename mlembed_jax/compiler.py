@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from mlembed_jax import chips
+
 # Exchanges of weights run beside products instead of between them.
 ASYNC_COLLECTIVES = {
   "xla_enable_async_all_gather": "true",
@@ -19,7 +21,8 @@ ASYNC_COLLECTIVES = {
 # Room for the tiles of one operation, KiB. With the default of 16 MiB a product [T, 4096] x
 # [4096, 12288] alone reaches 0.85 of the peak on v5p (T = 8,192) by the compiler's estimate, and
 # 0.62 on v6e (T = 16,384); with 64 MiB 0.98 and 0.91. On v6e 96 MiB make a step of the 8B another
-# 1.4 % faster. Compiling takes longer. v5e gains nothing (0.98, 0.99).
+# 1.4 % faster; on v5p 64 MiB are all that a core has. Compiling takes longer. v5e gains nothing
+# (0.98, 0.99).
 TILES = "xla_tpu_scoped_vmem_limit_kib"
 OPTIONS = {
   "TPU v4": ASYNC_COLLECTIVES,
@@ -42,4 +45,7 @@ def cache(folder: pathlib.Path, platform: str) -> None:
 
 def options(device: Any) -> dict[str, str]:
   """Returns `compiler_options` for `jax.jit` on such devices; {} where nothing is known."""
-  return GPU if device.platform == "gpu" else OPTIONS.get(device.device_kind, {})
+  if device.platform == "gpu":
+    return GPU
+  kind: str = device.device_kind
+  return OPTIONS.get(chips.ALIASES.get(kind, kind), {})

@@ -218,8 +218,6 @@ def _check_teacher(config: Config) -> None:
 
 def _check_kept(config: Config) -> None:
   data = config.data
-  if data.kept_tokens and not data.micro_batch:
-    raise ConfigError("data.kept_tokens: whole blocks are kept; give their data.micro_batch, too")
   if 0 < data.kept_tokens < data.micro_batch:
     raise ConfigError(
       f"data.kept_tokens: {data.kept_tokens} are less than a block of data.micro_batch = "

@@ -15,9 +15,6 @@ from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.tpu import Tpu
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What an attention kernel reaches of a chip's peak at head width 128: an assumption, between half
-# (scores of a whole block) and less (blocks on the diagonal are computed and thrown away by half).
-KERNEL_EFFICIENCY = 0.4
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8}
 START, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
@@ -168,8 +165,11 @@ class Module:
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
       return None
-    group = _group(op)
-    held = size(op.shape) // (2 if op.opcode.endswith("-start") else 1)  # operand and result
+    group, held = _group(op), size(op.shape)
+    if op.opcode == "all-gather-start":  # parts and whole
+      held = held * group // (group + 1)
+    if op.opcode == "collective-permute-start":  # what is sent and what is received
+      held //= 2
     return Collective(kind, held * (group if kind == "reduce-scatter" else 1), group)
 
   def inner(self, op: Operation) -> list[Operation]:
@@ -202,6 +202,28 @@ def _group(op: Operation) -> int:
   return len(first.split(",")) if first else 2
 
 
+class _Flights:
+  """Exchanges under way. They take the links one after another, in the order of their starts."""
+
+  def __init__(self):
+    self.left: dict[str, float] = {}  # seconds
+
+  def beside(self, work: float) -> float:
+    """Returns for how long of `work` seconds the links were busy."""
+    passed = 0.0
+    for key, seconds in self.left.items():
+      done = min(seconds, work - passed)
+      self.left[key], passed = seconds - done, passed + done
+    return passed
+
+  def land(self, last: str) -> float:
+    """Returns the seconds until the exchange `last` is through, and those before it."""
+    if last not in self.left:
+      return 0.0
+    keys = list(self.left)
+    return sum(self.left.pop(key) for key in keys[: keys.index(last) + 1])
+
+
 class _Clock:
   """Adds up one module's operations."""
 
@@ -210,24 +232,19 @@ class _Clock:
     self.of = functools.cache(self._of)
 
   def _of(self, computation: str) -> Seconds:
-    total, flights = Seconds(), {}
+    total, flights = Seconds(), _Flights()
     for op in self.module.computations[computation]:
       one = self._one(op)
+      # Exchanges of a loop inside take their share of the links first.
+      one.hidden += flights.beside(one.compute + one.attention - one.hidden)
+      for key, exchange in self._ends(op):
+        if exchange:
+          flights.left[key] = self._alone(exchange)
+        else:
+          one.collectives += flights.land(key)
       total.add(one)
-      for chain in flights:
-        flights[chain][1] += one.total
-      self._follow(op, flights, total)
+    total.collectives += sum(flights.left.values())
     return total
-
-  def _follow(self, op: Operation, flights: dict[str, list[float]], total: Seconds) -> None:
-    """Keeps what is exchanged in the background, from its start to its end."""
-    for key, exchange in self._ends(op):
-      if exchange:
-        flights[key] = [exchange.seconds(self.tpu, self.torus), 0.0]
-      elif key in flights:
-        needed, passed = flights.pop(key)
-        total.hidden += min(needed, passed)
-        total.collectives += max(0.0, needed - passed)
 
   def _ends(self, op: Operation) -> Iterator[tuple[str, Collective | None]]:
     """Yields (key, exchange) of those that start at `op`, and (key, None) of those that end."""
@@ -247,16 +264,20 @@ class _Clock:
       return self._loop(op)
     if op.opcode == "conditional":
       return self._longest(op)
-    if op.opcode.endswith("-start"):
-      return Seconds()  # priced where it ends
     if exchange := self.module.collective(op):
-      return Seconds(collectives=exchange.seconds(self.tpu, self.torus))
+      in_background = op.opcode.endswith("-start")  # priced where it ends
+      return Seconds(collectives=0.0 if in_background else self._alone(exchange))
     if op.opcode == "custom-call" and "tpu_custom_call" in op.operands:
-      return Seconds(attention=kernel_flops(op) / (KERNEL_EFFICIENCY * self.tpu.peak_flops))
+      return Seconds(
+        attention=kernel_flops(op) / (self.tpu.kernel_efficiency * self.tpu.peak_flops)
+      )
     compute = Seconds(compute=op.cycles / self.tpu.clock_hz)
     if op.opcode == "fusion":
       compute.add(self._fused(op))
     return compute
+
+  def _alone(self, exchange: Collective) -> float:
+    return exchange.seconds(self.tpu, self.torus)
 
   def _fused(self, op: Operation) -> Seconds:
     """Returns the time of exchanges that a fusion makes by itself: a sum that it scatters."""
@@ -264,8 +285,10 @@ class _Clock:
     if any("async_collective_fusion_config" in o.operands for o in inner):
       return Seconds()
     found = [c for o in inner if (c := self.module.collective(o))]
-    # The sum is scattered where it is reduced, half of what an all-reduce sends.
-    return Seconds(collectives=sum(c.seconds(self.tpu, self.torus) for c in found) / 2)
+    # A sum is scattered where it is reduced, half of what an all-reduce sends.
+    return Seconds(
+      collectives=sum(self._alone(c) / (2 if c.kind == "all-reduce" else 1) for c in found)
+    )
 
   def _loop(self, op: Operation) -> Seconds:
     total, count = Seconds(), self.module.trip_count(op)

@@ -1,6 +1,7 @@
 """How many tokens fit the devices at a time, by the compiler's own account of memory."""
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlembed_jax import hosts, optimizer, train_state, train_step
+from mlembed_jax import hosts, optimizer, tpu, train_state, train_step
 from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
@@ -23,9 +24,9 @@ from mlembed_jax.teacher import Teacher
 # Of a device's memory; the rest is for batches on their way, and for fragmentation.
 USABLE = 0.9
 PADDING = 0.02  # of a step's tokens
-# Of a block, on each chip that holds a part of the weights: enough that gathering them, once per
-# block, hides behind its products on all TPUs.
-BLOCK_TOKENS = 4096
+# Tokens on a device whose products take as long as gathering their weights, where its links are not
+# known: H100s over NVLink, 989e12 FLOPs / 450e9 bytes per second.
+GATHER_TOKENS = 2200
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
@@ -49,26 +50,44 @@ def device_bytes() -> int:
 
 
 def needed_bytes(compiled: Any) -> int:
-  """Returns the bytes of one device that a compiled program takes: inputs, outputs, temporaries."""
+  """Returns the bytes of one device that a compiled program takes, with its code."""
   m = compiled.memory_analysis()
   donated = m.alias_size_in_bytes  # outputs in the place of inputs
-  return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - donated
+  held = m.argument_size_in_bytes + m.output_size_in_bytes - donated
+  return held + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+
+
+def gather_tokens(mesh: Mesh) -> float:
+  """Returns the tokens on a device whose products take as long as gathering their weights.
+
+  0 where every device holds all weights, and on CPU.
+  """
+  device, group = mesh.devices.flat[0], mesh.shape["fsdp"]
+  if group == 1 or device.platform == "cpu":
+    return 0.0
+  if found := tpu.find(device.device_kind):
+    return found.gather_tokens(tpu.torus([d.coords for d in mesh.devices.flat]), group)
+  return GATHER_TOKENS
 
 
 def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
-  """Returns the micro-batches to choose from, ascending: the smallest one, doubled and doubled.
+  """Returns the micro-batches to choose from, ascending: 1, 2, 3, 4, 6, 8, 12, ... smallest ones.
 
-  A step pads the last block of each width, by half of it on average; larger ones would make this
-  more than the share PADDING of its tokens. Where chips gather weights, waiting for them would cost
-  more than padding does: there, blocks go up to BLOCK_TOKENS per chip if a step fills them.
+  A step pads the last block of each width, by half of it on average. Blocks of T tokens on a device
+  may make this the share PADDING of its S tokens; where weights are gathered once per block, which
+  costs about h/2T of the time (h: `gather_tokens`), T/2S + h/2T is smallest at T = sqrt(hS).
   """
-  size = smallest_micro_batch(config, mesh.shape)
-  tokens = tokens_per_step / len(config.data.lengths)
-  largest = 2 * PADDING * tokens
-  if mesh.shape["fsdp"] > 1 and mesh.devices.flat[0].platform != "cpu":
-    largest = max(largest, min(tokens, BLOCK_TOKENS * replicas(mesh.shape)))
-  doublings = math.log2(max(1.0, largest / size))
-  return [size * 2**i for i in range(int(doublings) + 1)]
+  smallest, parts = smallest_micro_batch(config, mesh.shape), replicas(mesh.shape)
+  tokens = tokens_per_step / parts / len(config.data.lengths)
+  largest = parts * max(2 * PADDING * tokens, math.sqrt(gather_tokens(mesh) * tokens))
+  if config.data.kept_tokens:
+    largest = min(largest, config.data.kept_tokens)
+  times = sorted({1, *(n * 2**i for n in (2, 3) for i in range(60))})
+  return [smallest * n for n in times if n == 1 or smallest * n <= largest]
+
+
+def _fits(needed: int | None, available: int) -> bool:
+  return needed is not None and needed <= available
 
 
 def largest_micro_batch(
@@ -83,8 +102,7 @@ def largest_micro_batch(
   """
 
   def fits(size: int) -> bool:
-    found = needed(size)
-    return found is not None and found <= available
+    return _fits(needed(size), available)
 
   if fits(sizes[-1]):
     return sizes[-1]
@@ -112,31 +130,52 @@ def with_micro_batch(
   """Returns the configuration with `data.micro_batch` chosen where it is 0.
 
   The largest of `sizes` with which every kind of batch fits. `chosen` is the choice of the run that
-  is continued, 0 for a new one; it stays unless the mesh cannot split it.
+  is continued, 0 for a new one; it stays while it fits and the mesh can split it.
 
   Raises:
-    ConfigError: not even one sheet per device fits.
+    ConfigError: not even one sheet per device fits, or what the configuration gives does not.
   """
-  if config.data.micro_batch:
-    return config
-  if chosen >= smallest_micro_batch(config, mesh.shape):
-    return sized(config, chosen)
+  given = config.data.micro_batch
+  if not given and chosen >= smallest_micro_batch(config, mesh.shape):
+    given = chosen
+  if given and not has_own_memory(mesh):
+    return sized(config, given)
   # All processes must compile the same programs, and choose the same.
   available, kind = min(hosts.gather(device_bytes())), widest(config, kinds)
-  needed: dict[int, int | None] = {}
 
-  def compiled_bytes(size: int) -> int | None:
+  @functools.cache
+  def needed(size: int) -> int | None:
     found = hosts.gather(_step_bytes(sized(config, size), kind, steps, mesh, teacher))
-    needed[size] = None if None in found else max(found)
-    return needed[size]
+    return None if None in found else max(found)
 
-  chosen = largest_micro_batch(sizes(config, tokens_per_step, mesh), compiled_bytes, available)
+  if not given or not _fits(needed(given), available):
+    if config.data.micro_batch:
+      raise _too_large(config, needed(given), available)
+    given = largest_micro_batch(sizes(config, tokens_per_step, mesh), needed, available)
   print(
-    f"data.micro_batch: {chosen:,} tokens at a time, with which a step takes "
-    f"{(needed[chosen] or 0) / 2**30:.1f} of {available / 2**30:.1f} GiB per device",
+    f"data.micro_batch: {given:,} tokens at a time, with which a step takes "
+    f"{(needed(given) or 0) / 2**30:.1f} of {available / 2**30:.1f} GiB per device",
     flush=True,
   )
-  return sized(config, chosen)
+  return sized(config, given)
+
+
+def has_own_memory(mesh: Mesh) -> bool:
+  """Returns whether a device's memory is a limit of its own, worth a compilation to check.
+
+  A CPU swaps, and keeps no compiled programs: each would be compiled again when it runs.
+  """
+  return mesh.devices.flat[0].platform != "cpu"
+
+
+def _too_large(config: Config, needed: int | None, available: int) -> ConfigError:
+  found = f"{needed / 2**30:.1f} GiB" if needed else "more memory than the compiler can lay out"
+  return ConfigError(
+    f"data.micro_batch: with {config.data.micro_batch:,} tokens at a time and data.kept_tokens = "
+    f"{config.data.kept_tokens:,} a step takes {found} per device, of which "
+    f"{available / 2**30:.1f} GiB may be used; make one of them smaller (data.micro_batch = 0: "
+    "chosen), or let model.remat keep less"
+  )
 
 
 def sized(config: Config, micro_batch: int) -> Config:

@@ -75,15 +75,16 @@ class Target:
 class Step:
   """Which step is estimated."""
 
-  task: str
+  task: str  # "": the one whose batches need most memory
   text_tokens: int  # of every text; 0: as many as fit
 
   def kind(self, config: Config) -> Kind:
     """Returns what decides the shapes of the batch; ConfigError for an unknown task type."""
-    tasks = config.losses.contrastive_tasks()
-    if self.task not in tasks:
+    tasks, longest = config.losses.contrastive_tasks(), config.data.lengths[-1]
+    if self.task not in ("", *tasks):
       raise ConfigError(f"--task: {self.task!r} is not one of {', '.join(tasks)}")
-    return Kind(self.task, 1, tasks[self.task].negatives, config.data.lengths[-1], None)
+    kinds = {name: Kind(name, 1, task.negatives, longest, None) for name, task in tasks.items()}
+    return kinds[self.task] if self.task else memory.widest(config, list(kinds.values()))
 
   def tokens(self, config: Config) -> int:
     """Returns the tokens of each text; ConfigError if none can have so many."""
@@ -103,6 +104,7 @@ class Estimate:
   remat: str
   micro_batch: int
   kept_tokens: int
+  task: str
   hbm_bytes_per_device: int
   hbm_capacity: int
   hbm_by_kind: dict[str, int]
@@ -135,8 +137,8 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
   if not config.data.micro_batch:
-    block = max(memory.BLOCK_TOKENS, config.data.lengths[-1])
-    config = memory.sized(config, block * mesh.size)
+    tokens = config.data.global_batch * kind.texts * length
+    config = memory.sized(config, memory.sizes(config, tokens, mesh)[-1])
   memory.check_attention(config, "tpu")
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
@@ -178,6 +180,7 @@ def _estimate(
     remat=config.model.remat,
     micro_batch=config.data.micro_batch,
     kept_tokens=config.data.kept_tokens,
+    task=kind.task_type,
     hbm_bytes_per_device=needed,
     hbm_capacity=capacity,
     hbm_by_kind=by_kind,
@@ -222,7 +225,7 @@ def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, i
   return {
     "parameters": parameters,
     "optimizer": moments,
-    "batch": memory.needed_bytes(compiled) - temporary - parameters - moments,
+    "batch and code": memory.needed_bytes(compiled) - temporary - parameters - moments,
     "kept activations": kept,
     "temporaries": temporary - kept,
   }

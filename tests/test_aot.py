@@ -37,7 +37,9 @@ def run(*flags, **fields):
 
 def test_report_of_a_small_model():
   """The update of a small model on eight chips, half of its blocks kept."""
-  done = run("--topology", "v5e:2x4", "--json", **{"data.kept_tokens": 72 * 1024})
+  done = run(
+    "--topology", "v5e:2x4", "--json", "--task", "retrieval", **{"data.kept_tokens": 72 * 1024}
+  )
   assert done.returncode == 0, done.stderr
   report = json.loads(done.stdout)
   check_estimate(report)
@@ -97,7 +99,7 @@ def test_what_does_not_fit_ends_with_a_sentence():
   done = run("--topology", "v5e:2x2", **fields)
   assert done.returncode == 1
   assert (
-    "GiB per chip, v5e:2x2 has 16.00, of which 90 % " in done.stderr
+    "GiB per chip, v5e:2x2 has 16.00, of which 90% " in done.stderr
     and "data.kept_tokens" in done.stderr
   )
 
@@ -159,14 +161,14 @@ def no_trips(scope):
   raise AssertionError(scope)
 
 
-@pytest.mark.parametrize(("name", "most"), [("v5e:2x4", 1.3), ("v6e:2x4", 2.0)])
+@pytest.mark.parametrize(("name", "most"), [("v5e:2x4", 1.3), ("v5p:2x2x2", 1.6), ("v6e:2x4", 2.0)])
 def test_products_in_a_loop_take_their_flops_over_the_peak(name, most):
   def layers(x, weights):
     return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
 
   module = module_of(layers, (8192, 4096), (5, 4096, 4096), name=name)
   tpu = TPUS[name[:3]]
-  found = module.seconds(tpu, (2, 4), no_trips)
+  found = module.seconds(tpu, pod.Target.parse(name, 1).torus, no_trips)
   ideal = 5 * 2 * 8192 * 4096**2 / tpu.peak_flops
   assert ideal < found.compute < most * ideal
   assert found.collectives == found.attention == found.hidden == 0
@@ -211,23 +213,86 @@ BACKGROUND = """
 ENTRY %main (p: bf16[500000]) -> bf16[4000000] {
   %p = bf16[500000]{0} parameter(0)
   %copy-start = (bf16[500000]{0}, bf16[500000]{0}) copy-start(%p)
-  %gather = (bf16[500000]{0}, bf16[4000000]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %one = (bf16[500000]{0}, bf16[4000000]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %two = (bf16[500000]{0}, bf16[4000000]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
   %work = bf16[500000]{0} add(%p, %p), backend_config={"estimated_cycles":"WORK"}
   %copy-done = bf16[500000]{0} copy-done(%copy-start)
-  ROOT %done = bf16[4000000]{0} all-gather-done(%gather)
+  %first = bf16[4000000]{0} all-gather-done(%one)
+LAST
+}
+"""
+LAST = "  ROOT %done = bf16[4000000]{0} all-gather-done(%two)"
+
+
+@pytest.mark.parametrize("last", [LAST, ""])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.5, 3.0])
+def test_work_beside_exchanges_hides_them_one_after_another(share, last):
+  exchange = 7 / 8 * 2 * 4_000_000 / (2 * 45e9)
+  cycles = round(share * exchange * TPUS["v5e"].clock_hz)
+  module = hlo.Module(BACKGROUND.replace("WORK", str(cycles)).replace("LAST", last))
+  found = module.seconds(TPUS["v5e"], (2, 4), no_trips)
+  assert found.hidden == pytest.approx(min(share, 2) * exchange, rel=1e-3)
+  assert found.collectives == pytest.approx(max(0, 2 - share) * exchange, rel=1e-3)
+  assert found.total == pytest.approx(max(share, 2) * exchange, rel=1e-3)
+
+
+IN_A_LOOP = """
+%body (p: s32[]) -> s32[] {
+  %one = (bf16[500000]{0}, bf16[4000000]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %work = bf16[500000]{0} add(%p, %p), backend_config={"estimated_cycles":"WORK"}
+  %done = bf16[4000000]{0} all-gather-done(%one)
+}
+%condition (p: s32[]) -> pred[] {
+  %two = s32[] constant(2)
+  ROOT %less = pred[] compare(%p, %two), direction=LT
+}
+ENTRY %main (p: bf16[500000]) -> bf16[4000000] {
+  %outer = (bf16[500000]{0}, bf16[4000000]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %loop = s32[] while(%p), condition=%condition, body=%body
+  ROOT %last = bf16[4000000]{0} all-gather-done(%outer)
 }
 """
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 3.0])
-def test_work_beside_an_exchange_hides_it(share):
-  exchange = 7 / 8 * 2 * 4_500_000 / 2 / (2 * 45e9)  # operand and result stand in its shape
+@pytest.mark.parametrize(("share", "hidden"), [(1.0, 2.0), (1.25, 2.5), (2.0, 3.0)])
+def test_exchanges_around_a_loop_have_the_time_that_those_in_it_leave(share, hidden):
+  exchange = 7 / 8 * 2 * 4_000_000 / (2 * 45e9)
   cycles = round(share * exchange * TPUS["v5e"].clock_hz)
-  module = hlo.Module(BACKGROUND.replace("WORK", str(cycles)))
+  module = hlo.Module(IN_A_LOOP.replace("WORK", str(cycles)))
   found = module.seconds(TPUS["v5e"], (2, 4), no_trips)
-  assert found.hidden == pytest.approx(min(share, 1) * exchange, rel=1e-3)
-  assert found.collectives == pytest.approx(max(0, 1 - share) * exchange, rel=1e-3)
-  assert found.total == pytest.approx(max(share, 1) * exchange, rel=1e-3)
+  assert found.hidden == pytest.approx(hidden * exchange, rel=1e-3)
+  assert found.collectives == pytest.approx((3 - hidden) * exchange, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("line", "size"),
+  [
+    ("(bf16[10], bf16[80]) all-gather-start(%p), replica_groups=[1,8]<=[8]", 160),
+    ("((bf16[10], f32[5]), (bf16[80], f32[40])) all-gather-start(%p), replica_groups=[1,8]", 320),
+    ("(bf16[10], f32[5]) all-reduce-start(%p, %q), replica_groups=[1,8]<=[8]", 40),
+    ("(bf16[10], bf16[10], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}", 22),
+    ("bf16[10] reduce-scatter(%p), replica_groups=[1,8]<=[8]", 160),
+  ],
+)
+def test_bytes_of_an_exchange_are_those_of_the_whole_array(line, size):
+  module = hlo.Module(f"ENTRY %main (p: bf16[10]) -> bf16[10] {{\n  %x = {line}\n}}")
+  assert [one.bytes for _, _, one in module.exchanges(no_trips)] == [size]
+
+
+FUSED = """
+%fused (p: bf16[4000000]) -> bf16[500000] {
+  %all = bf16[4000000] KIND(%p), replica_groups=[1,8]<=[8]
+}
+ENTRY %main (p: bf16[4000000]) -> bf16[500000] {
+  ROOT %f = bf16[500000] fusion(%p), kind=kCustom, calls=%fused
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "all-gather"])
+def test_only_a_fused_sum_is_scattered(kind):
+  found = hlo.Module(FUSED.replace("KIND", kind)).seconds(TPUS["v5e"], (2, 4), no_trips)
+  assert found.collectives == pytest.approx(7 / 8 * 8e6 / (2 * 45e9))
 
 
 def test_the_state_of_a_pod_is_split():

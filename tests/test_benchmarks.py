@@ -13,7 +13,16 @@ FLAGS = {
   "head": ("--cases", "8x1", "--width", "16", "--layers", "2", "--repeats", "1"),
   "step": (*TINY, "--batch", "8", "--tokens", "32", "--repeats", "1"),
   "torch_step": (*TINY, "--batch", "8", "--tokens", "16", "--repeats", "1"),
-  "pods": ("--configs", TINY[1], "--topologies", "v5e:2x2", "--batches", "16"),
+  "pods": (
+    "--configs",
+    TINY[1],
+    "--topologies",
+    "v5e:2x2",
+    "--batches",
+    "16",
+    "--text_tokens",
+    "0",
+  ),
   "table": ("--vocab", "64", "--rank", "8", "--widths", "16", "--tokens", "32", "--repeats", "1"),
   "memory": (
     *(*TINY, "--devices", "2", "--batches", "8", "--micro-batch", "64", "--negatives", "1"),

@@ -1,12 +1,13 @@
 """The micro-batch is the largest that the compiler says fits."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
-from mlembed_jax import memory, pod
+from mlembed_jax import memory, pod, tpu
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import ConfigError, MeshConfig
 from mlembed_jax.data.batching import Kind
@@ -40,19 +41,35 @@ def test_too_little_memory_is_refused():
 def test_sizes_start_at_a_sheet_per_device_and_end_where_padding_would_be_too_much():
   config = from_mapping(config_dict())  # widths 32 and 64
   mesh = make_mesh(config)
-  assert memory.sizes(config, 100_000, mesh) == [512, 1024]
-  assert memory.sizes(config, 102_400, mesh) == [512, 1024, 2048]  # 2 widths x 1024 are 2 percent
+  assert memory.sizes(config, 100_000, mesh) == [512, 1024, 1536]
+  # 2 widths x 1,024 are 2 percent.
+  assert memory.sizes(config, 102_400, mesh) == [512, 1024, 1536, 2048]
   assert memory.sizes(config, 100, mesh) == [512]
 
 
+def test_blocks_are_not_larger_than_what_is_kept():
+  config = from_mapping(config_dict(**{"data.micro_batch": 0, "data.kept_tokens": 1024}))
+  assert memory.sizes(config, 102_400, make_mesh(config)) == [512, 1024]
+
+
 def test_chips_that_gather_weights_get_larger_blocks():
-  config = from_mapping(config_dict(**{"mesh.data": 4}))
+  config = from_mapping(config_dict(**{"mesh.data": 4, "data.lengths": (64,)}))
   split = make_mesh(config, pod.Target.parse("v5e:4x4", 1).devices())
   copies = dataclasses.replace(config, mesh=MeshConfig(data=16, fsdp=1, tensor=1))
   whole = make_mesh(copies, list(split.devices.flat))
-  assert memory.sizes(config, 200_000, whole) == [1024, 2048]  # of 16 sheets of 64; 2 percent
-  assert memory.sizes(config, 200_000, split)[-1] == 65_536  # 4,096 for each of 16 chips
-  assert memory.sizes(config, 20_000, split)[-1] == 8192  # a step has 10,000 of each width
+  assert memory.sizes(config, 200_000, whole)[-1] == 8 * 1024  # of 16 sheets of 64; 2 percent
+  # Groups of 4 chips gather over a link: 197e12 / 45e9 tokens take as long.
+  for tokens in (200_000, 3_200_000):
+    best = (197e12 / 45e9 * tokens / 16) ** 0.5
+    assert 0.6 * best < memory.sizes(config, tokens, split)[-1] / 16 <= best
+
+
+def test_a_torus_is_read_from_its_chips():
+  for name, found in (("v5p:2x2x4", (2, 2, 4)), ("v6e:4x8", (4, 8, 1))):
+    devices = pod.Target.parse(name, 1).devices()
+    assert tpu.torus([d.coords for d in devices]) == found
+    assert tpu.find(devices[0].device_kind) == tpu.TPUS[name[:3]]
+  assert tpu.find("TPU v5p") == tpu.TPUS["v5p"] and tpu.find("NVIDIA H200") is None
 
 
 BITEXT = Kind("bitext", 1, 4, 64, None)
@@ -91,9 +108,27 @@ def test_the_choice_of_a_continued_run_stays(config, monkeypatch):
     assert found.data.micro_batch == chosen
 
 
-def test_a_given_micro_batch_is_kept(config):
-  kept = memory.sized(config, 1024)
-  assert memory.with_micro_batch(kept, 512, [BITEXT], 1e5, 20, None, None) is kept
+def test_a_choice_that_no_longer_fits_is_made_again(config, monkeypatch):
+  mesh = make_mesh(config)
+  monkeypatch.setattr(memory, "has_own_memory", lambda _: True)
+  monkeypatch.setattr(memory, "_step_bytes", lambda config, *_: config.data.micro_batch)
+  for available, chosen in ((4096, 4096), (3000, 2048), (600, 512)):
+    monkeypatch.setattr(memory, "device_bytes", lambda n=available: n)
+    found = memory.with_micro_batch(config, 4096, [BITEXT], 102_400, 20, mesh, None)
+    assert found.data.micro_batch == chosen
+
+
+def test_a_given_micro_batch_is_kept_where_it_fits(config, monkeypatch):
+  mesh, given = make_mesh(config), memory.sized(config, 1024)
+  choose = functools.partial(memory.with_micro_batch, given, 512, [BITEXT], 1e5, 20, mesh, None)
+  monkeypatch.setattr(memory, "device_bytes", lambda: 2**30)
+  monkeypatch.setattr(memory, "_step_bytes", lambda *_: 3 * 2**30)
+  assert choose() == given  # on CPU
+  monkeypatch.setattr(memory, "has_own_memory", lambda _: True)
+  with pytest.raises(ConfigError, match=r"data\.micro_batch: with 1,024 tokens.* takes 3\.0 GiB"):
+    choose()
+  monkeypatch.setattr(memory, "_step_bytes", lambda *_: 2**30)
+  assert choose() == given
 
 
 def test_the_widest_kind_decides_with_the_longest_texts_of_all(config):

@@ -1,14 +1,16 @@
 """What every size needs on pods that are not here: memory, and an estimate of time.
 
     python -m tests.benchmarks.pods
-    python -m tests.benchmarks.pods --configs configs/8b.py --topologies v6e:16x16 --batches 512
+    python -m tests.benchmarks.pods --configs configs/8b.py --topologies v6e:16x16 --batches 512 \\
+      --text_tokens 1024 --block 18432
 
 Needs the extra [tpu]. Each row is one compilation of the real update, of half a minute to four.
-Texts have 1,024 tokens each; 512 rows are the setting of the second stage, 4,096 a large batch, of
-which not all activations can be kept. How the estimate is made: `mlembed_jax.pod`.
+512 rows are the setting of the second stage, 4,096 a large batch, of which not all activations can
+be kept. How the estimate is made: `mlembed_jax.pod`.
 """
 
 import argparse
+import math
 import pathlib
 from collections.abc import Iterator
 
@@ -26,28 +28,31 @@ HEADER = (
 )
 
 
-def measure(path: pathlib.Path, topology: str, batch: int) -> tuple[str, ...]:
+def measure(path: pathlib.Path, topology: str, batch: int, args: argparse.Namespace) -> tuple:
   """Returns one row."""
   variant = topology.partition(":")[0]
-  config = common.load_config(f"{path}:{variant}", **{"data.global_batch": batch})
-  target, step = pod.Target.parse(topology, 1), pod.Step("retrieval", 0)
+  target, step = pod.Target.parse(topology, 1), pod.Step("retrieval", args.text_tokens)
+  micro_batch = args.block * math.prod(target.torus)
+  fields = {"data.global_batch": batch, "data.micro_batch": micro_batch}
   try:
-    e = pod.estimate(config, target, step)
+    e = pod.estimate(common.load_config(f"{path}:{variant}", **fields), target, step)
   except ConfigError as error:
     raise SystemExit(f"error: {path}:{variant} on {topology}: {error}") from error
+  speed = e.estimated_step_seconds, e.estimated_mfu, e.tokens_per_second_per_chip
+  formats = ("{:.2f}", "{:.3f}", "{:,.0f}")
   return (
     *(f"{path.stem}:{variant}", topology, f"{batch:,}", e.mesh, e.remat),
     *(f"{e.micro_batch // e.devices:,}", pod.gib(e.hbm_bytes_per_device), f"{e.free:.0%}"),
-    *(f"{e.estimated_step_seconds:.2f}", f"{e.estimated_mfu:.3f}"),
-    *(f"{e.tokens_per_second_per_chip:,.0f}", f"{e.compile_seconds:.0f}"),
+    *(f.format(x) if e.fits else "-" for f, x in zip(formats, speed, strict=True)),
+    f"{e.compile_seconds:.0f}",
   )
 
 
-def rows(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+def rows(args: argparse.Namespace) -> Iterator[tuple]:
   for batch in args.batches:
     for path in args.configs:
       for topology in args.topologies:
-        yield measure(path, topology, batch)
+        yield measure(path, topology, batch, args)
 
 
 def main() -> None:
@@ -57,8 +62,14 @@ def main() -> None:
   parser.add_argument("--configs", nargs="+", type=pathlib.Path, default=SIZES)
   parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
   parser.add_argument("--batches", nargs="+", type=int, default=[512, 4096])
+  parser.add_argument("--text_tokens", type=int, default=256, help="of each text, up to 1,024")
+  parser.add_argument(
+    "--block", type=int, default=0, help="tokens encoded at a time per chip; 0: as training chooses"
+  )
   jax.config.update("jax_platforms", "cpu")  # the compiler is asked, not a device
-  common.print_table(HEADER, rows(parser.parse_args()))
+  args = parser.parse_args()
+  print(f"texts of {args.text_tokens} tokens")
+  common.print_table(HEADER, rows(args))
 
 
 if __name__ == "__main__":
