@@ -37,9 +37,8 @@ def run(*flags, **fields):
 
 def test_report_of_a_small_model():
   """The update of a small model on eight chips, half of its blocks kept."""
-  done = run(
-    "--topology", "v5e:2x4", "--json", "--task", "retrieval", **{"data.kept_tokens": 72 * 1024}
-  )
+  half = {"data.kept_tokens": 72 * 1024}
+  done = run("--topology", "v5e:2x4", "--task", "retrieval", "--json", **half)
   assert done.returncode == 0, done.stderr
   report = json.loads(done.stdout)
   check_estimate(report)

@@ -14,14 +14,8 @@ FLAGS = {
   "step": (*TINY, "--batch", "8", "--tokens", "32", "--repeats", "1"),
   "torch_step": (*TINY, "--batch", "8", "--tokens", "16", "--repeats", "1"),
   "pods": (
-    "--configs",
-    TINY[1],
-    "--topologies",
-    "v5e:2x2",
-    "--batches",
-    "16",
-    "--text_tokens",
-    "0",
+    *("--configs", TINY[1], "--topologies", "v5e:2x2", "--batches", "16"),
+    *("--text_tokens", "0"),
   ),
   "table": ("--vocab", "64", "--rank", "8", "--widths", "16", "--tokens", "32", "--repeats", "1"),
   "memory": (

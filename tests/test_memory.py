@@ -57,7 +57,7 @@ def test_chips_that_gather_weights_get_larger_blocks():
   split = make_mesh(config, pod.Target.parse("v5e:4x4", 1).devices())
   copies = dataclasses.replace(config, mesh=MeshConfig(data=16, fsdp=1, tensor=1))
   whole = make_mesh(copies, list(split.devices.flat))
-  assert memory.sizes(config, 200_000, whole)[-1] == 8 * 1024  # of 16 sheets of 64; 2 percent
+  assert memory.sizes(config, 200_000, whole)[-1] == 6 * 1024  # of 16 sheets of 64; 2 percent
   # Groups of 4 chips gather over a link: 197e12 / 45e9 tokens take as long.
   for tokens in (200_000, 3_200_000):
     best = (197e12 / 45e9 * tokens / 16) ** 0.5
