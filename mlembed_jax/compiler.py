@@ -43,6 +43,12 @@ def cache(folder: pathlib.Path, platform: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def check_known(device: Any) -> None:
+  """Says so where the options for a kind of TPU are not known."""
+  if device.platform == "tpu" and not options(device) and jax.process_index() == 0:
+    print(f"no compiler options are known for {device.device_kind}: exchanges may not be hidden")
+
+
 def options(device: Any) -> dict[str, str]:
   """Returns `compiler_options` for `jax.jit` on such devices; {} where nothing is known."""
   if device.platform == "gpu":

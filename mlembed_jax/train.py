@@ -242,6 +242,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     platform = mesh.devices.flat[0].platform
     memory.check_attention(config, platform)
     compiler.cache(workdir / "compiled", platform)
+    compiler.check_known(mesh.devices.flat[0])
     rows_of(jax.process_index(), mesh)  # refused here, before any work
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)

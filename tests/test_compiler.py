@@ -1,5 +1,7 @@
 """Compiler options by device, and where compiled programs are kept."""
 
+import types
+
 import jax
 import pytest
 
@@ -33,6 +35,16 @@ def test_the_compiler_knows_every_option(name):
   assert options
   run = jax.jit(lambda x: x + 1, out_shardings=chip, compiler_options=options)
   assert run.lower(shape).compile().as_text()
+
+
+def test_an_unknown_tpu_is_named(capsys):
+  found = pod.Target.parse("v5e:2x2", 1).devices()[0]
+  unknown = types.SimpleNamespace(platform="tpu", device_kind="TPU v9")
+  for device in (found, jax.devices()[0], unknown):
+    compiler.check_known(device)
+  assert capsys.readouterr().out.startswith("no compiler options are known for TPU v9")
+  newer = types.SimpleNamespace(platform="tpu", device_kind="TPU v5e")
+  assert compiler.options(newer) == compiler.options(found)
 
 
 def test_cpu_has_none():
