@@ -118,8 +118,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "global_batch": 512,  # rows per step over all devices, all from one file
         "micro_batch": 0,  # tokens encoded at a time over all devices (GradCache): memory against
         #                    padding of the last block; 0: chosen by the compiler's account
-        "kept_tokens": 0,  # of each of `lengths`, over all devices: whole blocks of so many tokens
-        #                    keep their activations, the others are encoded twice
+        "kept_tokens": 0,  # of each of `lengths`, over all devices: the blocks that hold so many
+        #                    tokens keep their activations, the others are encoded twice
         "lengths": (256, 1024),  # of token sheets: a text goes to the shortest that holds it; the
         #                          last one truncates
         "packing": True,  # texts share a sheet as far as they fit | False: one text per sheet

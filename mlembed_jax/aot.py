@@ -29,7 +29,7 @@ TEXT_TOKENS = flags.DEFINE_integer(
   "text_tokens",
   0,
   "Tokens of each text of the estimated step; 0: as many as data.lengths allows, the longest step "
-  "there is. Memory is that of the longest step in any case.",
+  "there is. Training chooses data.micro_batch by their mean.",
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a text.")
 SWEEP = flags.DEFINE_bool(
@@ -44,12 +44,12 @@ def text(estimate: Estimate) -> str:
   kinds = ", ".join(f"{name} {pod.gib(size)}" for name, size in e.hbm_by_kind.items())
   return f"""\
 {e.topology}: {e.devices} chips, mesh {e.mesh}, model.remat {e.remat}
-data.micro_batch {e.micro_batch:,} ({e.micro_batch // e.devices:,} per chip), \
+data.micro_batch {e.micro_batch:,} ({e.block:,} on each part of the batch), \
 data.kept_tokens {e.kept_tokens:,}
 memory per chip: {used} of {there} GiB ({e.free:.0%} free):
   {kinds}
 step of {e.sequences:,} texts of {e.text_tokens:,} tokens ({e.task}): \
-{e.model_flops_per_step / 1e15:,.2f} PFLOP
+{e.model_flops_per_step / 1e15:,.3g} PFLOP
 {_speed(e) if e.estimated_step_seconds else "estimated: nothing, as the compiler gave up"}"""
 
 
@@ -57,30 +57,31 @@ def _speed(e: Estimate) -> str:
   parts = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in e.seconds_by_kind.items())
   slower = 1 + e.seconds_by_kind["attention"] / e.estimated_step_seconds
   exchanges = "\n".join(
-    f"  {x['count']:,.0f} x {x['kind']} of {pod.gib(x['bytes'])} among {x['group']}, {x['scope']}"
+    f"  {x['count']:,.0f} x {x['kind']} of {x['bytes'] / 2**20:,.3g} among {x['group']}, "
+    f"{x['scope']}"
     for x in e.collectives[:12]
   )
+  left_out = ", without the network between slices" if " x " in e.topology else ""
   return f"""\
-estimated: {1e3 * e.estimated_step_seconds:,.0f} ms ({parts}), MFU {e.estimated_mfu:.3f} \
+estimated{left_out}: {1e3 * e.estimated_step_seconds:,.0f} ms ({parts}), MFU {e.estimated_mfu:.3f} \
 ({e.estimated_mfu / slower:.3f} if attention takes twice as long), \
 {e.tokens_per_second_per_chip:,.0f} tokens and {e.sequences_per_second_per_chip:,.1f} texts per \
 second and chip
-collectives, the largest first (bytes of the whole array, GiB):
+collectives, the largest first (MiB of the whole array):
 {exchanges}
 compiled in {e.compile_seconds:.0f} s"""
 
 
 def main() -> None:
   """Reads the flags; ends with status 1 where the configuration does not fit."""
-  if not CONFIG.value.data.builder and not CONFIG.value.data.dataset:
-    CONFIG.value.data.dataset = "nothing is read"
-  config = cli.read_config(CONFIG)
+  config = cli.read_config(CONFIG, {"data.builder": "", "data.dataset": "nothing is read"})
   target = pod.Target.parse(str(TOPOLOGY.value), SLICES.value)
   step = pod.Step(TASK.value, TEXT_TOKENS.value)
   if SWEEP.value:
     found = sweep.run(config, target, step)
     print(json.dumps([dataclasses.asdict(e) for e in found]) if JSON.value else sweep.table(found))
-    sys.exit(None if found and found[0].fits else "error: none of these fits; use more chips")
+    fits = found[0].fits
+    sys.exit(None if fits else "error: no setting that was tried fits; use more chips")
   estimate = pod.estimate(config, target, step)
   print(json.dumps(dataclasses.asdict(estimate)) if JSON.value else text(estimate))
   if not estimate.fits:

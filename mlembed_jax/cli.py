@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -50,9 +50,10 @@ def _parse(argv: list[str]) -> Any:
     sys.exit(f"error: --config: {error}")
 
 
-def read_config(flag: flags.FlagHolder[Any]) -> Config:
-  """Returns the checked configuration of a `--config` flag; raises ConfigError."""
+def read_config(flag: flags.FlagHolder[Any], changes: Mapping[str, Any] | None = None) -> Config:
+  """Returns the checked configuration of a `--config` flag with `changes`; raises ConfigError."""
   try:
+    flag.value.update_from_flattened_dict(changes or {})
     return from_mapping(flag.value)
   except OSError as error:  # ml_collections keeps it until the value is asked for
     raise ConfigError(f"--config: {error}") from error

@@ -218,11 +218,6 @@ def _check_teacher(config: Config) -> None:
 
 def _check_kept(config: Config) -> None:
   data = config.data
-  if 0 < data.kept_tokens < data.micro_batch:
-    raise ConfigError(
-      f"data.kept_tokens: {data.kept_tokens} are less than a block of data.micro_batch = "
-      f"{data.micro_batch}, so nothing would be kept"
-    )
   if data.kept_tokens and config.model.remat == "offload":
     raise ConfigError(
       "data.kept_tokens: model.remat = offload moves the activations of one block at a time; set "

@@ -11,6 +11,7 @@ as data/packing.py makes them. Only blocks that hold a text are encoded.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def value_and_grad(
   `encode(params, block)` gives the states of a block's texts, `watch(block)` arrays without
   gradient of the same layout; `loss(states, watched, head)` gives (value, aux) from what they give
   for all texts of the batch, [E, B, C, D]. `rows` is (B, C). Of each width the blocks that
-  `kept_tokens` hold are encoded once.
+  hold the first `kept_tokens` are encoded once.
   """
   alone = len(sheets) == 1
   passes = [_Passes(encode, watch, params, width, kept_tokens, alone) for width in sheets]
@@ -126,7 +127,7 @@ class _Passes:
   @functools.cached_property
   def kept(self) -> int:
     blocks, *size = self.sheets["tokens"].shape
-    return min(blocks, self.kept_tokens // (size[0] * size[1]))
+    return min(blocks, math.ceil(self.kept_tokens / (size[0] * size[1])))
 
   @functools.cached_property
   def pull(self) -> Pull:

@@ -165,12 +165,15 @@ class Module:
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
       return None
-    group, held = _group(op), size(op.shape)
-    if op.opcode == "all-gather-start":  # parts and whole
+    group = _group(op)
+    held = size(re.sub(r"\b[us]32\[\]", "", op.shape))  # without counters of the exchange
+    if op.opcode == "reduce-scatter":
+      held *= group
+    elif op.opcode in ("all-gather-start", "reduce-scatter-start"):  # the parts and the whole
       held = held * group // (group + 1)
-    if op.opcode == "collective-permute-start":  # what is sent and what is received
+    elif op.opcode.endswith("-start") and kind != "all-reduce":  # what is sent, what is received
       held //= 2
-    return Collective(kind, held * (group if kind == "reduce-scatter" else 1), group)
+    return Collective(kind, held, group)
 
   def inner(self, op: Operation) -> list[Operation]:
     """Returns the operations of the computation that a fusion calls."""
@@ -299,7 +302,8 @@ class _Clock:
   def _longest(self, op: Operation) -> Seconds:
     names = re.findall(r"%([^\s,)}]+)", op.attribute(r"branch_computations=\{([^}]*)\}"))
     names += re.findall(r"(?:true|false)_computation=%([^\s,)]+)", op.operands)
-    return max((self.of(name) for name in names), key=lambda s: s.total)
+    longest = max((self.of(name) for name in names), key=lambda s: s.total)
+    return dataclasses.replace(longest)  # the caller adds to it
 
 
 def kernel_flops(op: Operation) -> float:

@@ -25,8 +25,10 @@ from mlembed_jax.teacher import Teacher
 USABLE = 0.9
 PADDING = 0.02  # of a step's tokens
 # Tokens on a device whose products take as long as gathering their weights, where its links are not
-# known: H100s over NVLink, 989e12 FLOPs / 450e9 bytes per second.
+# known: H100s over NVLink, 989e12 FLOPs / 450e9 bytes per second. Over a slower network between
+# machines it would be more.
 GATHER_TOKENS = 2200
+VMEM = "memory space vmem"  # in an error: tiles of one operation, no matter of the step's size
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
@@ -79,9 +81,8 @@ def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
   """
   smallest, parts = smallest_micro_batch(config, mesh.shape), replicas(mesh.shape)
   tokens = tokens_per_step / parts / len(config.data.lengths)
-  largest = parts * max(2 * PADDING * tokens, math.sqrt(gather_tokens(mesh) * tokens))
-  if config.data.kept_tokens:
-    largest = min(largest, config.data.kept_tokens)
+  gathered = min(tokens, math.sqrt(gather_tokens(mesh) * tokens))
+  largest = parts * max(2 * PADDING * tokens, gathered)
   times = sorted({1, *(n * 2**i for n in (2, 3) for i in range(60))})
   return [smallest * n for n in times if n == 1 or smallest * n <= largest]
 
@@ -110,7 +111,8 @@ def largest_micro_batch(
   if high == 0 or not fits(sizes[0]):
     raise ConfigError(
       f"data.micro_batch: not even {sizes[0]:,} tokens at a time fit {available / 2**30:.1f} GiB "
-      "per device; use more devices, mesh.tensor, shorter data.lengths or fewer negatives"
+      "per device; use more devices, mesh.tensor, less data.kept_tokens, a model.remat that keeps "
+      "less, shorter data.lengths or fewer negatives"
     )
   while high - low > 1:
     middle = (low + high) // 2
@@ -145,19 +147,24 @@ def with_micro_batch(
 
   @functools.cache
   def needed(size: int) -> int | None:
-    found = hosts.gather(_step_bytes(sized(config, size), kind, steps, mesh, teacher))
+    with hosts.agreed():
+      own = _step_bytes(sized(config, size), kind, steps, mesh, teacher)
+    found = hosts.gather(own)
     return None if None in found else max(found)
 
-  if not given or not _fits(needed(given), available):
-    if config.data.micro_batch:
-      raise _too_large(config, needed(given), available)
-    given = largest_micro_batch(sizes(config, tokens_per_step, mesh), needed, available)
+  # The margin is for a new choice; what a run began with may use all there is.
+  size = given if given and _fits(needed(given), int(available / USABLE)) else 0
+  if config.data.micro_batch and not size:
+    raise _too_large(config, needed(given), int(available / USABLE))
+  if given and not size:
+    print(f"data.micro_batch: {given:,} of the checkpoint do not fit any more", flush=True)
+  size = size or largest_micro_batch(sizes(config, tokens_per_step, mesh), needed, available)
   print(
-    f"data.micro_batch: {given:,} tokens at a time, with which a step takes "
-    f"{(needed(given) or 0) / 2**30:.1f} of {available / 2**30:.1f} GiB per device",
+    f"data.micro_batch: {size:,} tokens at a time, with which a step takes "
+    f"{(needed(size) or 0) / 2**30:.1f} GiB per device; {available / 2**30:.1f} are for it",
     flush=True,
   )
-  return sized(config, given)
+  return sized(config, size)
 
 
 def has_own_memory(mesh: Mesh) -> bool:
@@ -169,11 +176,11 @@ def has_own_memory(mesh: Mesh) -> bool:
 
 
 def _too_large(config: Config, needed: int | None, available: int) -> ConfigError:
-  found = f"{needed / 2**30:.1f} GiB" if needed else "more memory than the compiler can lay out"
+  found = f"{needed / 2**30:.1f} GiB" if needed else "more memory than the compiler finds"
   return ConfigError(
     f"data.micro_batch: with {config.data.micro_batch:,} tokens at a time and data.kept_tokens = "
-    f"{config.data.kept_tokens:,} a step takes {found} per device, of which "
-    f"{available / 2**30:.1f} GiB may be used; make one of them smaller (data.micro_batch = 0: "
+    f"{config.data.kept_tokens:,} a step takes {found} per device, which has "
+    f"{available / 2**30:.1f} GiB; make one of them smaller (data.micro_batch = 0: "
     "chosen), or let model.remat keep less"
   )
 
@@ -246,6 +253,6 @@ def _step_bytes(
   try:
     return needed_bytes(lowered.compile())
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if "RESOURCE_EXHAUSTED" not in str(error) or VMEM in str(error):
       raise
     return None

@@ -61,13 +61,19 @@ class Target:
       raise ConfigError('the compiler for TPUs is missing; pip install -e ".[tpu]"')
     # Without a TPU the library would wait for the metadata server of Google's cloud.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nor need it say that it finds none.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     # One process at a time may hold a TPU; there is none to hold.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"num_slices": self.slices} if self.slices > 1 else {}
     try:
       found = topologies.get_topology_desc(self.name, "tpu", **options)
     except (RuntimeError, NotImplementedError) as error:
-      raise ConfigError(f"--topology: {self.name}: {str(error).splitlines()[0]}") from error
+      raise ConfigError(
+        f"--topology: {self.name} has no hardware; axes are multiples of 2, as hosts hold 2 x 2 "
+        f"chips: {str(error).splitlines()[0]}"
+      ) from error
     return found.devices
 
 
@@ -82,7 +88,8 @@ class Step:
     """Returns what decides the shapes of the batch; ConfigError for an unknown task type."""
     tasks, longest = config.losses.contrastive_tasks(), config.data.lengths[-1]
     if self.task not in ("", *tasks):
-      raise ConfigError(f"--task: {self.task!r} is not one of {', '.join(tasks)}")
+      known = ", ".join(tasks)
+      raise ConfigError(f"--task: {self.task!r} is not one of those that are estimated: {known}")
     kinds = {name: Kind(name, 1, task.negatives, longest, None) for name, task in tasks.items()}
     return kinds[self.task] if self.task else memory.widest(config, list(kinds.values()))
 
@@ -90,7 +97,10 @@ class Step:
     """Returns the tokens of each text; ConfigError if none can have so many."""
     longest = config.data.lengths[-1]
     if not 0 <= self.text_tokens <= longest:
-      raise ConfigError(f"--text_tokens: {self.text_tokens} is not between 1 and {longest}")
+      raise ConfigError(
+        f"--text_tokens: {self.text_tokens} is not between 1 and {longest}, the longest of "
+        "data.lengths; 0 is that, too"
+      )
     return self.text_tokens or longest
 
 
@@ -101,6 +111,7 @@ class Estimate:
   topology: str
   devices: int
   mesh: str
+  replicas: int
   remat: str
   micro_batch: int
   kept_tokens: int
@@ -121,6 +132,11 @@ class Estimate:
   compile_seconds: float
 
   @property
+  def block(self) -> int:
+    """Tokens encoded at a time on a chip, or on the chips of `mesh.tensor` together."""
+    return self.micro_batch // self.replicas
+
+  @property
   def free(self) -> float:
     """The share of the memory that is left."""
     return 1 - self.hbm_bytes_per_device / self.hbm_capacity
@@ -129,6 +145,8 @@ class Estimate:
 def estimate(config: Config, target: Target, step: Step) -> Estimate:
   """Returns what the update of a step needs on the chips of `target`.
 
+  Where `data.micro_batch` is 0, with the largest one that training would try and that fits.
+
   Raises:
     ConfigError: the configuration cannot be laid over the chips, or asks for something they lack.
   """
@@ -136,10 +154,17 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
     raise ConfigError("kd.teacher: a teacher is not part of the estimate; set it to ''")
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
-  if not config.data.micro_batch:
-    tokens = config.data.global_batch * kind.texts * length
-    config = memory.sized(config, memory.sizes(config, tokens, mesh)[-1])
   memory.check_attention(config, "tpu")
+  tokens = config.data.global_batch * kind.texts * length
+  given = config.data.micro_batch
+  sizes = [given] if given else memory.sizes(config, tokens, mesh)
+  while True:
+    found = _compiled(memory.sized(config, sizes.pop()), target, mesh, kind, length)
+    if found.fits or not sizes:
+      return found
+
+
+def _compiled(config: Config, target: Target, mesh: Any, kind: Kind, length: int) -> Estimate:
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
     lowered = memory.lowered_step(config, kind, 1000, mesh)
@@ -177,6 +202,7 @@ def _estimate(
     topology=target.name + (f" x {target.slices}" if target.slices > 1 else ""),
     devices=mesh.size,
     mesh=" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+    replicas=replicas(mesh.shape),
     remat=config.model.remat,
     micro_batch=config.data.micro_batch,
     kept_tokens=config.data.kept_tokens,
@@ -202,6 +228,8 @@ def _too_large(
   config: Config, target: Target, mesh: Any, kind: Kind, length: int, message: str
 ) -> Estimate:
   """Returns the estimate of a program that the compiler gave up for its memory."""
+  if memory.VMEM in message:
+    raise ConfigError(f"the compiler finds no room for the tiles of an operation: {message[:2000]}")
   used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([GM])", message)
   if not used:
     raise ConfigError(f"the compiler refuses the update: {message[:2000]}")

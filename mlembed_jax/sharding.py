@@ -87,8 +87,9 @@ def mesh_shape(config: Config, devices: int) -> dict[str, int]:
   if free:
     shape[free[0]] = devices // taken
   if taken * (shape[free[0]] if free else 1) != devices:
+    asked = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
     raise ConfigError(
-      f"mesh: {shape} does not cover {devices} devices; the sizes must multiply to it"
+      f"mesh: {asked} does not cover {devices} devices; the sizes must multiply to it"
     )
   _check_split(config, shape)
   return shape
@@ -134,12 +135,11 @@ def _check_split(config: Config, shape: Mapping[str, int]) -> None:
     if size % parts:
       raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {parts}")
   tokens = smallest_micro_batch(config, shape)
-  for field in ("micro_batch", "kept_tokens"):
-    if 0 < (given := getattr(config.data, field)) < tokens:
-      raise ConfigError(
-        f"data.{field}: {given} tokens are less than a sheet of {config.data.lengths[-1]} on each "
-        f"of mesh.data x mesh.fsdp = {parts} parts, {tokens}"
-      )
+  if 0 < config.data.micro_batch < tokens:
+    raise ConfigError(
+      f"data.micro_batch: {config.data.micro_batch} tokens are less than a sheet of "
+      f"{config.data.lengths[-1]} on each of mesh.data x mesh.fsdp = {parts} parts, {tokens}"
+    )
   for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor")):
     _check_multiple(config.model, field, axis, shape)
   for field in ("heads", "kv_heads"):

@@ -6,22 +6,30 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mlembed_jax import memory, pod
 from mlembed_jax.config_fields import Config, ConfigError
-from mlembed_jax.sharding import make_mesh, replicas, smallest_micro_batch
+from mlembed_jax.sharding import make_mesh, replicas
 
 COPIES = (1, 4, 16)  # of the parameters, on each slice
 REMAT = ("full", "context", "products")
+HEAD = """\
+| mesh | model.remat | data.micro_batch | data.kept_tokens | GiB | free | step | MFU |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def run(config: Config, target: pod.Target, step: pod.Step) -> list[pod.Estimate]:
   """Returns the estimates of all settings tried, the fastest first, those that do not fit last.
 
-  One axis after another, each from the best found before: the mesh, the tokens encoded at a time,
-  how many of them keep how much. A compilation each, of a minute to several; progress goes to
-  stderr.
+  One axis after another, each from the best found before: the mesh, how many tokens keep how much,
+  the tokens encoded at a time. A compilation each, of a minute to several; progress goes to stderr.
+
+  Raises:
+    ConfigError: of none there is an estimate.
   """
   search = _Search(target, step)
-  for axis in (_meshes, _blocks, _kept):
+  print(HEAD, file=sys.stderr, flush=True)
+  for axis in (_meshes, _kept, _blocks):
     config = min(axis(config, target, step), key=search.cost)
+  if not search.found:
+    raise search.errors[config]
   return sorted(search.found.values(), key=_order)
 
 
@@ -31,11 +39,11 @@ class _Search:
   def __init__(self, target: pod.Target, step: pod.Step):
     self.target, self.step = target, step
     self.found: dict[Config, pod.Estimate] = {}
-    self.left_out: set[Config] = set()
+    self.errors: dict[Config, ConfigError] = {}
 
   def cost(self, config: Config) -> tuple[bool, float]:
     """Returns what orders settings."""
-    if config not in self.found and config not in self.left_out:
+    if config not in self.found and config not in self.errors:
       self._estimate(config)
     return _order(self.found[config]) if config in self.found else (True, float("inf"))
 
@@ -43,7 +51,7 @@ class _Search:
     try:
       self.found[config] = pod.estimate(config, self.target, self.step)
     except ConfigError as error:
-      self.left_out.add(config)
+      self.errors[config] = error
       print(f"left out: {error}", file=sys.stderr, flush=True)
     else:
       print(line(self.found[config]), file=sys.stderr, flush=True)
@@ -57,26 +65,32 @@ def _order(e: pod.Estimate) -> tuple[bool, float]:
 Axis = Callable[[Config, pod.Target, pod.Step], Iterator[Config]]
 
 
-def _meshes(config: Config, target: pod.Target, _: pod.Step) -> Iterator[Config]:
-  """Yields the meshes that split parameters over a slice, or over a part of it and copy them.
+def _meshes(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Config]:
+  """Yields meshes that split the parameters over a slice, or over a part of it and copy them.
 
   On a torus of three axes XLA sums full arrays instead of gathering parts where one group takes
   all of them.
   """
   chips = len(target.devices()) // target.slices
-  for copies in COPIES:
-    if copies == 1 or chips >= 16 * copies:
+  for copies in sorted({*COPIES, max(1, config.mesh.data // target.slices)}):
+    if chips % (copies * config.mesh.tensor) == 0:
       mesh = dataclasses.replace(config.mesh, data=copies * target.slices, fsdp=-1)
-      yield dataclasses.replace(config, mesh=mesh)
+      changed = dataclasses.replace(config, mesh=mesh)
+      chosen = config.data.micro_batch or _sizes(changed, target, step)[-1]
+      yield memory.sized(changed, chosen)
+
+
+def _sizes(config: Config, target: pod.Target, step: pod.Step) -> list[int]:
+  tokens = config.data.global_batch * step.kind(config).texts * step.tokens(config)
+  return memory.sizes(config, tokens, make_mesh(config, target.devices()))
 
 
 def _blocks(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Config]:
-  """Yields the micro-batch that training chooses, half of it, twice, and the step at once."""
-  mesh, kind = make_mesh(config, target.devices()), step.kind(config)
-  smallest, parts = smallest_micro_batch(config, mesh.shape), replicas(mesh.shape)
-  tokens = config.data.global_batch * kind.texts * step.tokens(config)
-  chosen = config.data.micro_batch or memory.sizes(config, tokens, mesh)[-1]
-  whole = config.data.global_batch // parts * kind.texts * config.data.lengths[-1] * parts
+  """Yields half of the micro-batch, the same, twice as many tokens, and all of the step."""
+  parts = replicas(make_mesh(config, target.devices()).shape)
+  texts = config.data.global_batch * step.kind(config).texts
+  whole, chosen = texts * config.data.lengths[-1], config.data.micro_batch
+  smallest = config.data.lengths[-1] * parts
   for size in sorted({max(smallest, chosen // 2), chosen, min(whole, 2 * chosen), whole}):
     yield memory.sized(config, size)
 
@@ -84,7 +98,7 @@ def _blocks(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Conf
 def _kept(config: Config, _: pod.Target, step: pod.Step) -> Iterator[Config]:
   """Yields what is computed again, with nothing kept between the passes or everything."""
   everything = config.data.global_batch * step.kind(config).texts * config.data.lengths[-1]
-  for tokens in (0, max(everything, config.data.micro_batch)):
+  for tokens in (0, everything):
     data = dataclasses.replace(config.data, kept_tokens=tokens)
     for remat in REMAT:
       model = dataclasses.replace(config.model, remat=remat)
@@ -102,5 +116,4 @@ def line(e: pod.Estimate) -> str:
 
 def table(found: Sequence[pod.Estimate]) -> str:
   """Returns all settings as a Markdown table."""
-  head = "| mesh | model.remat | data.micro_batch | data.kept_tokens | GiB | free | step | MFU |"
-  return "\n".join([head, "|" + " --- |" * 8, *map(line, found)])
+  return "\n".join([HEAD, *map(line, found)])

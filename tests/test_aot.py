@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax import flops, hlo, optimizer, pod, train_state
+from mlembed_jax import flops, hlo, optimizer, pod, sweep, train_state
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.gradcache import BLOCKS
@@ -128,7 +129,7 @@ def test_a_shape_without_hardware_is_refused_by_name():
   ("step", "message"),
   [
     (pod.Step("retrieval", 65), "--text_tokens: 65 is not between 1 and 64"),
-    (pod.Step("ranking", 0), "--task: 'ranking' is not one of retrieval, bitext"),
+    (pod.Step("ranking", 0), "--task: 'ranking' is not one of those that are estimated: retr"),
   ],
 )
 def test_unknown_steps_are_refused(step, message):
@@ -269,13 +270,33 @@ def test_exchanges_around_a_loop_have_the_time_that_those_in_it_leave(share, hid
     ("(bf16[10], bf16[80]) all-gather-start(%p), replica_groups=[1,8]<=[8]", 160),
     ("((bf16[10], f32[5]), (bf16[80], f32[40])) all-gather-start(%p), replica_groups=[1,8]", 320),
     ("(bf16[10], f32[5]) all-reduce-start(%p, %q), replica_groups=[1,8]<=[8]", 40),
-    ("(bf16[10], bf16[10], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}", 22),
+    ("(bf16[10], bf16[10], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}", 20),
+    ("((bf16[80]), bf16[10], u32[], u32[]) reduce-scatter-start(%p), replica_groups=[1,8]", 160),
+    ("((bf16[80]), bf16[80]) all-to-all-start(%p), replica_groups=[1,8]<=[8]", 160),
     ("bf16[10] reduce-scatter(%p), replica_groups=[1,8]<=[8]", 160),
   ],
 )
 def test_bytes_of_an_exchange_are_those_of_the_whole_array(line, size):
   module = hlo.Module(f"ENTRY %main (p: bf16[10]) -> bf16[10] {{\n  %x = {line}\n}}")
   assert [one.bytes for _, _, one in module.exchanges(no_trips)] == [size]
+
+
+BRANCHES = """
+%branch (p: bf16[]) -> bf16[] {
+  %work = bf16[] add(%p, %p), backend_config={"estimated_cycles":"1500"}
+}
+ENTRY %main (p: bf16[500000]) -> bf16[4000000] {
+  %one = (bf16[500000]{0}, bf16[4000000]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %a = bf16[] conditional(%p), branch_computations={%branch, %branch}
+  %b = bf16[] conditional(%p), branch_computations={%branch, %branch}
+  ROOT %done = bf16[4000000]{0} all-gather-done(%one)
+}
+"""
+
+
+def test_a_branch_is_timed_each_time_it_runs():
+  found = hlo.Module(BRANCHES).seconds(TPUS["v5e"], (2, 4), no_trips)
+  assert found.compute == found.hidden == pytest.approx(2e-6)
 
 
 FUSED = """
@@ -333,3 +354,32 @@ def test_teachers_are_not_estimated():
   config = from_mapping(config_dict(**{"kd.teacher": "stored"}))
   with pytest.raises(ConfigError, match=r"kd\.teacher: a teacher is not part"):
     pod.estimate(config, pod.Target.parse("v5e:2x4", 1), pod.Step("retrieval", 0))
+
+
+def test_a_sweep_goes_from_axis_to_axis(monkeypatch):
+  """Of made-up costs: 4 copies are best, then everything kept, then twice the block."""
+  asked = []
+
+  def estimate(config, target, step):
+    asked.append(config)
+    kept, block = config.data.kept_tokens, config.data.micro_batch
+    fits = config.model.remat != "products"  # which would be the fastest
+    seconds = 2.0 - (config.mesh.data == 4) - 0.5 * bool(kept) - 1e-9 * block
+    return types.SimpleNamespace(
+      fits=fits, estimated_step_seconds=seconds, hbm_bytes_per_device=10**10, config=config
+    )
+
+  monkeypatch.setattr(pod, "estimate", estimate)
+  monkeypatch.setattr(sweep, "line", lambda _: "")
+  config = load_config(CONFIGS / "8b.py", **{"data.lengths": (1024,)})
+  found = sweep.run(config, pod.Target.parse("v5e:8x8", 1), pod.Step("", 256))
+  assert len(asked) == len(set(asked)) == len(found)
+  assert not found[-1].fits and found[0].config.model.remat == "full"
+  best = found[0].config
+  assert best.mesh.data == 4 and best.data.kept_tokens == best.data.micro_batch == 512 * 11 * 1024
+
+
+def test_a_sweep_without_an_estimate_says_why():
+  config = from_mapping(config_dict(**{"kd.teacher": "stored"}))
+  with pytest.raises(ConfigError, match=r"kd\.teacher: a teacher is not part"):
+    sweep.run(config, pod.Target.parse("v5e:2x4", 1), pod.Step("", 0))

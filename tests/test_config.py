@@ -118,7 +118,6 @@ BAD = [
   ("kd.exits", (4, 2), "kd.exits: (4, 2) must be positive and ascending"),
   ("kd.match", "depth", "kd.match: 'depth' is not one of"),
   ("kd.exits", (1, 2), "kd.exits: only a teacher that is a folder has exits"),
-  ("data.kept_tokens", 2000, "data.kept_tokens: 2000 are less than a block of data.micro_batch"),
   ("data.micro_batch", -1, "data.micro_batch: must not be negative, found -1"),
   ("data.workers", -1, "data.workers: must not be negative, found -1"),
   ("data.max_rows", -1, "data.max_rows: must not be negative, found -1"),

@@ -169,9 +169,11 @@ def test_an_empty_block_changes_not_a_bit():
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("kept_tokens", "times"), [(0, 2), (10**6, 1)])
-def test_blocks_with_a_text_are_encoded_twice_or_kept(kept_tokens, times):
+@pytest.mark.parametrize(("share", "times"), [(0, 2), (1, 1)])
+def test_blocks_with_a_text_are_encoded_twice_or_kept(share, times):
   arrays = with_empty_block(batch_of(**BLOCKS))
+  # All but a token: the block that holds the last one is kept whole.
+  kept_tokens = share * (max(s["tokens"].size for s in arrays["sheets"]) - 1)
   used = sum(int(np.any(s["texts"] < 64, axis=(1, 2)).sum()) for s in arrays["sheets"])
   encoded = []
 

@@ -27,7 +27,7 @@ def test_mesh_takes_what_is_left():
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [
-    ({"data": 3, "fsdp": 1, "tensor": 1}, "mesh: {'data': 3"),
+    ({"data": 3, "fsdp": 1, "tensor": 1}, "mesh: data 3 x"),
     ({"data": 3, "fsdp": -1, "tensor": 1}, "does not cover 8 devices"),
     ({"data": -1, "fsdp": -1, "tensor": 1}, "at most one -1"),
     ({"data": 1, "fsdp": 2, "tensor": 4}, "model.kv_heads: 2 is not a multiple of mesh.tensor = 4"),

@@ -145,7 +145,7 @@ def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
   different = [key for key in asked if asked[key] != found.get(key)]
   if different:
     raise DataError(
-      f"--out: {folder} holds a dataset of other input: {', '.join(different)} differ; "
+      f"{folder} holds a dataset of other input: {', '.join(different)} differ; "
       "name another folder, or delete this one"
     )
 

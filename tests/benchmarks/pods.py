@@ -42,7 +42,7 @@ def measure(path: pathlib.Path, topology: str, batch: int, args: argparse.Namesp
   formats = ("{:.2f}", "{:.3f}", "{:,.0f}")
   return (
     *(f"{path.stem}:{variant}", topology, f"{batch:,}", e.mesh, e.remat),
-    *(f"{e.micro_batch // e.devices:,}", pod.gib(e.hbm_bytes_per_device), f"{e.free:.0%}"),
+    *(f"{e.block:,}", pod.gib(e.hbm_bytes_per_device), f"{e.free:.0%}"),
     *(f.format(x) if e.fits else "-" for f, x in zip(formats, speed, strict=True)),
     f"{e.compile_seconds:.0f}",
   )
@@ -62,13 +62,13 @@ def main() -> None:
   parser.add_argument("--configs", nargs="+", type=pathlib.Path, default=SIZES)
   parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
   parser.add_argument("--batches", nargs="+", type=int, default=[512, 4096])
-  parser.add_argument("--text_tokens", type=int, default=256, help="of each text, up to 1,024")
+  parser.add_argument("--text_tokens", type=int, default=256, help="of each text; 0: 1,024")
   parser.add_argument(
     "--block", type=int, default=0, help="tokens encoded at a time per chip; 0: as training chooses"
   )
   jax.config.update("jax_platforms", "cpu")  # the compiler is asked, not a device
   args = parser.parse_args()
-  print(f"texts of {args.text_tokens} tokens")
+  print(f"texts of {args.text_tokens or 'as many as possible'} tokens")
   common.print_table(HEADER, rows(args))
 
 

@@ -216,9 +216,7 @@ def test_a_folder_of_other_input_is_refused_with_the_difference(
   change_(own)
   with pytest.raises(DataError) as error:
     prepare_dataset(own, **options)
-  assert f"--out: {own}/dataset holds a dataset of other input: {named} differ; " in str(
-    error.value
-  )
+  assert f"{own}/dataset holds a dataset of other input: {named} differ; " in str(error.value)
   assert content(own / "dataset") == before
 
 
