@@ -262,7 +262,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(data, twent
     ),
     ({"data.max_rows": 8}, "an epoch has fewer of its rows than data.global_batch = 16; lower"),
     ({"model.vocab": 500}, "error: model.vocab: 500 rows are fewer than the"),
-    ({"mesh.fsdp": 3}, "error: mesh: {'data': 1, 'fsdp': 3"),
+    ({"mesh.fsdp": 3}, "error: mesh: data 1 x fsdp 3"),
     ({"model.heads": 3}, "error: model.heads: 3 is not a multiple of model.kv_heads = 2"),
     ({"optimizer.warmup_steps": 21}, "error: optimizer.warmup_steps: 21 is longer than the run"),
     ({"model.widht": 3}, "error: --config: unknown field 'widht'"),
