@@ -127,6 +127,8 @@ class _Passes:
   @functools.cached_property
   def kept(self) -> int:
     blocks, *size = self.sheets["tokens"].shape
+    if self.alone and blocks == 1:
+      return 1  # there is no other block whose activations would need the memory
     return min(blocks, math.ceil(self.kept_tokens / (size[0] * size[1])))
 
   @functools.cached_property

@@ -21,6 +21,7 @@ LANES = 128  # of a TPU's vector registers: tokens and head width come in multip
 SPLASH_BLOCK = 1024
 # Name of what the backward pass of attention needs beside q, k and v, for remat policies.
 SAVED = "context"
+Rotation = tuple[Float[Array, "B T 1 K"], Float[Array, "B T 1 K"]]  # cosine and sine
 
 
 def attention(
@@ -177,16 +178,22 @@ FUNCTIONS: dict[str, Any] = {
 KERNELS = {"tpu": ("splash",), "gpu": ("cudnn",)}  # the best first; einsum runs everywhere
 
 
-def rotary(
-  x_BTNK: Float[Array, "B T N K"], positions_BT: Int[Array, "B T"], theta: float
-) -> Float[Array, "B T N K"]:
-  """Returns `x` rotated by position, halves paired (x[i], x[i + K/2]); angles in float32."""
-  half = x_BTNK.shape[-1] // 2
+def rotation(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Rotation:
+  """Returns cosine and sine of the angles of each position, [B, T, 1, width], float32.
+
+  Once for all layers: XLA would compute them again for every head.
+  """
+  half = width // 2
   frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
   angles = jnp.concatenate([angles, angles], axis=-1)
-  turned = jnp.cos(angles) * x_BTNK + jnp.sin(angles) * quarter_turn(x_BTNK, context.platform())
-  return turned.astype(x_BTNK.dtype)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary(x_BTNK: Float[Array, "B T N K"], turns: Rotation) -> Float[Array, "B T N K"]:
+  """Returns `x` rotated by `rotation`, halves paired (x[i], x[i + K/2]); computed in float32."""
+  cos, sin = turns
+  return (cos * x_BTNK + sin * quarter_turn(x_BTNK, context.platform())).astype(x_BTNK.dtype)
 
 
 def quarter_turn(x_BTNK: Float[Array, "B T N K"], platform: str) -> Float[Array, "B T N K"]:

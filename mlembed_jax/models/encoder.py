@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from mlembed_jax import context
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.models.attention import SAVED, attention, rotary
+from mlembed_jax.models.attention import SAVED, Rotation, attention, rotary, rotation
 from mlembed_jax.models.embedding import look_up
 from mlembed_jax.models.pooling import last_tokens, packed
 
@@ -61,13 +62,15 @@ def normal(fan_in: int) -> nn.initializers.Initializer:
 def project(x: Array, w: Array, axes: int = 1) -> Array:
   """Returns the product over the last `axes` axes of `x` and the first of `w`."""
   rows = x.shape[: x.ndim - axes]
-  if context.platform() != "tpu":
-    # As one axis. For a weight gradient that contracts two (batch and token), XLA's CPU backend
-    # transposes both operands, which doubles the time of the layer. On TPU, where attention has its
-    # heads before its tokens, it is the flattening that transposes.
-    x = x.reshape(-1, *x.shape[len(rows) :])
-  out = checkpoint_name(_product(x, w, axes), "product")
-  return out.reshape(*rows, *w.shape[axes:])
+  if context.platform() == "tpu":
+    out = _product(x, w, axes)
+  else:
+    # Tokens as one axis. For a weight gradient that contracts two (batch and token), XLA's CPU
+    # backend transposes both operands, which doubles the time of the layer. On TPU, where attention
+    # has its heads before its tokens, it is the flattening that transposes.
+    fan_in = math.prod(w.shape[:axes])
+    out = x.reshape(-1, fan_in) @ w.reshape(fan_in, -1)
+  return checkpoint_name(out, "product").reshape(*rows, *w.shape[axes:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -116,7 +119,7 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD: Array, positions_BT: Array, segments_BT: Array) -> Array:
+  def __call__(self, x_BTD: Array, turns: Rotation, segments_BT: Array) -> Array:
     """Returns the attention output, [B, T, D]."""
     c = self.config
     D, N, G, K = c.width, c.heads, c.kv_heads, c.head_dim
@@ -127,8 +130,8 @@ class Attention(nn.Module):
     q_BTNK = RMSNorm(c, name="q_norm")(project(x_BTD, q_DNK))
     k_BTGK = RMSNorm(c, name="k_norm")(project(x_BTD, k_DGK))
     v_BTGK = project(x_BTD, v_DGK)
-    q_BTNK = rotary(q_BTNK, positions_BT, c.rope_theta)
-    k_BTGK = rotary(k_BTGK, positions_BT, c.rope_theta)
+    q_BTNK = rotary(q_BTNK, turns)
+    k_BTGK = rotary(k_BTGK, turns)
     q_BTNK = checkpoint_name(q_BTNK, "query")
     k_BTGK = checkpoint_name(k_BTGK, "key")
     v_BTGK = checkpoint_name(v_BTGK, "value")
@@ -160,14 +163,14 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Array, positions_BT: Array, segments_BT: Array, ends_BK: Array
+    self, x_BTD: Array, turns: Rotation, segments_BT: Array, ends_BK: Array
   ) -> tuple[Array, Array]:
     """Returns the residual stream [B, T, D] and its value at the end of each text [B, K, D]."""
     c = self.config
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "token", None))
     x_BTD = checkpoint_name(x_BTD, "stream")
     normed_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
-    x_BTD = x_BTD + Attention(c, name="attention")(normed_BTD, positions_BT, segments_BT)
+    x_BTD = x_BTD + Attention(c, name="attention")(normed_BTD, turns, segments_BT)
     x_BTD = x_BTD + Mlp(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
     return x_BTD, last_tokens(x_BTD, ends_BK)
 
@@ -195,7 +198,8 @@ class Encoder(nn.Module):
     c = self.config
     positions_BT, segments_BT = packed(ends_BK, tokens_BT.shape[1])
     x_BTD = self._embed(tokens_BT, rank_mask_R)
-    _, pooled_LBKD = self._layers()(c, name="layers")(x_BTD, positions_BT, segments_BT, ends_BK)
+    turns = rotation(positions_BT, c.head_dim, c.rope_theta)
+    _, pooled_LBKD = self._layers()(c, name="layers")(x_BTD, turns, segments_BT, ends_BK)
     exits = self.exits or range(1, c.layers + 1)
     # Recomputed by the backward pass, which else keeps four times as much in float32.
     norm: Any = nn.remat(RMSNorm, prevent_cse=False)
