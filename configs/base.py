@@ -53,6 +53,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "rank": 512,  # of the token table U [vocab, rank] @ V [rank, width]; 0: a full table
         "rope_theta": 1e6,
         "norm_eps": 1e-6,
+        # Qwen3: True and False; Qwen2: False and True; Llama: both False.
+        "qk_norm": True,  # RMSNorm on every query and key head
+        "qkv_bias": False,  # added to queries, keys and values
         "dtype": "bfloat16",  # of the computation; parameters are float32. bfloat16 | float32
         "attention": "auto",  # the platform's kernel | splash (TPU) | cudnn (GPU) | einsum (all)
         "remat": "full",  # computed again by backward, in growing need of memory: offload and full
@@ -144,7 +147,7 @@ def get_config(variant: str = "") -> ConfigDict:
       # and MLP. -1 takes what is left.
       "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
       "train": {
-        "init_from": "",  # a Qwen3 folder in Hugging Face layout; empty: random weights
+        "init_from": "",  # a folder in Hugging Face layout, or hf:ORG/NAME; empty: random weights
         "steps": 0,  # length of the run in updates, or
         "epochs": 2.0,  # in passes over the training files; one of the two is 0
         "seed": 0,  # of weights, data order, drawn negatives and drawn ranks

@@ -11,7 +11,7 @@ from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import Config, ConfigError
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.hf.files import ExportError
-from mlembed_jax.hf.load import LoadError
+from mlembed_jax.hf.folder import LoadError
 from mlembed_jax.metrics import TrainingError
 
 

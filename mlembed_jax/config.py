@@ -152,6 +152,11 @@ def _check_model(m: ModelConfig) -> None:
     raise ConfigError(f"model.heads: {m.heads} is not a multiple of model.kv_heads = {m.kv_heads}")
   if m.head_dim % 2:
     raise ConfigError(f"model.head_dim: {m.head_dim} is odd; rotary embedding pairs its halves")
+  if m.qk_norm and m.qkv_bias:
+    raise ConfigError(
+      "model.qkv_bias: True beside model.qk_norm is no architecture that could be exported: Qwen3 "
+      "has norms, Qwen2 biases, Llama neither"
+    )
   if m.rank > m.width:
     raise ConfigError(f"model.rank: {m.rank} is above model.width = {m.width}; 0 is a full table")
 

@@ -24,6 +24,8 @@ class ModelConfig:
   rank: int
   rope_theta: float
   norm_eps: float
+  qk_norm: bool
+  qkv_bias: bool
   dtype: str
   attention: str
   remat: str

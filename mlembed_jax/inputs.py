@@ -16,7 +16,7 @@ from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.store import Split, open_split
 from mlembed_jax.data.tokenizer import DataError, Tokenizer
 from mlembed_jax.eval import tasks
-from mlembed_jax.hf.load import check_folder
+from mlembed_jax.hf.folder import check_folder, resolve
 from mlembed_jax.teacher import Teacher, check_stored, open_teacher
 from mlembed_jax.workdir import Run, write_json
 
@@ -70,7 +70,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
       f"{tokenizer.path}"
     )
   if config.train.init_from:
-    check_folder(pathlib.Path(config.train.init_from), config.model, tokenizer.size)
+    check_folder(resolve(config.train.init_from), config.model, tokenizer.size)
   teacher = open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
   chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)

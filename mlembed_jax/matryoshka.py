@@ -125,8 +125,10 @@ def truncate(x: Float[Array, "... D"], dim: int | None) -> Float[Array, "... M"]
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-def factorize(table: Float[Array, "V D"], rank: int) -> tuple[Array, Array]:
+def factorize(table: Float[Array, "V D"], rank: int) -> tuple[Array, Array, Array]:
   """Returns U [V, rank] and V [rank, D] with U @ V the best approximation of `table` (float32).
+
+  The third are all singular values, [D], descending.
 
   The singular values go into U, so any leading columns of U with the same rows of V are the best
   approximation of that rank. This is how ML-Embed starts the factors (arXiv 2605.15081).
@@ -137,4 +139,4 @@ def factorize(table: Float[Array, "V D"], rank: int) -> tuple[Array, Array]:
   u, s, vt = jnp.linalg.svd(r, full_matrices=False)
   # Accelerators would round the inputs of a default product to bfloat16 or TF32.
   exact = jax.lax.Precision.HIGHEST
-  return jnp.matmul(q, u[:, :rank] * s[None, :rank], precision=exact), vt[:rank]
+  return jnp.matmul(q, u[:, :rank] * s[None, :rank], precision=exact), vt[:rank], s

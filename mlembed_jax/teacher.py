@@ -16,7 +16,8 @@ from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.distillation import match_exits
 from mlembed_jax.hf.export import OURS
-from mlembed_jax.hf.load import check_folder, load_params, read_model
+from mlembed_jax.hf.folder import check_folder, read_model
+from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.sharding import shardings
@@ -55,11 +56,10 @@ class Teacher:
   def params(self, mesh: Mesh) -> Any:
     """Returns the weights, read from the folder."""
     model = self.shape.model
-    if self.is_workdir:
-      _, params = checkpoint.load_params(self.path, model)
-    else:
-      params = load_params(self.path, model)
     abstract = self.abstract(mesh)
+    if not self.is_workdir:
+      return load_params(self.path, model, abstract)
+    _, params = checkpoint.load_params(self.path, model)
     cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
     return hosts.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 

@@ -37,6 +37,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.eval import grid
 from mlembed_jax.hf.export import check_target, export_folder
+from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.inputs import Inputs
 from mlembed_jax.losses import Task
@@ -95,12 +96,9 @@ def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoin
     return checkpoints.restore(latest, train_state.abstract(config, tx, mesh))
   state = train_state.create(config, tx, mesh)
   if config.train.init_from:
-    params = load_params(pathlib.Path(config.train.init_from), config.model)
-    if config.model.rank:
-      # A factorisation may round in another way on another machine; parts of two do not fit.
-      params |= hosts.from_first({name: params[name] for name in ("table", "up")})
-    layout = jax.tree.map(lambda x: x.sharding, state.params)
-    state = state.replace(params=hosts.place(params, layout))
+    like = train_state.abstract(config, tx, mesh).params
+    state = state.replace(params=None)  # their memory is needed
+    state = state.replace(params=load_params(resolve(config.train.init_from), config.model, like))
   return state
 
 

@@ -1,11 +1,15 @@
 """Eight simulated devices, strict numerics, and tiny real inputs that the tests share."""
 
+import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 import jax
 import pytest
 
+CACHE = tempfile.TemporaryDirectory()  # factors of token tables are kept between runs
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -75,7 +75,7 @@ def test_exits(layers, code, paper):
 
 @pytest.mark.parametrize(("rank", "error"), [(1, 1.622095), (2, 0.889211), (3, 0.0)])
 def test_factorize_is_the_best_approximation(rank, error):
-  u, v = matryoshka.factorize(TABLE, rank)
+  u, v, _ = matryoshka.factorize(TABLE, rank)
   assert u.shape == (4, rank) and v.shape == (rank, 3)
   assert jnp.linalg.norm(TABLE - u @ v) == pytest.approx(error, abs=2e-6)
   np.testing.assert_allclose(
@@ -84,13 +84,13 @@ def test_factorize_is_the_best_approximation(rank, error):
 
 
 def test_factorize_row_at_rank_two():
-  u, v = matryoshka.factorize(TABLE, 2)
+  u, v, _ = matryoshka.factorize(TABLE, 2)
   np.testing.assert_allclose((u @ v)[0], [2.088457, 0.137760, 0.715138], atol=2e-6)
 
 
 def test_leading_ranks_of_a_factorization_are_the_smaller_factorization():
-  u, v = matryoshka.factorize(TABLE, 3)
-  u1, v1 = matryoshka.factorize(TABLE, 1)
+  u, v, _ = matryoshka.factorize(TABLE, 3)
+  u1, v1, _ = matryoshka.factorize(TABLE, 1)
   np.testing.assert_allclose(u[:, :1] @ v[:1], u1 @ v1, atol=1e-6)
 
 

@@ -28,8 +28,10 @@ from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.encode import encode
 from mlembed_jax.hf import files, names
 from mlembed_jax.hf.card import card
+from mlembed_jax.hf.factors import FACTORS
 from mlembed_jax.hf.files import ExportError, Variant
-from mlembed_jax.hf.load import FACTORS, INDEX, WEIGHTS, load_folder
+from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.load import load_params, on_device
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.workdir import Run, replace_folder, write_json, write_text
@@ -251,14 +253,14 @@ def _parity(
   The weights are read back from the folder, so a file that differs from what was meant stops the
   export here. This needs the host to hold them once more, in float32.
   """
-  params = load_folder(folder, variant.body)
   items = _parity_items(variant, tokenizer, query_prompt)
   ids = [item["input_ids"] for item in items]
   device = _exact_device()
+  params = load_params(folder, variant.body, on_device(variant.body, device))
   with jax.default_device(device), jax.default_matmul_precision("highest"):
     states = encode(
       variant.body,
-      jax.device_put(params, device),
+      params,
       ids,
       exits=[variant.depth],
       lengths=[*PARITY_BUCKETS, max(map(len, ids))],
@@ -314,7 +316,7 @@ def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[
     "library": {"name": "mlembed_jax", "version": __version__},
     "base_model": {"id": pathlib.PurePath(config.train.init_from).name or None},
     "body": {
-      "family": "qwen3",
+      "family": names.family(body),
       "hidden": body.width,
       "layers_trained": config.model.layers,
       "layers": body.layers,

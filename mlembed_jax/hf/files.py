@@ -87,11 +87,12 @@ def switches(config: Config) -> dict[str, Any]:
 def model_config(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]) -> dict[str, Any]:
   """Returns config.json."""
   body, export = variant.body, variant.run.config.export
+  family = names.family(body) or ""
   pad_id = _added_tokens(spec).get(PAD_TOKEN, tokenizer.pooled_id)
   return {
     # Older llama.cpp converters know only this class for Qwen3.
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
+    "architectures": [names.FAMILIES[family].architecture],
+    "model_type": family,
     **{key: getattr(body, field) for field, key in names.CONFIG_KEYS.items()},
     "hidden_act": "silu",
     "max_position_embeddings": export.max_positions,

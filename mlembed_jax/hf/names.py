@@ -1,4 +1,4 @@
-"""Our parameters and the tensors of a Hugging Face Qwen3 folder: names, shapes and layouts.
+"""Our parameters and the tensors of a Hugging Face folder: names, shapes and layouts.
 
 The one table that both directions read. A linear weight is [out, in] in the folder and [in, out]
 here, with its head axis unfolded; rotary embedding is half-split on both sides.
@@ -27,6 +27,29 @@ CONFIG_KEYS = {
   "norm_eps": "rms_norm_eps",
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """An architecture that both directions know; all are pre-norm decoders with SwiGLU."""
+
+  qk_norm: bool
+  qkv_bias: bool
+  architecture: str  # class of transformers
+
+
+FAMILIES = {  # by model_type
+  "qwen3": Family(True, False, "Qwen3ForCausalLM"),
+  "qwen2": Family(False, True, "Qwen2ForCausalLM"),
+  "llama": Family(False, False, "LlamaForCausalLM"),
+}
+
+
+def family(model: ModelConfig) -> str | None:
+  """Returns the model_type of a model, None where no architecture has its switches."""
+  switches = model.qk_norm, model.qkv_bias
+  return next((k for k, f in FAMILIES.items() if (f.qk_norm, f.qkv_bias) == switches), None)
+
+
 # (our leaf, tensor, axes of the tensor as products of ModelConfig fields)
 TABLE = ("table", "embed_tokens.weight", "vocab width")
 FINAL_NORM = ("final_norm/scale", "norm.weight", "width")
@@ -36,12 +59,19 @@ LAYER = (
   ("attention/k", "self_attn.k_proj.weight", "kv_heads*head_dim width"),
   ("attention/v", "self_attn.v_proj.weight", "kv_heads*head_dim width"),
   ("attention/o", "self_attn.o_proj.weight", "width heads*head_dim"),
-  ("attention/q_norm/scale", "self_attn.q_norm.weight", "head_dim"),
-  ("attention/k_norm/scale", "self_attn.k_norm.weight", "head_dim"),
   ("mlp_norm/scale", "post_attention_layernorm.weight", "width"),
   ("mlp/gate", "mlp.gate_proj.weight", "ffn width"),
   ("mlp/up", "mlp.up_proj.weight", "ffn width"),
   ("mlp/down", "mlp.down_proj.weight", "width ffn"),
+)
+QK_NORM = (
+  ("attention/q_norm/scale", "self_attn.q_norm.weight", "head_dim"),
+  ("attention/k_norm/scale", "self_attn.k_norm.weight", "head_dim"),
+)
+QKV_BIAS = (
+  ("attention/q_bias", "self_attn.q_proj.bias", "heads*head_dim"),
+  ("attention/k_bias", "self_attn.k_proj.bias", "kv_heads*head_dim"),
+  ("attention/v_bias", "self_attn.v_proj.bias", "kv_heads*head_dim"),
 )
 
 
@@ -66,11 +96,12 @@ class Tensor:
 
 
 def tensors(model: ModelConfig) -> list[Tensor]:
-  """Returns the 11 * layers + 2 tensors of a folder whose token table is not factorised."""
+  """Returns the tensors of a folder whose token table is not factorised: Qwen3 11 * layers + 2."""
+  rows = LAYER + (QK_NORM if model.qk_norm else ()) + (QKV_BIAS if model.qkv_bias else ())
   layers = [
     _tensor(model, (f"layers/{path}", f"layers.{layer}.{name}", axes), layer)
     for layer in range(model.layers)
-    for path, name, axes in LAYER
+    for path, name, axes in rows
   ]
   return [_tensor(model, TABLE), *layers, _tensor(model, FINAL_NORM)]
 

@@ -114,7 +114,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with RMSNorm on each query and key head."""
+  """Grouped-query attention; RMSNorm on each query and key head where the model has it."""
 
   config: ModelConfig
 
@@ -122,21 +122,31 @@ class Attention(nn.Module):
   def __call__(self, x_BTD: Array, turns: Rotation, segments_BT: Array) -> Array:
     """Returns the attention output, [B, T, D]."""
     c = self.config
-    D, N, G, K = c.width, c.heads, c.kv_heads, c.head_dim
-    q_DNK = weight(self, "q", (D, N, K), ("embed", "heads", "head_dim"), normal(D))
-    k_DGK = weight(self, "k", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(D))
-    v_DGK = weight(self, "v", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(D))
-    o_NKD = weight(self, "o", (N, K, D), ("heads", "head_dim", "embed"), normal(N * K))
-    q_BTNK = RMSNorm(c, name="q_norm")(project(x_BTD, q_DNK))
-    k_BTGK = RMSNorm(c, name="k_norm")(project(x_BTD, k_DGK))
-    v_BTGK = project(x_BTD, v_DGK)
-    q_BTNK = rotary(q_BTNK, turns)
-    k_BTGK = rotary(k_BTGK, turns)
+    q_BTNK = rotary(self._normed("q", x_BTD, c.heads, "heads"), turns)
+    k_BTGK = rotary(self._normed("k", x_BTD, c.kv_heads, "kv_heads"), turns)
+    v_BTGK = self._heads("v", x_BTD, c.kv_heads, "kv_heads")
+    shape, axes = (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
+    o_NKD = weight(self, "o", shape, axes, normal(c.heads * c.head_dim))
     q_BTNK = checkpoint_name(q_BTNK, "query")
     k_BTGK = checkpoint_name(k_BTGK, "key")
     v_BTGK = checkpoint_name(v_BTGK, "value")
     out_BTNK = attention(q_BTNK, k_BTGK, v_BTGK, segments_BT, c.attention)
     return project(out_BTNK, o_NKD, axes=2)
+
+  def _heads(self, name: str, x_BTD: Array, heads: int, axis: str) -> Array:
+    """Returns queries, keys or values, [B, T, heads, K]."""
+    c = self.config
+    shape, axes = (c.width, heads, c.head_dim), ("embed", axis, "head_dim")
+    out = project(x_BTD, weight(self, name, shape, axes, normal(c.width)))
+    if not c.qkv_bias:
+      return out
+    bias = weight(self, f"{name}_bias", shape[1:], axes[1:], nn.initializers.zeros)
+    return out + bias[None, None]
+
+  def _normed(self, name: str, x_BTD: Array, heads: int, axis: str) -> Array:
+    """Returns queries or keys, each head normed where the model does so."""
+    out = self._heads(name, x_BTD, heads, axis)
+    return RMSNorm(self.config, name=f"{name}_norm")(out) if self.config.qk_norm else out
 
 
 class Mlp(nn.Module):

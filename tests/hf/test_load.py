@@ -16,7 +16,8 @@ from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import names
 from mlembed_jax.hf.export import export_folder
-from mlembed_jax.hf.load import LoadError, load_folder, load_params
+from mlembed_jax.hf.folder import LoadError
+from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_params
 from mlembed_jax.workdir import Run
 from tests import material
@@ -67,6 +68,11 @@ def flat(saved: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathl
 
 def dense(model: ModelConfig) -> ModelConfig:
   return dataclasses.replace(model, rank=0)
+
+
+def load_folder(path: pathlib.Path, model: ModelConfig) -> Any:
+  """Returns the arrays of a folder with its whole token table."""
+  return jax.tree.map(np.asarray, load_params(path, dense(model)))
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -257,13 +263,13 @@ def test_all_faulty_tensors_stand_in_one_error(
 
 
 CONFIG_FAULTS = {
-  "model_type": ("qwen2", "model_type is 'qwen2'; only 'qwen3'"),
+  "model_type": ("gemma", "model_type is 'gemma'; only 'qwen3'"),
   "hidden_size": (64, r"hidden_size is 64, expected 48 \(model.width\)"),
   "num_hidden_layers": (4, r"num_hidden_layers is 4, expected 3 \(model.layers\)"),
   "intermediate_size": (1, r"intermediate_size is 1, expected 64 \(model.ffn\)"),
   "num_attention_heads": (3, r"num_attention_heads is 3, expected 4 \(model.heads\)"),
   "num_key_value_heads": (1, r"num_key_value_heads is 1, expected 2 \(model.kv_heads\)"),
-  "head_dim": (None, r"head_dim is None, expected 16 \(model.head_dim\)"),
+  "head_dim": (None, r"head_dim is 12, expected 16 \(model.head_dim\)"),
   "rms_norm_eps": (1e-5, r"rms_norm_eps is 1e-05, expected 1e-06 \(model.norm_eps\)"),
   "vocab_size": (641, r"vocab_size is 641, expected 640 \(model.vocab\)"),
   "rope_theta": (1e6, r"rope_theta is 1000000.0, expected 5000.0 \(model.rope_theta\)"),

@@ -244,6 +244,8 @@ OTHER = {
   "rank": 0,
   "rope_theta": 1e4,
   "norm_eps": 1e-5,
+  "qk_norm": False,
+  "qkv_bias": True,
   "dtype": "bfloat16",
   "attention": "splash",
   "remat": "full",

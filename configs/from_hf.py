@@ -1,0 +1,25 @@
+"""The shape of any Qwen3, Qwen2 or Llama model, which is also where training starts.
+
+`--config configs/from_hf.py:SOURCE`, a folder in Hugging Face layout or hf:ORG/NAME.
+"""
+
+import dataclasses
+import pathlib
+
+from ml_collections import ConfigDict
+
+from mlembed_jax.config import load_module
+from mlembed_jax.hf.folder import read_model, resolve
+
+base = load_module(pathlib.Path(__file__).with_name("base.py"))
+
+
+def get_config(source: str) -> ConfigDict:
+  config, folder = base.get_config(), resolve(source)
+  shape = dataclasses.asdict(read_model(folder))
+  own = ("rank", "dtype", "attention", "remat")  # not of the folder
+  config.model.update({name: value for name, value in shape.items() if name not in own})
+  config.model.rank = min(config.model.width, 512 if config.model.width < 2048 else 1024)
+  config.train.init_from = source
+  config.export.name = "mlembed-" + folder.name.lower()
+  return config

@@ -1,0 +1,114 @@
+"""The token table of a folder as two factors: those it was trained with, or new ones by SVD.
+
+New ones take minutes for a large table, so they are kept by the hash of the table.
+"""
+
+import hashlib
+import math
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from mlembed_jax.hf import names, torch_file
+from mlembed_jax.hf.folder import Folder, LoadError, open_file
+from mlembed_jax.matryoshka import default_ranks, factorize
+
+FACTORS = "mlembed/uv.safetensors"  # of our own exports: tensors U [vocab, rank], V [rank, width]
+RELEASED = ("U.pth", "V.pth")  # of the released ML-Embed folders, the same pair
+# Product of the trained factors against the stored table, which may be rounded to bfloat16 (2^-9);
+# the second is for sums in another order, relative to the largest value.
+RTOL, ATOL = 2**-8, 1e-5
+ROWS = 1024  # compared
+
+Factors = tuple[np.ndarray, np.ndarray]
+
+
+def of_folder(folder: Folder, rank: int) -> Factors:
+  """Returns U [rows, rank] and V [rank, width], float32.
+
+  Trained factors are used where they reach the rank: their columns stand in the order of training,
+  which a new factorisation of their product would lose.
+
+  Raises:
+    LoadError: trained factors are not those of the table, or the table is not finite.
+  """
+  table = next(stored for t, stored in folder.tensors if t.path == names.TABLE[0]).read()
+  if trained := _trained(folder.path):
+    source, u, v = trained
+    if not _multiply_to(u, v, table):
+      raise LoadError(
+        f"E108 factors: U @ V of {source} is not the table of the weights beside it, which changed "
+        "since it was written. Delete the file to factorise the table anew."
+      )
+    if u.shape[1] >= rank:
+      return u[:, :rank], v[:rank]
+  if not np.isfinite(table).all():
+    raise LoadError(f"E107 not finite: the token table of {folder.path} has NaN or infinite values")
+  return _kept(table, rank)
+
+
+def _trained(path: pathlib.Path) -> tuple[pathlib.Path, np.ndarray, np.ndarray] | None:
+  """Returns (file, U, V), None where the folder has none."""
+  if (file := path / FACTORS).is_file():
+    u, v = (open_file(file)[name].read().astype(np.float32) for name in ("U", "V"))
+    return file, u, v
+  if all((path / name).is_file() for name in RELEASED):
+    u, v = (torch_file.read(path / name).astype(np.float32) for name in RELEASED)
+    # Which of them is stored transposed is not said: the rank is what they have in common.
+    if u.shape[0] < u.shape[1]:
+      u = u.T
+    return path / RELEASED[0], u, v if v.shape[0] == u.shape[1] else v.T
+  return None
+
+
+def _multiply_to(u: np.ndarray, v: np.ndarray, table: np.ndarray) -> bool:
+  """Returns whether U @ V are the leading rows of `table`; a sample of them is compared."""
+  if len(u) > len(table) or u.shape[1] != len(v) or v.shape[1] != table.shape[1]:
+    return False
+  rows = np.arange(0, len(u), max(1, len(u) // ROWS))
+  product = u[rows] @ v
+  return np.allclose(product, table[rows].astype(np.float32), RTOL, ATOL * np.abs(product).max())
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns where factors are kept: mlembed_jax in $XDG_CACHE_HOME, else in ~/.cache."""
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(home) / "mlembed_jax"
+
+
+def _kept(table: np.ndarray, rank: int) -> Factors:
+  digest = hashlib.sha256(f"{table.dtype} {table.shape} {rank} ".encode())
+  digest.update(np.ascontiguousarray(table).view(np.uint8).data)
+  file = cache_folder() / f"factors-{digest.hexdigest()[:32]}.safetensors"
+  if file.is_file():
+    print(f"token table: factors of rank {rank} from {file}", flush=True)
+    stored = open_file(file)
+    return stored["U"].read(), stored["V"].read()
+  u, v = _factorised(table, rank)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  temporary = file.with_suffix(f".{os.getpid()}")
+  safetensors.numpy.save_file({"U": u, "V": v}, temporary)
+  temporary.rename(file)
+  return u, v
+
+
+def _factorised(table: np.ndarray, rank: int) -> Factors:
+  """Returns the best factors; prints how long it took, and what each rank leaves out."""
+  start = time.perf_counter()
+  on_device = jax.device_put(table, jax.local_devices()[0])
+  u, v, singular = jax.jit(factorize, static_argnums=1)(on_device, rank)
+  square = np.square(np.asarray(singular, np.float64))
+  errors = ", ".join(
+    f"{r}: {math.sqrt(square[r:].sum() / square.sum()):.1%}" for r in default_ranks(rank)
+  )
+  found = np.asarray(u), np.asarray(v)
+  print(
+    f"token table {table.shape[0]:,} x {table.shape[1]:,} factorised in "
+    f"{time.perf_counter() - start:.0f} s; error by rank: {errors}",
+    flush=True,
+  )
+  return found

@@ -1,0 +1,295 @@
+"""A folder in Hugging Face layout, opened: its shape, its tensors, and all that is wrong with it.
+
+Headers only: no weight is read before `Stored.read`. All that does not fit is one error.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensors looks up)
+import numpy as np
+import safetensors
+
+from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.hf import names
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = ("BF16", "F16", "F32")
+PREFIXES = ("", "model.")
+# What our encoder does and cannot be told otherwise; a key that is absent has this default.
+FIXED = {
+  "hidden_act": "silu",
+  "attention_bias": False,
+  "mlp_bias": False,
+  "use_sliding_window": False,
+}
+NAMES_SHOWN = 3  # of each kind of problem
+
+HUB = "hf:"  # begins the name of a model of the Hugging Face Hub
+FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json")
+FILES += ("mlembed/*", "mlembed.json", "U.pth", "V.pth")
+
+
+class LoadError(ValueError):
+  """A folder that cannot be imported; the message names file, tensor, expected and found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A tensor of an open file; nothing is read before `read`."""
+
+  file: Any  # an open safetensors file
+  name: str
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Returns the shape that the header states."""
+    return tuple(self.file.get_slice(self.name).get_shape())
+
+  @property
+  def dtype(self) -> str:
+    """Returns the dtype that the header states, in the spelling of safetensors."""
+    return self.file.get_slice(self.name).get_dtype()
+
+  def read(self) -> np.ndarray:
+    """Returns the tensor in the dtype of the file."""
+    return self.file.get_tensor(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A folder that holds exactly the tensors of a model."""
+
+  path: pathlib.Path
+  rows: int  # of the token table
+  tensors: list[tuple[names.Tensor, Stored]]
+
+
+def resolve(source: str) -> pathlib.Path:
+  """Returns the folder of `train.init_from`: a path, or hf:ORG/NAME, which is downloaded.
+
+  Raises:
+    LoadError: there is no such folder, or the Hub does not give the model.
+  """
+  path = pathlib.Path(source.removeprefix(HUB))
+  if path.is_dir():
+    return path
+  if not source.startswith(HUB):
+    raise LoadError(f"E104 file: {source} is no folder; a model of the Hub is {HUB}ORG/NAME")
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise LoadError(f"{source}: pip install huggingface_hub, or download the folder") from error
+  try:
+    found = huggingface_hub.snapshot_download(str(path), allow_patterns=list(FILES))
+  except Exception as error:  # its own, of requests, of the file system
+    raise LoadError(f"{source} cannot be downloaded: {error}") from error
+  return pathlib.Path(found)
+
+
+def open_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
+  """Returns the opened folder of `model`, whatever its `rank`.
+
+  Raises:
+    LoadError: config.json is not that of `model`; a tensor is missing, unexpected or of another
+      shape or dtype; a file is absent or unreadable.
+  """
+  config = _read_json(path / "config.json")
+  raise_all(path, _config_problems(config, model))
+  stored = _without_prefix(path, _open(path))
+  expected = names.tensors(dataclasses.replace(model, vocab=config["vocab_size"]))
+  raise_all(path, _tensor_problems(expected, stored))
+  return Folder(path, config["vocab_size"], [(t, stored[t.name]) for t in expected])
+
+
+def check_folder(path: pathlib.Path, model: ModelConfig, tokens: int) -> None:
+  """Raises LoadError where `open_folder` would, or the table lacks rows; reads headers only."""
+  if (rows := open_folder(path, model).rows) < tokens:
+    raise LoadError(
+      f"E106 tokenizer: {tokens} ids but the table of {path} has {rows} rows. "
+      "Take the tokenizer.json of that folder."
+    )
+
+
+def raise_all(path: pathlib.Path, problems: Sequence[str]) -> None:
+  """Raises LoadError with all problems, if there are any."""
+  if problems:
+    raise LoadError(f"{path}: this folder cannot be imported\n" + "\n".join(problems))
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise LoadError(f"E104 file: {path} cannot be read as JSON: {error}") from error
+
+
+def read_model(path: pathlib.Path) -> ModelConfig:
+  """Returns the shape that config.json states, with a full token table, in float32.
+
+  Raises:
+    LoadError: the file is absent, lacks a field, or is of an architecture that is not known.
+  """
+  config = _read_json(path / "config.json")
+  raise_all(path, _family_problems(config))
+  family = names.FAMILIES[config["model_type"]]
+  shape = {field: _stated(config, field) for field in names.CONFIG_KEYS}
+  shape["rope_theta"] = next(filter(None, _thetas(config).values()), None)
+  if absent := [field for field, value in shape.items() if value is None]:
+    key = names.CONFIG_KEYS.get(absent[0], absent[0])
+    raise LoadError(f"E105 config: {path}/config.json has no {key}")
+  switches: dict[str, Any] = {"qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias}
+  numerics: dict[str, Any] = {"dtype": "float32", "attention": "auto", "remat": "none"}
+  return ModelConfig(**(shape | switches | numerics), rank=0)
+
+
+def _stated(config: Mapping[str, Any], field: str) -> Any:
+  """Returns what config.json says of a field of the model; heads may leave out their width."""
+  found = config.get(names.CONFIG_KEYS[field])
+  if field == "head_dim" and found is None and config.get("num_attention_heads"):
+    return config["hidden_size"] // config["num_attention_heads"]
+  return found
+
+
+def _family_problems(config: Mapping[str, Any]) -> list[str]:
+  if (kind := config.get("model_type")) in names.FAMILIES:
+    return []
+  known = ", ".join(map(repr, names.FAMILIES))
+  return [f"E105 config: config.json: model_type is {kind!r}; only {known} can be imported."]
+
+
+def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
+  lines, family = [], names.FAMILIES.get(config.get("model_type", ""))
+  if family and names.family(model) != config["model_type"]:
+    lines.append(
+      f"model_type is {config['model_type']!r}, which needs model.qk_norm = {family.qk_norm} and "
+      f"model.qkv_bias = {family.qkv_bias}"
+    )
+  for field, key in names.CONFIG_KEYS.items():
+    found, wanted = _stated(config, field), getattr(model, field)
+    if field == "vocab" and isinstance(found, int) and found < wanted:
+      continue  # the missing rows belong to no token and become zeros
+    if found != wanted:
+      lines.append(f"{key} is {found}, expected {wanted} (model.{field})")
+  lines += _rope_problems(config, model)
+  for key, wanted in FIXED.items():
+    if config.get(key, wanted) != wanted:
+      lines.append(f"{key} is {config[key]!r}; only {wanted!r} can be imported")
+  if others := set(config.get("layer_types") or ()) - {"full_attention"}:
+    lines.append(f"layer_types has {sorted(others)}; only 'full_attention' can be imported")
+  return _family_problems(config) + [f"E105 config: config.json: {line}." for line in lines]
+
+
+def _thetas(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns both spellings: `rope_theta` of transformers 4, `rope_parameters` of 5."""
+  parameters = config.get("rope_parameters") or {}
+  return {
+    "rope_theta": config.get("rope_theta"),
+    "rope_parameters.rope_theta": parameters.get("rope_theta"),
+  }
+
+
+def _rope_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
+  lines = []
+  parameters, thetas = config.get("rope_parameters") or {}, _thetas(config)
+  if not any(thetas.values()):
+    lines.append(f"rope_theta is missing, expected {model.rope_theta} (model.rope_theta)")
+  for key, theta in thetas.items():
+    if theta is not None and theta != model.rope_theta:
+      lines.append(f"{key} is {theta}, expected {model.rope_theta} (model.rope_theta)")
+  for key, group in (("rope_scaling", config.get("rope_scaling")), ("rope_parameters", parameters)):
+    kind = group and group.get("rope_type", group.get("type", "default"))
+    if kind and kind != "default":
+      lines.append(f"{key} is of type {kind!r}; only unscaled positions can be imported")
+  return lines
+
+
+def _open(path: pathlib.Path) -> dict[str, Stored]:
+  if (path / WEIGHTS).is_file():
+    return open_file(path / WEIGHTS)
+  if not (path / INDEX).is_file():
+    raise LoadError(f"E104 file: {path} has neither {WEIGHTS} nor {INDEX}")
+  placed = _read_json(path / INDEX).get("weight_map", {})
+  absent = {f for f in placed.values() if not (path / f).is_file()}
+  opened = {f: open_file(path / f) for f in sorted(set(placed.values()) - absent)}
+  problems = [f"{f} is named in the index but not in the folder" for f in sorted(absent)]
+  problems += [
+    f"{name} is not in {file}, where the index places it"
+    for name, file in placed.items()
+    if file in opened and name not in opened[file]
+  ]
+  problems += [
+    f"{name} stands in {file}, but the index says {placed.get(name, 'nothing of it')}"
+    for file, tensors in opened.items()
+    for name in tensors
+    if placed.get(name) != file
+  ]
+  raise_all(path, [f"E104 index: {p}. Copy the folder again." for p in problems])
+  return {name: opened[file][name] for name, file in placed.items()}
+
+
+def open_file(path: pathlib.Path) -> dict[str, Stored]:
+  """Returns the tensors of one file; LoadError where it is not whole."""
+  try:
+    file = safetensors.safe_open(path, "np")
+  except (OSError, safetensors.SafetensorError) as error:
+    raise LoadError(f"E104 file: {path} is not a whole safetensors file: {error}") from error
+  return {name: Stored(file, name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def _without_prefix(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+  """Returns the tensors of the encoder under names without the prefix that all of them share.
+
+  Left out are a language-model head, of which an encoder has no use, and the rotary frequencies
+  that old versions of transformers stored.
+  """
+  body = {
+    name: tensor
+    for name, tensor in stored.items()
+    if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+  }
+  tables = [name for name in body if name.endswith(names.TABLE[1])]
+  prefix = tables[0].removesuffix(names.TABLE[1]) if tables else ""
+  if prefix not in PREFIXES:
+    raise LoadError(
+      f"E102 {path}: tensors begin with {prefix!r}, expected 'model.' or nothing. "
+      "Save the text model of this checkpoint on its own first."
+    )
+  return {name.removeprefix(prefix): tensor for name, tensor in body.items()}
+
+
+def _tensor_problems(expected: Sequence[names.Tensor], stored: Mapping[str, Stored]) -> list[str]:
+  problems = []
+  missing = [t.name for t in expected if t.name not in stored]
+  if missing:
+    problems.append(
+      f"E101 missing tensors: {len(missing)} of {len(expected)} not found, {_some(missing)}. "
+      f"config.json says {_layers(t.name for t in expected)} layers, the weights hold "
+      f"{_layers(stored)}. File missing, or wrong num_hidden_layers?"
+    )
+  if unexpected := sorted(set(stored) - {t.name for t in expected}):
+    problems.append(
+      f"E102 unexpected tensors: {len(unexpected)}, {_some(unexpected)}. "
+      "The body has none of them: another architecture, an adapter, or more layers?"
+    )
+  for t in expected:
+    if t.name in stored and stored[t.name].shape != t.shape:
+      found = list(stored[t.name].shape)
+      problems.append(f"E103 shape: {t.name} is {found}, expected {list(t.shape)} = {t.meaning}.")
+  for name, tensor in stored.items():
+    if tensor.dtype not in DTYPES:
+      problems.append(f"E105 dtype: {name} is {tensor.dtype}, expected {', '.join(DTYPES)}.")
+  return problems
+
+
+def _some(found: Sequence[str]) -> str:
+  more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+  return "first " + ", ".join(found[:NAMES_SHOWN]) + more
+
+
+def _layers(found: Any) -> int:
+  return len({name.split(".")[1] for name in found if name.startswith("layers.")})
