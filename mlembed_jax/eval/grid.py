@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.encode import encode
 from mlembed_jax.eval.tasks import Task
 from mlembed_jax.matryoshka import Slice, plan, slice_config, slice_params
 from mlembed_jax.sharding import batch_sharding
+from mlembed_jax.states import states
 
 
 def evaluate(
@@ -34,13 +34,13 @@ def evaluate(
     cut = Slice(rank=rank or None)
     model, cut_params = slice_config(config.model, cut), slice_params(params, cut)
     for task in tasks:
-      states_END = encode(
+      states_END = states(
         model,
         cut_params,
         ids[task.name],
         exits=axes.exits,
         lengths=config.data.lengths,
-        batch_size=config.eval.batch_size,
+        rows=lambda _: config.eval.batch_size,
         sharding=batch_sharding(mesh),
       )
       records += [

@@ -25,7 +25,6 @@ from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
-from mlembed_jax.encode import encode
 from mlembed_jax.hf import files, names
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.factors import FACTORS
@@ -34,6 +33,7 @@ from mlembed_jax.hf.folder import INDEX, WEIGHTS
 from mlembed_jax.hf.load import load_params, on_device
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
+from mlembed_jax.states import states
 from mlembed_jax.workdir import Run, replace_folder, write_json, write_text
 
 OURS = "mlembed.json"  # marks a folder as written here
@@ -258,15 +258,15 @@ def _parity(
   device = _exact_device()
   params = load_params(folder, variant.body, on_device(variant.body, device))
   with jax.default_device(device), jax.default_matmul_precision("highest"):
-    states = encode(
+    found = states(
       variant.body,
       params,
       ids,
       exits=[variant.depth],
       lengths=[*PARITY_BUCKETS, max(map(len, ids))],
-      batch_size=2,
+      rows=lambda _: 2,
     )[0]
-    vectors = np.asarray(matryoshka.truncate(states, variant.dim), "<f4")
+    vectors = np.asarray(matryoshka.truncate(found, variant.dim), "<f4")
   for item, vector in zip(items, vectors, strict=True):
     item["embedding"] = base64.b64encode(vector.tobytes()).decode()
   return {

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from mlembed_jax import encode as module
-from mlembed_jax.encode import encode
+from mlembed_jax import states as module
 from mlembed_jax.sharding import batch_sharding, make_mesh
+from mlembed_jax.states import states
 from tests.material import padded
 
 
@@ -18,8 +18,8 @@ def ids():
 
 
 def run(tiny, params, ids, **options):
-  options = {"exits": (1, 3), "lengths": (32, 64), "batch_size": 8} | options
-  return encode(tiny.model, params, ids, **options)
+  options = {"exits": (1, 3), "lengths": (32, 64), "rows": lambda _: 8} | options
+  return states(tiny.model, params, ids, **options)
 
 
 def test_each_text_alone_gives_the_same_vectors(tiny, params, ids):

@@ -1,0 +1,272 @@
+"""A trained encoder for use: texts to vectors at any trained depth, rank and dimension.
+
+from mlembed_jax.inference import Encoder
+
+encoder = Encoder.load("exported/folder")
+vectors = encoder.encode(["How are you?", "¿Cómo estás?"], prompt_name="query", depth=8, dim=256)
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+from tqdm import tqdm
+
+from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.hf import factors
+from mlembed_jax.hf.folder import LoadError, open_folder, read_model, resolve
+from mlembed_jax.hf.load import load_params
+from mlembed_jax.matryoshka import Slice, slice_config, slice_params
+from mlembed_jax.models.encoder import parameter_shapes
+from mlembed_jax.quantize import quantize
+from mlembed_jax.states import states
+
+# Widths of batches: a text is padded by a third at most. Rows follow from the tokens of a batch, so
+# there are as many programs.
+WIDTHS = tuple(sorted({n * 2**i for n in (8, 12) for i in range(12)}))
+# More gain nothing where they fill the device, and cost padding and memory.
+BATCH_TOKENS = {"cpu": 2048, "gpu": 65_536, "tpu": 65_536}
+DTYPES = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What was trained along each axis, ascending; () where nothing is known of it."""
+
+  depths: tuple[int, ...]
+  ranks: tuple[int, ...]
+  dims: tuple[int, ...]
+
+
+class Encoder:
+  """A model on all devices of this process."""
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    sizes: Sizes,
+    *,
+    dim: int,
+    prompts: Mapping[str, str],
+    max_seq_length: int,
+  ):
+    """See `load`."""
+    self.sizes, self.dim, self.prompts = sizes, dim, dict(prompts)
+    self.max_seq_length = max_seq_length
+    self.truncated = 0  # texts that were cut to max_seq_length, so far
+    self._folder, self._model, self._tokenizer = folder, model, tokenizer
+    self._mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    self._cut = functools.lru_cache(maxsize=2)(self._read_cut)
+
+  @classmethod
+  def load(
+    cls, path: str | os.PathLike[str], *, dtype: str | None = None, pooled_token: str | None = None
+  ) -> "Encoder":
+    """Returns the encoder of a folder in Hugging Face layout, or of hf:ORG/NAME.
+
+    `dtype` of the computation: float32 on CPU, else bfloat16. `pooled_token` ends every text; where
+    the folder does not say which.
+
+    Raises:
+      LoadError: the folder cannot be imported, or does not say what ends a text.
+      DataError: its tokenizer cannot be read.
+    """
+    folder = resolve(os.fspath(path))
+    platform = jax.local_devices()[0].platform
+    model = dataclasses.replace(read_model(folder), dtype=dtype or DTYPES[platform])
+    open_folder(folder, model)  # what is wrong with it is said now
+    _keep_programs()
+    ours = _json(folder / "mlembed.json")
+    token = pooled_token or ours.get("pooling", {}).get("token") or _appended(folder)
+    st = _json(folder / "config_sentence_transformers.json")
+    bert = _json(folder / "sentence_bert_config.json")
+    positions = _json(folder / "config.json").get("max_position_embeddings", WIDTHS[-1])
+    return cls(
+      folder,
+      model,
+      Tokenizer(folder / "tokenizer.json", token),
+      _sizes(ours, model),
+      dim=ours.get("dims", {}).get("exported", model.width),
+      prompts={name: text for name, text in st.get("prompts", {}).items() if text is not None},
+      max_seq_length=min(bert.get("max_seq_length") or positions, WIDTHS[-1]),
+    )
+
+  def encode(
+    self,
+    texts: str | Sequence[str],
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    depth: int | None = None,
+    rank: int | None = None,
+    dim: int | None = None,
+    normalize: bool = True,
+    precision: str = "float32",
+    untrained: bool = False,
+    show_progress_bar: bool = False,
+  ) -> np.ndarray:
+    """Returns a vector [D] of a text, or [N, D] of a list of them, in their order.
+
+    `prompt`, or the prompt of the folder that `prompt_name` names, stands before every text.
+    `depth` layers, `rank` columns of the token table and `dim` coordinates are used; None: all.
+    `normalize`: to unit length. `precision`: see `quantize`. Texts longer than `max_seq_length`
+    are cut, with a warning that counts them.
+
+    Raises:
+      ValueError: an unknown prompt or precision; a size that the model lacks, or that was not
+        trained (allowed with `untrained`); a vector that is not finite.
+    """
+    self._check(depth, rank, dim, untrained)
+    listed = [texts] if isinstance(texts, str) else texts
+    ids = self._ids(listed, self._prompt(prompt_name) if prompt is None else prompt)
+    size = depth or self._model.layers
+    vectors = self.states(ids, (size,), depth, rank, show_progress_bar)[0, :, : dim or self.dim]
+    if normalize:
+      vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    vectors = quantize(vectors, precision)
+    return vectors[0] if isinstance(texts, str) else vectors
+
+  def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+    """Returns the vectors of queries: `encode` with the prompt `query`."""
+    options.setdefault("prompt_name", "query")
+    return self.encode(texts, **options)
+
+  def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+    """Returns the vectors of documents: `encode` with the prompt `document`, if there is one."""
+    options.setdefault("prompt_name", "document" if "document" in self.prompts else None)
+    return self.encode(texts, **options)
+
+  def states(
+    self,
+    ids: Sequence[Sequence[int]],
+    exits: tuple[int, ...],
+    depth: int | None = None,
+    rank: int | None = None,
+    show_progress_bar: bool = False,
+  ) -> Float[np.ndarray, "E N D"]:
+    """Returns the final-norm states of token ids at each of `exits`, float32, not normalised.
+
+    One pass gives all exits. Raises ValueError where a state is not finite.
+    """
+    model, params = self._cut(depth, rank)
+    with tqdm(total=len(ids), disable=not show_progress_bar, unit=" texts") as bar:
+      out = states(
+        model,
+        params,
+        ids,
+        exits=exits,
+        lengths=WIDTHS,
+        rows=self._rows,
+        sharding=NamedSharding(self._mesh, PartitionSpec("data")),
+        progress=bar.update,
+      )
+    if bad := np.flatnonzero(~np.isfinite(out).all(axis=(0, 2))).tolist():
+      raise ValueError(f"texts[{bad[0]}] and {len(bad) - 1} more have vectors that are not finite")
+    return out
+
+  def _rows(self, width: int) -> int:
+    """Returns how many texts of a width make a batch over all devices."""
+    platform = self._mesh.devices.flat[0].platform
+    return max(1, BATCH_TOKENS[platform] // width) * self._mesh.size
+
+  def _ids(self, texts: Sequence[str], prompt: str) -> list[list[int]]:
+    """Returns the token ids of texts after a prompt."""
+    ids = self._tokenizer.encode([prompt + text for text in texts], self.max_seq_length + 1)
+    cut = [row for row in ids if len(row) > self.max_seq_length]
+    if cut:
+      self.truncated += len(cut)
+      warnings.warn(
+        f"{len(cut)} of {len(texts)} texts are cut to {self.max_seq_length} tokens",
+        stacklevel=3,
+      )
+    for row in cut:
+      del row[-2]
+    return ids
+
+  def _prompt(self, name: str | None) -> str:
+    if name is not None and name not in self.prompts:
+      known = ", ".join(self.prompts) or "none"
+      raise ValueError(f"prompt_name: {name!r} is no prompt of {self._folder}; there are: {known}")
+    return self.prompts[name] if name is not None else ""
+
+  def _check(self, depth: int | None, rank: int | None, dim: int | None, untrained: bool) -> None:
+    full = {"depth": self._model.layers, "rank": self._most_rank, "dim": self.dim}
+    trained = dict(zip(full, (self.sizes.depths, self.sizes.ranks, self.sizes.dims), strict=True))
+    for name, size in {"depth": depth, "rank": rank, "dim": dim}.items():
+      if size is None or size == full[name]:
+        continue
+      if not 1 <= size <= full[name]:
+        most = f"has 1 to {full[name]}" if full[name] else "has a full token table"
+        raise ValueError(f"{name}: {size}, but the model {most}")
+      if size not in trained[name] and not untrained:
+        nearest = sorted(sorted(trained[name], key=lambda t, s=size: abs(t - s))[:3])
+        near = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "none was"
+        raise ValueError(f"{name}: {size} was not trained; {near}; untrained=True allows it")
+
+  @property
+  def _most_rank(self) -> int:
+    return max(self.sizes.ranks, default=0)
+
+  def _read_cut(self, depth: int | None, rank: int | None) -> tuple[ModelConfig, Any]:
+    """Returns the model and its parameters, cut, on every device."""
+    model = self._whole_model(bool(rank))
+    cut = Slice(depth=depth, rank=rank)
+    if (depth, rank) == (None, None):
+      return model, self._read(model)
+    whole = self._read(model) if rank else self._cut(None, None)[1]
+    return slice_config(model, cut), slice_params(whole, cut)
+
+  def _whole_model(self, factorised: bool) -> ModelConfig:
+    return dataclasses.replace(self._model, rank=self._most_rank if factorised else 0)
+
+  def _read(self, model: ModelConfig) -> Any:
+    everywhere = NamedSharding(self._mesh, PartitionSpec())
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=everywhere),
+      parameter_shapes(model),
+    )
+    return load_params(self._folder, model, like)
+
+
+def _keep_programs() -> None:
+  """Compiled programs are read from the disk by the next process, unless the caller decides."""
+  if not jax.config.values["jax_compilation_cache_dir"]:
+    jax.config.update("jax_compilation_cache_dir", str(factors.cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _appended(folder: pathlib.Path) -> str:
+  """Returns the token that tokenizer.json puts after every text."""
+  processor = _json(folder / "tokenizer.json").get("post_processor") or {}
+  for one in [processor, *processor.get("processors", ())]:
+    last = one.get("single", [{}])[-1] if one.get("type") == "TemplateProcessing" else {}
+    if special := last.get("SpecialToken"):
+      return special["id"]
+  raise LoadError(
+    f"{folder}: tokenizer.json puts no token after a text; say with pooled_token which one ends it"
+  )
+
+
+def _sizes(ours: Mapping[str, Any], model: ModelConfig) -> Sizes:
+  """Returns what mlembed.json says; of other folders, that the whole was trained."""
+  if not ours:
+    return Sizes((model.layers,), (), (model.width,))
+  kept = ours["table"]["uv_file"] and ours["table"]["ranks"]
+  depths = [depth for depth in ours["exits"]["trained"] if depth <= model.layers]
+  dims = [dim for dim in ours["dims"]["trained"] if dim <= ours["dims"]["exported"]]
+  return Sizes(tuple(depths), tuple(kept or ()), tuple(dims))
