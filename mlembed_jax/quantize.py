@@ -32,9 +32,7 @@ def quantize(vectors: Vectors, precision: str, of: Ranges | None = None) -> np.n
     return _bits(vectors, precision)
   low, high = ranges(vectors) if of is None else of
   levels = (vectors - low) / np.maximum((high - low) / LEVELS, 1e-12)
-  if precision == "uint8":
-    return np.clip(levels, 0, LEVELS).astype(np.uint8)
-  return np.clip(levels - 128, -128, 127).astype(np.int8)
+  return _signed(np.clip(levels, 0, LEVELS).astype(np.uint8), precision == "int8")
 
 
 def _bits(vectors: Vectors, precision: str) -> np.ndarray:
@@ -42,5 +40,9 @@ def _bits(vectors: Vectors, precision: str) -> np.ndarray:
     raise ValueError(
       f"precision: {precision} needs dims in multiples of 8, found {vectors.shape[1]}"
     )
-  packed = np.packbits(vectors > 0, axis=1)
-  return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+  return _signed(np.packbits(vectors > 0, axis=1), precision == "binary")
+
+
+def _signed(array: np.ndarray, wanted: bool) -> np.ndarray:
+  """Returns uint8 moved to the middle of int8, where that is wanted."""
+  return (array.astype(np.int16) - 128).astype(np.int8) if wanted else array

@@ -16,10 +16,10 @@ from sentence_transformers import SentenceTransformer
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.encode import encode
 from mlembed_jax.hf import card, export, files
 from mlembed_jax.hf.export import ExportError, export_folder, variant_name
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params, truncate
+from mlembed_jax.states import states
 from mlembed_jax.workdir import Run
 from tests import material
 
@@ -89,8 +89,9 @@ class Trained:
     model = slice_config(config.model, dataclasses.replace(cut, dim=None))
     ids = self.tokenizer.encode([prompt + t for t in texts], config.export.max_seq_length)
     params = slice_params(self.params, cut)
-    states = encode(model, params, ids, exits=[model.layers], lengths=[128], batch_size=len(texts))
-    return np.asarray(truncate(states[0], cut.dim))
+    rows = lambda _: len(texts)  # noqa: E731
+    found = states(model, params, ids, exits=[model.layers], lengths=[128], rows=rows)
+    return np.asarray(truncate(found[0], cut.dim))
 
 
 def trained(data: pathlib.Path, **overrides: Any) -> Trained:

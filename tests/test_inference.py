@@ -1,0 +1,183 @@
+"""The encoder of an exported folder, against sentence-transformers with the same folder."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import sentence_transformers
+import torch
+from sentence_transformers.util.quantization import quantize_embeddings
+
+from mlembed_jax import states
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.folder import LoadError
+from mlembed_jax.inference import Encoder
+from mlembed_jax.matryoshka import Slice
+from mlembed_jax.quantize import PRECISIONS, quantize, ranges
+from mlembed_jax.workdir import Run
+from tests.material import sentences
+
+TEXTS = [*sentences("en")[:20], *sentences("zh")[:20], "one", "two " * 30]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, params, data, tmp_path_factory):
+  """The whole model, and one cut in depth and dimension."""
+  trained = dataclasses.replace(tiny.matryoshka, exits=(1, 3), dims=(16, 48), ranks=(8, 24))
+  run = Run(dataclasses.replace(tiny, matryoshka=trained), {}, "f" * 64)
+  tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
+  cuts = {"full": Slice(), "cut": Slice(depth=1, dim=16)}
+  root = tmp_path_factory.mktemp("exported")
+  return {
+    name: export_folder(root / name, run=run, params=params, tokenizer=tokenizer, step=1, cut=cut)
+    for name, cut in cuts.items()
+  }
+
+
+@pytest.fixture(scope="module")
+def encoder(folders):
+  return Encoder.load(folders["full"])
+
+
+@pytest.fixture(scope="module")
+def theirs(folders):
+  return load_st(folders["full"])
+
+
+def load_st(folder):
+  return sentence_transformers.SentenceTransformer(
+    str(folder), device="cpu", model_kwargs={"dtype": torch.float32}
+  )
+
+
+@pytest.mark.parametrize("name", ["full", "cut"])
+@pytest.mark.parametrize("prompt", [None, "query"])
+def test_vectors_are_those_of_sentence_transformers(folders, name, prompt):
+  found = Encoder.load(folders[name]).encode(TEXTS, prompt_name=prompt)
+  expected = load_st(folders[name]).encode(TEXTS, prompt_name=prompt)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_a_prompt_of_ones_own_and_queries_and_documents(encoder, theirs):
+  own = encoder.encode(TEXTS, prompt="Find: ")
+  np.testing.assert_allclose(own, theirs.encode(TEXTS, prompt="Find: "), atol=1e-5)
+  queries = encoder.encode_query(TEXTS)
+  np.testing.assert_allclose(queries, theirs.encode_query(TEXTS), atol=1e-5)
+  documents = encoder.encode_document(TEXTS)
+  np.testing.assert_allclose(documents, theirs.encode_document(TEXTS), atol=1e-5)
+
+
+def test_one_text_gives_one_vector(encoder):
+  alone = encoder.encode(TEXTS[0])
+  assert alone.shape == (48,)
+  np.testing.assert_allclose(alone, encoder.encode(TEXTS)[0], atol=1e-5)
+  assert encoder.encode([]).shape == (0, 48)
+  assert np.isfinite(encoder.encode("")).all()
+
+
+def test_slices_are_those_of_exported_cuts(folders, encoder, tiny, params, data, tmp_path):
+  found = encoder.encode(TEXTS, depth=1, dim=16)
+  np.testing.assert_allclose(found, Encoder.load(folders["cut"]).encode(TEXTS), atol=1e-5)
+  run = Run(tiny, {}, "f" * 64)
+  tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
+  options = {"run": run, "params": params, "tokenizer": tokenizer, "step": 1, "force": True}
+  folder = export_folder(tmp_path / "rank", cut=Slice(rank=8), **options)
+  low = encoder.encode(TEXTS, rank=8)
+  np.testing.assert_allclose(low, Encoder.load(folder).encode(TEXTS), atol=1e-4)
+  assert np.abs(low - encoder.encode(TEXTS)).max() > 1e-3
+
+
+def test_vectors_can_stay_as_they_are(encoder):
+  raw = encoder.encode(TEXTS, normalize=False)
+  unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+  np.testing.assert_allclose(unit, encoder.encode(TEXTS), atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precisions_are_those_of_sentence_transformers(precision):
+  vectors = np.random.default_rng(0).normal(size=(200, 32)).astype(np.float32)
+  np.testing.assert_array_equal(
+    quantize(vectors, precision), quantize_embeddings(vectors, precision)
+  )
+  if precision in ("int8", "uint8"):
+    fixed = ranges(vectors * 0.5)
+    expected = quantize_embeddings(vectors[:50] * 0.4, precision, ranges=fixed)
+    np.testing.assert_array_equal(quantize(vectors[:50] * 0.4, precision, fixed), expected)
+
+
+def test_precisions_of_the_encoder(encoder):
+  vectors = encoder.encode(TEXTS)
+  found = encoder.encode(TEXTS, precision="binary")
+  np.testing.assert_array_equal(found, quantize(vectors, "binary"))
+
+
+def test_long_texts_are_cut_and_counted(folders):
+  encoder = Encoder.load(folders["full"])
+  long = "house river " * 50_000
+  with pytest.warns(UserWarning, match="2 of 3 texts are cut to 128 tokens"):
+    found = encoder.encode([long, "one", long + "sun"])
+  np.testing.assert_array_equal(found[0], found[2])
+  expected = load_st(folders["full"]).encode([long])
+  np.testing.assert_allclose(found[:1], expected, atol=1e-5)
+  assert encoder.truncated == 2
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"prompt_name": "nope"}, "prompt_name: 'nope' is no prompt of .*there are: query, document"),
+    ({"depth": 2}, "depth: 2 was not trained; the nearest are 1, 3; untrained=True allows it"),
+    ({"depth": 4}, "depth: 4, but the model has 1 to 3"),
+    ({"dim": 20}, "dim: 20 was not trained; the nearest are 16, 48"),
+    ({"rank": 100}, "rank: 100, but the model has 1 to 24"),
+    ({"precision": "int4"}, "precision: 'int4' is not one of float32, int8"),
+  ],
+)
+def test_what_cannot_be_meant_is_refused(encoder, options, message):
+  with pytest.raises(ValueError, match=message):
+    encoder.encode(TEXTS, **options)
+
+
+def test_untrained_sizes_are_allowed_by_a_flag(encoder):
+  assert encoder.encode(TEXTS, depth=2, dim=20, untrained=True).shape == (len(TEXTS), 20)
+
+
+def test_ranks_need_factors(folders, tmp_path):
+  shutil.copytree(folders["full"], tmp_path / "copy")
+  ours = json.loads((tmp_path / "copy" / "mlembed.json").read_text())
+  ours["table"]["uv_file"] = None
+  (tmp_path / "copy" / "mlembed.json").write_text(json.dumps(ours))
+  with pytest.raises(ValueError, match="rank: 8, but the model has a full token table"):
+    Encoder.load(tmp_path / "copy").encode(TEXTS, rank=8)
+
+
+def test_vectors_that_are_not_finite_are_named(encoder, monkeypatch):
+  model, params = encoder._cut(None, None)
+  broken = params | {"final_norm": {"scale": params["final_norm"]["scale"].at[0].set(np.nan)}}
+  monkeypatch.setattr(encoder, "_cut", lambda *_: (model, broken))
+  with pytest.raises(ValueError, match=r"texts\[0\] and 41 more have vectors that are not finite"):
+    encoder.encode(TEXTS)
+
+
+def test_a_folder_that_does_not_say_what_ends_a_text_is_refused(folders, tmp_path):
+  shutil.copytree(folders["full"], tmp_path / "plain")
+  (tmp_path / "plain" / "mlembed.json").unlink()
+  spec = json.loads((tmp_path / "plain" / "tokenizer.json").read_text())
+  found = Encoder.load(tmp_path / "plain").encode(TEXTS)  # its post-processor says it
+  (tmp_path / "plain" / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": None}))
+  with pytest.raises(LoadError, match="say with pooled_token which one ends it"):
+    Encoder.load(tmp_path / "plain")
+  again = Encoder.load(tmp_path / "plain", pooled_token="<|endoftext|>")
+  np.testing.assert_array_equal(again.encode(TEXTS), found)
+
+
+def test_few_programs_serve_all_lengths(encoder):
+  ids = [[5] * n for n in np.random.default_rng(0).integers(1, 100, 500).tolist()]
+  encoder.states(ids, (3,))
+  compiled = states._program.cache_info()
+  assert encoder.states(ids[::-1], (3,)).shape == (1, 500, 48)
+  assert states._program.cache_info().misses == compiled.misses
