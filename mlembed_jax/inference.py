@@ -8,6 +8,7 @@ vectors = encoder.encode(["How are you?", "¿Cómo estás?"], prompt_name="query
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -136,6 +137,14 @@ class Encoder:
       vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     vectors = quantize(vectors, precision)
     return vectors[0] if isinstance(texts, str) else vectors
+
+  @property
+  def fingerprint(self) -> str:
+    """Names, sizes and times of the files of the folder."""
+    files = sorted(path for path in self._folder.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(self._folder)), path.stat()) for path in files]
+    found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
   def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
     """Returns the vectors of queries: `encode` with the prompt `query`."""

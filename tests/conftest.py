@@ -1,9 +1,11 @@
 """Eight simulated devices, strict numerics, and tiny real inputs that the tests share."""
 
+import dataclasses
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -16,6 +18,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from mlembed_jax.config import from_mapping  # noqa: E402
 from mlembed_jax.config_fields import Config  # noqa: E402
+from mlembed_jax.data.tokenizer import Tokenizer  # noqa: E402
+from mlembed_jax.hf.export import export_folder  # noqa: E402
+from mlembed_jax.matryoshka import Slice  # noqa: E402
+from mlembed_jax.workdir import Run  # noqa: E402
 from tests import material  # noqa: E402
 
 
@@ -49,3 +55,17 @@ def tiny(data: pathlib.Path) -> Config:
 def params(tiny: Config) -> dict:
   """Random parameters of `tiny`, norm scales too, so that a forgotten norm shows."""
   return material.random_params(tiny.model)
+
+
+@pytest.fixture(scope="session")
+def exported(
+  tiny: Config, params: dict, data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, pathlib.Path]:
+  """Exported folders: the whole model, and one cut in depth and dimension."""
+  trained = dataclasses.replace(tiny.matryoshka, exits=(1, 3), dims=(16, 48), ranks=(8, 24))
+  run = Run(dataclasses.replace(tiny, matryoshka=trained), {}, "f" * 64)
+  tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
+  root = tmp_path_factory.mktemp("exported")
+  options: dict[str, Any] = {"run": run, "params": params, "tokenizer": tokenizer, "step": 1}
+  cuts = {"full": Slice(), "cut": Slice(depth=1, dim=16)}
+  return {name: export_folder(root / name, cut=cut, **options) for name, cut in cuts.items()}

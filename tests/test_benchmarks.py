@@ -26,18 +26,22 @@ FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def flags(data, tmp_path_factory):
+def flags(data, exported, tmp_path_factory):
   """Returns the flags of each benchmark."""
   manifest = ("--manifest", f"{data}/manifest.json", "--tokenizer", f"{data}/tokenizer.json")
   rows = ("--rows", "3000", "--documents", "80", "--steps", "12", "--batch", "8")
   return FLAGS | {
     "batches": ("--dataset", f"{data}/dataset", "--steps", "3", "--batch", "16"),
     "prepare": manifest,
+    "encode": (
+      *("--folder", str(exported["full"]), "--texts", f"{data}/train/bitext.parquet"),
+      *("--count", "40", "--repeats", "1"),
+    ),
     "loader": (*rows, "--folder", str(tmp_path_factory.mktemp("rows"))),
   }
 
 
-@pytest.mark.parametrize("name", [*FLAGS, "batches", "prepare", "loader"])
+@pytest.mark.parametrize("name", [*FLAGS, "batches", "encode", "prepare", "loader"])
 def test_a_benchmark_prints_its_tables(name, flags):
   result = subprocess.run(
     [sys.executable, "-m", f"tests.benchmarks.{name}", *flags[name]],

@@ -1,6 +1,5 @@
 """The encoder of an exported folder, against sentence-transformers with the same folder."""
 
-import dataclasses
 import json
 import shutil
 
@@ -24,27 +23,13 @@ TEXTS = [*sentences("en")[:20], *sentences("zh")[:20], "one", "two " * 30]
 
 
 @pytest.fixture(scope="module")
-def folders(tiny, params, data, tmp_path_factory):
-  """The whole model, and one cut in depth and dimension."""
-  trained = dataclasses.replace(tiny.matryoshka, exits=(1, 3), dims=(16, 48), ranks=(8, 24))
-  run = Run(dataclasses.replace(tiny, matryoshka=trained), {}, "f" * 64)
-  tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
-  cuts = {"full": Slice(), "cut": Slice(depth=1, dim=16)}
-  root = tmp_path_factory.mktemp("exported")
-  return {
-    name: export_folder(root / name, run=run, params=params, tokenizer=tokenizer, step=1, cut=cut)
-    for name, cut in cuts.items()
-  }
+def encoder(exported):
+  return Encoder.load(exported["full"])
 
 
 @pytest.fixture(scope="module")
-def encoder(folders):
-  return Encoder.load(folders["full"])
-
-
-@pytest.fixture(scope="module")
-def theirs(folders):
-  return load_st(folders["full"])
+def theirs(exported):
+  return load_st(exported["full"])
 
 
 def load_st(folder):
@@ -55,9 +40,9 @@ def load_st(folder):
 
 @pytest.mark.parametrize("name", ["full", "cut"])
 @pytest.mark.parametrize("prompt", [None, "query"])
-def test_vectors_are_those_of_sentence_transformers(folders, name, prompt):
-  found = Encoder.load(folders[name]).encode(TEXTS, prompt_name=prompt)
-  expected = load_st(folders[name]).encode(TEXTS, prompt_name=prompt)
+def test_vectors_are_those_of_sentence_transformers(exported, name, prompt):
+  found = Encoder.load(exported[name]).encode(TEXTS, prompt_name=prompt)
+  expected = load_st(exported[name]).encode(TEXTS, prompt_name=prompt)
   np.testing.assert_allclose(found, expected, atol=1e-5)
   np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
@@ -79,9 +64,9 @@ def test_one_text_gives_one_vector(encoder):
   assert np.isfinite(encoder.encode("")).all()
 
 
-def test_slices_are_those_of_exported_cuts(folders, encoder, tiny, params, data, tmp_path):
+def test_slices_are_those_of_exported_cuts(exported, encoder, tiny, params, data, tmp_path):
   found = encoder.encode(TEXTS, depth=1, dim=16)
-  np.testing.assert_allclose(found, Encoder.load(folders["cut"]).encode(TEXTS), atol=1e-5)
+  np.testing.assert_allclose(found, Encoder.load(exported["cut"]).encode(TEXTS), atol=1e-5)
   run = Run(tiny, {}, "f" * 64)
   tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
   options = {"run": run, "params": params, "tokenizer": tokenizer, "step": 1, "force": True}
@@ -115,13 +100,13 @@ def test_precisions_of_the_encoder(encoder):
   np.testing.assert_array_equal(found, quantize(vectors, "binary"))
 
 
-def test_long_texts_are_cut_and_counted(folders):
-  encoder = Encoder.load(folders["full"])
+def test_long_texts_are_cut_and_counted(exported):
+  encoder = Encoder.load(exported["full"])
   long = "house river " * 50_000
   with pytest.warns(UserWarning, match="2 of 3 texts are cut to 128 tokens"):
     found = encoder.encode([long, "one", long + "sun"])
   np.testing.assert_array_equal(found[0], found[2])
-  expected = load_st(folders["full"]).encode([long])
+  expected = load_st(exported["full"]).encode([long])
   np.testing.assert_allclose(found[:1], expected, atol=1e-5)
   assert encoder.truncated == 2
 
@@ -146,8 +131,8 @@ def test_untrained_sizes_are_allowed_by_a_flag(encoder):
   assert encoder.encode(TEXTS, depth=2, dim=20, untrained=True).shape == (len(TEXTS), 20)
 
 
-def test_ranks_need_factors(folders, tmp_path):
-  shutil.copytree(folders["full"], tmp_path / "copy")
+def test_ranks_need_factors(exported, tmp_path):
+  shutil.copytree(exported["full"], tmp_path / "copy")
   ours = json.loads((tmp_path / "copy" / "mlembed.json").read_text())
   ours["table"]["uv_file"] = None
   (tmp_path / "copy" / "mlembed.json").write_text(json.dumps(ours))
@@ -163,8 +148,8 @@ def test_vectors_that_are_not_finite_are_named(encoder, monkeypatch):
     encoder.encode(TEXTS)
 
 
-def test_a_folder_that_does_not_say_what_ends_a_text_is_refused(folders, tmp_path):
-  shutil.copytree(folders["full"], tmp_path / "plain")
+def test_a_folder_that_does_not_say_what_ends_a_text_is_refused(exported, tmp_path):
+  shutil.copytree(exported["full"], tmp_path / "plain")
   (tmp_path / "plain" / "mlembed.json").unlink()
   spec = json.loads((tmp_path / "plain" / "tokenizer.json").read_text())
   found = Encoder.load(tmp_path / "plain").encode(TEXTS)  # its post-processor says it

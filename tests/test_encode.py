@@ -1,0 +1,132 @@
+"""The command that encodes files, run as a process, killed and run again."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlembed_jax.inference import Encoder
+from mlembed_jax.quantize import quantize, ranges
+from tests.material import sentences
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXTS = [*sentences("de"), *sentences("zh")]
+
+
+def command(folder, out, source, *more):
+  flags = f"--model={folder}", f"--input={source}", f"--out={out}"
+  return [sys.executable, "-m", "mlembed_jax.encode", *flags, "--part=64", *more]
+
+
+def run(folder, out, source, *more, stdin=None):
+  return subprocess.run(
+    command(folder, out, source, *more),
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    input=stdin,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def full(exported):
+  return exported["full"]
+
+
+@pytest.fixture(scope="module")
+def expected(full):
+  return Encoder.load(full).encode(TEXTS, depth=1, dim=16)
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+  file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+  file.write_text("\n".join(json.dumps({"title": text}) for text in TEXTS))
+  return file
+
+
+CUT = ("--depth=1", "--dim=16", "--column=title")
+
+
+def test_a_killed_command_goes_on(full, jsonl, expected, tmp_path):
+  out = tmp_path / "vectors.npy"
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  first = subprocess.Popen(command(full, out, jsonl, *CUT), cwd=ROOT, env=environment)
+  parts = tmp_path / "vectors.npy.parts"
+  while not (found := list(parts.glob("0*.npy"))) and first.poll() is None:
+    time.sleep(0.005)
+  first.send_signal(signal.SIGKILL)
+  first.wait()
+  assert found and not out.exists()
+  written = found[0].stat().st_mtime_ns
+  done = run(full, out, jsonl, *CUT)
+  assert done.returncode == 0, done.stderr
+  assert f"{len(TEXTS):,} vectors: {out}" in done.stdout
+  np.testing.assert_allclose(np.load(out), expected, atol=1e-5)
+  assert not parts.exists() and written < out.stat().st_mtime_ns
+
+
+def test_a_part_of_other_settings_is_not_taken(full, jsonl, expected, tmp_path):
+  out = tmp_path / "vectors.npy"
+  parts = tmp_path / "vectors.npy.parts"
+  parts.mkdir()
+  np.save(parts / f"{0:08d}-{'0' * 24}.npy", np.zeros((64, 16), np.float32))
+  assert run(full, out, jsonl, *CUT).returncode == 0
+  np.testing.assert_allclose(np.load(out), expected, atol=1e-5)
+
+
+def test_parquet_in_and_out_with_ranges_of_the_first_part(full, expected, tmp_path):
+  pq.write_table(pa.table({"title": TEXTS}), tmp_path / "texts.parquet")
+  out = tmp_path / "vectors.parquet"
+  done = run(full, out, tmp_path / "texts.parquet", *CUT, "--precision=int8")
+  assert done.returncode == 0, done.stderr
+  found = np.array(pq.read_table(out)["vector"].to_pylist(), np.int8)
+  of = np.load(tmp_path / "vectors.ranges.npy")
+  np.testing.assert_allclose(of, ranges(expected[:64]), atol=1e-6)
+  difference = np.abs(found.astype(int) - quantize(expected, "int8", of))
+  assert difference.max() <= 1  # on the edge of a level
+
+
+def test_lines_are_read_from_a_pipe(full, expected, tmp_path):
+  out = tmp_path / "vectors.npy"
+  done = run(full, out, "-", *CUT[:2], "--precision=binary", stdin="\n".join(TEXTS))
+  assert done.returncode == 0, done.stderr
+  np.testing.assert_array_equal(np.load(out), quantize(expected, "binary"))
+
+
+@pytest.mark.parametrize(
+  ("lines", "flags", "message"),
+  [
+    (['{"title": "a"}', '{"title": 3}'], (), "line 2: a text is expected, found int"),
+    (['{"title": "a"}', "{"], (), "line 2: Expecting property name"),
+    (['{"text": "a"}'], (), "--column: .*line 1 has no field 'title'; it has text"),
+    ([], (), "--input: .* has no texts"),
+    (['"a"'], ("--depth=2",), "error: --depth: 2 was not trained; the nearest are 1, 3"),
+    (['"a"'], ("--prompt_name=nope",), "error: --prompt_name: 'nope' is no prompt"),
+    (
+      ['"a"'],
+      ("--dim=20", "--untrained", "--precision=binary"),
+      "--precision: binary needs dims in",
+    ),
+    (['"a"'], ("--out=x.txt",), "--out: .*x.txt ends neither in .npy nor in .parquet"),
+    (['"a"'], ("--model=/absent",), "error: E104 file: /absent is no folder"),
+  ],
+)
+def test_bad_input_is_one_sentence(lines, flags, message, full, tmp_path):
+  (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+  done = run(full, tmp_path / "v.npy", tmp_path / "texts.jsonl", "--column=title", *flags)
+  assert done.returncode == 1
+  last = done.stderr.strip().splitlines()[-1]
+  assert re.search(message, last), done.stderr
+  assert not (tmp_path / "v.npy").exists()
