@@ -71,9 +71,9 @@ def check_memory(report):
   share = 4 * parameter_count(config.model) / 8
   assert share <= by_kind["parameters"] <= 1.01 * share
   assert by_kind["optimizer"] == pytest.approx(2 * by_kind["parameters"], rel=1e-4)
-  # Inputs of two layers, bfloat16, of half of 18 blocks; states of the texts are little beside.
+  # Inputs of two layers, bfloat16, of half of 18 blocks; beside them 1 KiB of angles per token.
   inputs = 2 * 640 * 2 * 72 * 1024 / 8
-  assert inputs < by_kind["kept activations"] < 2 * inputs
+  assert inputs < by_kind["kept activations"] < 2.2 * inputs
   assert by_kind["temporaries"] > 0
 
 

@@ -16,7 +16,7 @@ from mlembed_jax.data import catalog
 from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.export import export_folder
-from mlembed_jax.hf.load import LoadError
+from mlembed_jax.hf.folder import LoadError
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.sharding import make_mesh, put_batch
