@@ -160,9 +160,13 @@ def test_a_teacher_of_another_vocabulary_is_refused(workdir, tmp_path):
 
 
 def test_a_folder_that_is_no_encoder_is_refused(tmp_path, tokenizer):
-  (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
-  with pytest.raises(ValueError, match=r"config.json has no vocab_size"):
-    open_teacher(student(tmp_path), tokenizer)
+  for stated, message in (
+    ({"hidden_size": 64}, r"config.json: model_type is None; only 'qwen3'"),
+    ({"hidden_size": 64, "model_type": "qwen3"}, r"config.json has no vocab_size"),
+  ):
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=message):
+      open_teacher(student(tmp_path), tokenizer)
 
 
 @pytest.fixture
