@@ -77,7 +77,8 @@ def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
 
   A step pads the last block of each width, by half of it on average. Blocks of T tokens on a device
   may make this the share PADDING of its S tokens; where weights are gathered once per block, which
-  costs about h/2T of the time (h: `gather_tokens`), T/2S + h/2T is smallest at T = sqrt(hS).
+  costs about h/2T of the time (h: `gather_tokens`), T/2S + h/2T is smallest at T = sqrt(hS)
+  (or S, if that is less).
   """
   smallest, parts = smallest_micro_batch(config, mesh.shape), replicas(mesh.shape)
   tokens = tokens_per_step / parts / len(config.data.lengths)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from mlembed_jax import memory, pod
 from mlembed_jax.config_fields import Config, ConfigError
@@ -62,9 +62,6 @@ def _order(e: pod.Estimate) -> tuple[bool, float]:
   return not e.fits, e.estimated_step_seconds if e.fits else e.hbm_bytes_per_device
 
 
-Axis = Callable[[Config, pod.Target, pod.Step], Iterator[Config]]
-
-
 def _meshes(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Config]:
   """Yields meshes that split the parameters over a slice, or over a part of it and copy them.
 
@@ -73,7 +70,7 @@ def _meshes(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Conf
   """
   chips = len(target.devices()) // target.slices
   for copies in sorted({*COPIES, max(1, config.mesh.data // target.slices)}):
-    if chips % (copies * config.mesh.tensor) == 0:
+    if copies == 1 or chips % (copies * config.mesh.tensor) == 0:
       mesh = dataclasses.replace(config.mesh, data=copies * target.slices, fsdp=-1)
       changed = dataclasses.replace(config, mesh=mesh)
       chosen = config.data.micro_batch or _sizes(changed, target, step)[-1]

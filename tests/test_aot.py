@@ -379,7 +379,11 @@ def test_a_sweep_goes_from_axis_to_axis(monkeypatch):
   assert best.mesh.data == 4 and best.data.kept_tokens == best.data.micro_batch == 512 * 11 * 1024
 
 
-def test_a_sweep_without_an_estimate_says_why():
-  config = from_mapping(config_dict(**{"kd.teacher": "stored"}))
-  with pytest.raises(ConfigError, match=r"kd\.teacher: a teacher is not part"):
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [("kd.teacher", "stored", r"kd\.teacher: a teacher is not part"), ("mesh.tensor", 3, "mesh: ")],
+)
+def test_a_sweep_without_an_estimate_says_why(field, value, message):
+  config = from_mapping(config_dict(**{field: value}))
+  with pytest.raises(ConfigError, match=message):
     sweep.run(config, pod.Target.parse("v5e:2x4", 1), pod.Step("", 0))
