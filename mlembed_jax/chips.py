@@ -45,6 +45,11 @@ CHIPS: dict[str, Chip] = {
 ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
 
+def canonical(device_kind: str) -> str:
+  """Returns the name of a jax `device_kind` that the tables of this project use."""
+  return ALIASES.get(device_kind, device_kind)
+
+
 def find(device_kind: str) -> Chip | None:
   """Returns the chip of a jax `device_kind`, None for one that is not in the table."""
-  return CHIPS.get(ALIASES.get(device_kind, device_kind))
+  return CHIPS.get(canonical(device_kind))

@@ -53,5 +53,4 @@ def options(device: Any) -> dict[str, str]:
   """Returns `compiler_options` for `jax.jit` on such devices; {} where nothing is known."""
   if device.platform == "gpu":
     return GPU
-  kind: str = device.device_kind
-  return OPTIONS.get(chips.ALIASES.get(kind, kind), {})
+  return OPTIONS.get(chips.canonical(device.device_kind), {})

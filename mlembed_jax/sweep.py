@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mlembed_jax import memory, pod
 from mlembed_jax.config_fields import Config, ConfigError
-from mlembed_jax.sharding import make_mesh, replicas
+from mlembed_jax.sharding import make_mesh, smallest_micro_batch
 
 COPIES = (1, 4, 16)  # of the parameters, on each slice
 REMAT = ("full", "context", "products")
@@ -84,10 +84,9 @@ def _sizes(config: Config, target: pod.Target, step: pod.Step) -> list[int]:
 
 def _blocks(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Config]:
   """Yields half of the micro-batch, the same, twice as many tokens, and all of the step."""
-  parts = replicas(make_mesh(config, target.devices()).shape)
+  smallest = smallest_micro_batch(config, make_mesh(config, target.devices()).shape)
   texts = config.data.global_batch * step.kind(config).texts
   whole, chosen = texts * config.data.lengths[-1], config.data.micro_batch
-  smallest = config.data.lengths[-1] * parts
   for size in sorted({max(smallest, chosen // 2), chosen, min(whole, 2 * chosen), whole}):
     yield memory.sized(config, size)
 

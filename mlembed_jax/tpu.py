@@ -67,7 +67,7 @@ TPUS = {
 def find(device_kind: str) -> Tpu | None:
   """Returns the generation of a jax `device_kind`, None where its links are not known."""
   kinds = {tpu.kind: tpu for tpu in TPUS.values()}
-  return kinds.get(chips.ALIASES.get(device_kind, device_kind))
+  return kinds.get(chips.canonical(device_kind))
 
 
 def torus(coords: Iterable[Sequence[int]]) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ import functools
 import pathlib
 from typing import Any
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -44,9 +43,9 @@ def load_params(path: pathlib.Path, model: ModelConfig, like: Params | None = No
 def on_device(model: ModelConfig, device: Any) -> Params:
   """Returns the parameters of `model` as shapes, float32, on one device."""
   sharding = SingleDeviceSharding(device)
-  shapes = nn.unbox(encoder.abstract_params(model))
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding), shapes
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding),
+    encoder.parameter_shapes(model),
   )
 
 
