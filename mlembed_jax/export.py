@@ -1,6 +1,9 @@
-"""Writes a Hugging Face folder from a training run, whole or cut along any of the three axes.
+"""Writes Hugging Face folders from a training run, whole or cut along any of the three axes.
 
-python -m mlembed_jax.export --checkpoint WORKDIR --out DIR [--depth L] [--rank R] [--dim D]
+  python -m mlembed_jax.export --checkpoint WORKDIR --out DIR [--depth L] [--rank R] [--dim D]
+  python -m mlembed_jax.export --checkpoint WORKDIR --out DIR --variants d256-l8,d64-l2-r128,uv
+
+The second command writes DIR, DIR-d256-l8, DIR-d64-l2-r128 and DIR-uv.
 """
 
 import pathlib
@@ -10,7 +13,7 @@ from absl import flags
 from mlembed_jax import cli
 from mlembed_jax.checkpoint import load_params
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.export import check_target, export_folder, parse_variant, plan_variant
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.workdir import Run, read_evaluation
 
@@ -26,28 +29,46 @@ OUT = flags.DEFINE_string(
 DEPTH = flags.DEFINE_integer("depth", None, "Layers to keep; a trained exit. Default: all.")
 RANK = flags.DEFINE_integer("rank", None, "Rank of the token table; a trained one. Default: all.")
 DIM = flags.DEFINE_integer("dim", None, "Output dimensions; a trained size. Default: all.")
+VARIANTS = flags.DEFINE_list(
+  "variants",
+  [],
+  "More folders, named as their cut after --out: parts d<dim>, l<layers>, r<rank> joined by -; uv "
+  "keeps the token table as two factors, which sentence-transformers reads with trust_remote_code.",
+)
 NAME = flags.DEFINE_string("name", None, "Model name. Default: export.name and what is cut.")
 FORCE = flags.DEFINE_bool("force", False, "Allow sizes that were not trained; the card says so.")
+
+
+def _wanted() -> dict[str, tuple[Slice, bool]]:
+  """Returns {end of the folder's name: (cut, whether the table stays factorised)}."""
+  found = {"": (Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value), False)}
+  return found | {f"-{variant}": parse_variant(variant) for variant in VARIANTS.value}
 
 
 def main() -> None:
   """Reads the flags."""
   workdir = pathlib.Path(CHECKPOINT.value).absolute()
-  run = Run.load(workdir)
+  run, wanted = Run.load(workdir), _wanted()
+  out = pathlib.Path(OUT.value).absolute()
+  for suffix, (cut, factors) in wanted.items():  # before the first is written
+    plan_variant(run, 0, cut, force=FORCE.value, factors=factors)
+    check_target(out.with_name(out.name + suffix))
   step, params = load_params(workdir, run.config.model)
   evaluation = {"step": step, "scores": read_evaluation(workdir, step)}
-  folder = export_folder(
-    pathlib.Path(OUT.value).absolute(),
-    run=run,
-    params=params,
-    tokenizer=Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token),
-    step=step,
-    cut=Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value),
-    name=NAME.value,
-    evaluation=evaluation if evaluation["scores"] else None,
-    force=FORCE.value,
-  )
-  print(f"exported step {step} to {folder}")
+  for suffix, (cut, factors) in wanted.items():
+    folder = export_folder(
+      out.with_name(out.name + suffix),
+      run=run,
+      params=params,
+      tokenizer=Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token),
+      step=step,
+      cut=cut,
+      name=NAME.value and NAME.value + suffix,
+      evaluation=evaluation if evaluation["scores"] else None,
+      force=FORCE.value,
+      factors=factors,
+    )
+    print(f"exported step {step} to {folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ class Encoder:
     return slice_config(model, cut), slice_params(whole, cut)
 
   def _whole_model(self, factorised: bool) -> ModelConfig:
-    return dataclasses.replace(self._model, rank=self._most_rank if factorised else 0)
+    return dataclasses.replace(self._model, rank=self._most_rank) if factorised else self._model
 
   def _read(self, model: ModelConfig) -> Any:
     everywhere = NamedSharding(self._mesh, PartitionSpec())
@@ -275,7 +275,9 @@ def _sizes(ours: Mapping[str, Any], model: ModelConfig) -> Sizes:
   """Returns what mlembed.json says; of other folders, that the whole was trained."""
   if not ours:
     return Sizes((model.layers,), (), (model.width,))
-  kept = ours["table"]["uv_file"] and ours["table"]["ranks"]
+  table = ours["table"]
+  factors = table["uv_file"] or table["form"] == "uv"
+  kept = [rank for rank in table["ranks"] if factors and rank <= table["rank_exported"]]
   depths = [depth for depth in ours["exits"]["trained"] if depth <= model.layers]
   dims = [dim for dim in ours["dims"]["trained"] if dim <= ours["dims"]["exported"]]
-  return Sizes(tuple(depths), tuple(kept or ()), tuple(dims))
+  return Sizes(tuple(depths), tuple(kept), tuple(dims))

@@ -300,12 +300,27 @@ def test_export_cuts_the_newest_checkpoint(twenty, tmp_path):
   assert ours["exits"]["exported"] == 2 and ours["table"]["rank_exported"] == 16
 
 
+def test_export_writes_variants_beside_the_folder(twenty, tmp_path):
+  variants = ("--variants", "d8-l2,r16-uv", "--name", "mine")
+  result = export("--checkpoint", twenty, "--out", tmp_path / "m", *variants)
+  assert result.returncode == 0, result.stderr
+  found = {p.name: json.loads((p / "mlembed.json").read_text()) for p in tmp_path.iterdir()}
+  assert {name: ours["name"] for name, ours in found.items()} == {
+    "m": "mine",
+    "m-d8-l2": "mine-d8-l2",
+    "m-r16-uv": "mine-r16-uv",
+  }
+  assert [found[name]["table"]["form"] for name in sorted(found)] == ["merged", "merged", "uv"]
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
     (("--depth", 4), "--depth"),
     (("--dim", 9), "--dim"),
     (("--rank", 5), "--rank"),
+    (("--variants", "d8,l4"), "--depth: 4 was not trained"),
+    (("--variants", "d8,8l"), "--variants: '8l'"),
   ],
 )
 def test_untrained_cuts_are_refused(twenty, tmp_path, flags, message):

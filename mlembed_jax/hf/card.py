@@ -7,6 +7,7 @@ from typing import Any
 
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, LossesConfig
+from mlembed_jax.hf import names
 from mlembed_jax.hf.files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
 
@@ -32,6 +33,20 @@ CITATION = """\
 Trained with mlembed_jax. The method is 3-D Matryoshka learning of ML-Embed (arXiv:2605.15081); the
 embedding recipe is that of F2LLM-v2 (arXiv:2603.19223); the architecture is Qwen3
 (arXiv:2505.09388). Please cite them."""
+
+SERVERS = """\
+The layout also follows what these programs read:
+
+```bash
+text-embeddings-router --model-id ./{name}
+vllm serve ./{name} --runner pooling
+python convert_hf_to_gguf.py ./{name}  # then llama-server --embedding --pooling last
+```
+
+The export does not run them."""
+FACTORS_ONLY = """\
+The token table is stored as two factors, which the code of this folder multiplies row by row. TEI,
+vLLM and llama.cpp do not read it: they need the folder with the merged table."""
 
 
 def card(
@@ -96,11 +111,13 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
   config, axes, body = variant.run.config, variant.axes, variant.body
   start = config.train.init_from
   base = f"the weights of `{start.rstrip('/').split('/')[-1]}`" if start else "random weights"
+  family = (names.family(body) or "").capitalize()
   rank = "full, never factorised"
   if variant.rank:
-    rank = f"rank {variant.rank} of {config.model.rank}, trained ranks {_sizes(axes.ranks)}"
+    form = "stored as two factors" if variant.form == "uv" else "stored as their product"
+    rank = f"rank {variant.rank} of {config.model.rank}, trained {_sizes(axes.ranks)}; {form}"
   facts = (
-    ("Architecture", "Qwen3 decoder, causal, without a language-model head"),
+    ("Architecture", f"{family} decoder, causal, without a language-model head"),
     ("Started from", base),
     ("Parameters", f"{parameter_count(body):,}"),
     ("Layers", f"{variant.depth} of {config.model.layers}, trained exits {_sizes(axes.exits)}"),
@@ -119,11 +136,13 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
 
 
 def _use(variant: Variant) -> str:
+  code = ", trust_remote_code=True" if variant.form == "uv" else ""
+  servers = (FACTORS_ONLY if code else SERVERS).format(name=variant.name)
   return f"""\
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{variant.name}")
+model = SentenceTransformer("{variant.name}"{code})
 queries = model.encode_query(["how do I boil an egg?"])
 documents = model.encode_document(["Put the egg in boiling water for eight minutes."])
 print(model.similarity(queries, documents))
@@ -132,15 +151,7 @@ print(model.similarity(queries, documents))
 sentence-transformers 6 computes in the stored dtype, 5 in float32; for float32 in both give
 `model_kwargs={{"torch_dtype": torch.float32}}`.
 
-The layout also follows what these programs read:
-
-```bash
-text-embeddings-router --model-id ./{variant.name}
-vllm serve ./{variant.name} --runner pooling
-python convert_hf_to_gguf.py ./{variant.name}  # then llama-server --embedding --pooling last
-```
-
-The export does not run them. `parity.json` holds texts and their vectors to compare with."""
+{servers} `parity.json` holds texts and their vectors to compare with."""
 
 
 def _cutting(variant: Variant) -> str:
@@ -157,7 +168,7 @@ def _cutting(variant: Variant) -> str:
     '`SentenceTransformer(path, config_kwargs={"num_hidden_layers": N})`.',
     _table(("layers", "parameters", "MB"), depths),
   ]
-  if variant.rank:
+  if variant.form == "merged":
     lines.append(
       "**Rank.** `mlembed/uv.safetensors` holds the factors U and V of the token table, whose "
       "columns are ordered: the table of rank r is `U[:, :r] @ V[:r]`."

@@ -4,7 +4,6 @@ The layout is the one that sentence-transformers 5.1 to 6.2, transformers 4.51 t
 llama.cpp all read; where it looks old-fashioned, a newer spelling fails in one of them.
 """
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -16,7 +15,6 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
 import safetensors.numpy
@@ -25,49 +23,47 @@ from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
-from mlembed_jax.hf import files, names
+from mlembed_jax.hf import files, names, parity
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.factors import FACTORS
 from mlembed_jax.hf.files import ExportError, Variant
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
-from mlembed_jax.hf.load import load_params, on_device
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.states import states
 from mlembed_jax.workdir import Run, replace_folder, write_json, write_text
 
 OURS = "mlembed.json"  # marks a folder as written here
-PARITY = "parity.json"
 MAX_FILE_BYTES = 5_000_000_000
 DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
 
-# Texts whose vectors travel with the folder: what tokenizers and attention masks get wrong. None
-# begins or ends with a blank, which sentence-transformers up to 5.3 strips.
-PARITY_TEXTS = {
-  "ascii": "hello world",
-  "letter": "a",
-  "chinese": "今天天气很好,我们去公园散步吧。",
-  "arabic": "السماء صافية هذا المساء والنجوم كثيرة.",
-  "hindi": "मुझे सुबह की चाय बहुत पसंद है।",
-  "thai": "พรุ่งนี้เราจะไปตลาดด้วยกัน",
-  "georgian": "მთებში უკვე თოვლი მოვიდა.",
-  "emoji": "👩‍👩‍👧‍👦 went home 🏳️‍🌈 👍🏽",
-  "composed": "caf\u00e9 cr\u00e8me",
-  "decomposed": "cafe\u0301 cre\u0300me",
-  "code": "def f(x):\n\treturn x if x else None\n\n\nprint(f(1))",
-  "digits": '3.14159, 2_000_000 & 1e-5 (50%): "a-b"; 12:34!',
-  "mixed": "Zürich チューリッヒ Цюрих زيورخ ज़्यूरिख 취리히",
-  "special": "the literal <|im_end|> inside a text",
-}
-PARITY_SENTENCE = "The river rises slowly in spring, and nobody knows the old road over the hills. "
-PARITY_IDS, PARITY_MAX_LENGTH = 600, 32  # length of "long"; where "truncated" is cut
-PARITY_BUCKETS = (64, 256)  # short texts are not padded to the longest
+VARIANT_AXES = {"d": "dim", "l": "depth", "r": "rank"}
 
 
-def variant_name(name: str, cut: Slice) -> str:
-  """Returns `name` with -d, -l and -r parts for the axes that are cut."""
+def variant_name(name: str, cut: Slice, factors: bool = False) -> str:
+  """Returns `name` with -d, -l and -r parts for the axes that are cut, and -uv for factors."""
   parts = (("d", cut.dim), ("l", cut.depth), ("r", cut.rank))
-  return name + "".join(f"-{letter}{size}" for letter, size in parts if size is not None)
+  found = [f"-{letter}{size}" for letter, size in parts if size is not None]
+  return name + "".join(found) + ("-uv" if factors else "")
+
+
+def parse_variant(text: str) -> tuple[Slice, bool]:
+  """Returns (cut, whether the table stays factorised) of a text like d256-l8-uv.
+
+  Raises:
+    ExportError: the text is not of this form.
+  """
+  found: dict[str, int | bool] = {}
+  for part in text.split("-"):
+    axis = "factors" if part == "uv" else VARIANT_AXES.get(part[:1])
+    size = True if part == "uv" else part[1:].isdecimal() and int(part[1:])
+    if not axis or not size or axis in found:
+      raise ExportError(
+        f"--variants: {text!r}; a variant is made of d<dim>, l<layers>, r<rank> and uv, each once, "
+        "joined by -: d256-l8"
+      )
+    found[axis] = size
+  factors = bool(found.pop("factors", False))
+  return Slice(**found), factors
 
 
 def export_folder(
@@ -81,19 +77,21 @@ def export_folder(
   name: str | None = None,
   evaluation: Mapping[str, Any] | None = None,
   force: bool = False,
+  factors: bool = False,
 ) -> pathlib.Path:
   """Returns `out`, the complete folder of `params` (the whole trained tree) cut to `cut`.
 
   `evaluation` is the content of eval/step_N.json. `force` allows sizes that were not trained; the
-  card then says so. A previous export at `out` is replaced at the end, by renaming. To be called
-  outside of any mesh: one device computes the parity vectors.
+  card then says so. `factors` keeps the two factors of the token table instead of their product.
+  A previous export at `out` is replaced at the end, by renaming. To be called outside of any mesh:
+  one device computes the parity vectors.
 
   Raises:
     ExportError: `out` holds something else, a size was not trained, the tokenizer does not fit
       the table, or a weight is not finite.
   """
   out = out.absolute()
-  variant = _variant(run, step, cut, name, force)
+  variant = plan_variant(run, step, cut, name, force, factors)
   spec = files.tokenizer_spec(tokenizer, run.config.model)
   check_target(out)
   temporary = out.with_name(f".{out.name}.new")
@@ -110,14 +108,25 @@ def export_folder(
   return out
 
 
-def _variant(run: Run, step: int, cut: Slice, name: str | None, force: bool) -> Variant:
+def plan_variant(
+  run: Run,
+  step: int,
+  cut: Slice,
+  name: str | None = None,
+  force: bool = False,
+  factors: bool = False,
+) -> Variant:
+  """Returns what a folder will hold; raises ExportError as `export_folder` does for its sizes."""
   model = run.config.model
+  if factors and not model.rank:
+    raise ExportError("uv: the token table of this model was never factorised")
   full = {"rank": model.rank, "depth": model.layers, "dim": model.width}
   asked = dataclasses.asdict(cut)
   sizes = {axis: full[axis] if size is None else size for axis, size in asked.items()}
   really_cut = {axis: size for axis, size in sizes.items() if size != full[axis]}
-  name = name or variant_name(run.config.export.name, Slice(**really_cut))
-  variant = Variant(name=name, run=run, step=step, **sizes)
+  name = name or variant_name(run.config.export.name, Slice(**really_cut), factors)
+  form = "uv" if factors else "merged" if model.rank else "full"
+  variant = Variant(name=name, run=run, step=step, form=form, **sizes)
   exists = all(1 <= size < full[axis] for axis, size in really_cut.items())
   if variant.untrained and not (exists and force):
     way_out = "choose a trained size, or --force" if exists else "the model has no such size"
@@ -160,6 +169,8 @@ def _write(
 ) -> None:
   cut = Slice(rank=variant.rank or None, depth=variant.depth)
   _write_weights(folder, variant, matryoshka.slice_params(params, cut))
+  for file, code in files.remote_code(variant).items():
+    write_text(folder / file, code)
   prompts = files.prompts(variant.run.datasets)
   for path, value in {
     "config.json": files.model_config(variant, tokenizer, spec),
@@ -170,7 +181,7 @@ def _write(
     **files.modules(variant),
   }.items():
     write_json(folder / path, value)
-  write_json(folder / PARITY, _parity(folder, variant, tokenizer, prompts["query"]))
+  write_json(folder / parity.FILE, parity.items(folder, variant, tokenizer, prompts["query"]))
   write_text(folder / "README.md", card(variant, tokenizer.pooled_token, prompts, evaluation))
   write_json(folder / OURS, _ours(folder, variant, tokenizer))
 
@@ -186,7 +197,7 @@ def _write_weights(folder: pathlib.Path, variant: Variant, params: Mapping[str, 
   if len(shards) > 1:
     size = parameter_count(variant.body) * dtype.itemsize
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
-  if variant.rank:
+  if variant.form == "merged":
     # Float32 whatever the weights are: rounded factors multiply to another table.
     _write_small(folder / FACTORS, {"U": params["table"], "V": params["up"]})
   if variant.dim < variant.body.width:
@@ -229,7 +240,7 @@ def _stored(params: Mapping[str, Any], t: names.Tensor, dtype: np.dtype) -> np.n
   """Returns one tensor as the folder holds it; a factorised table is multiplied in float32."""
   leaf = names.leaf(params, t.path)
   array = np.asarray(leaf if t.layer is None else leaf[t.layer], np.float32)
-  if t.path == names.TABLE[0] and "up" in params:
+  if t.name == names.TABLE[1] and "up" in params:
     array = array @ np.asarray(params["up"], np.float32)
   tensor = np.ascontiguousarray(t.to_hf(array), dtype)
   if damage := np.count_nonzero(~np.isfinite(tensor)):
@@ -243,68 +254,6 @@ def _write_small(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
   path.parent.mkdir(exist_ok=True)
   arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
   safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
-
-
-def _parity(
-  folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer, query_prompt: str
-) -> dict[str, Any]:
-  """Returns parity.json: our own vectors of the stored weights, for others to compare with.
-
-  The weights are read back from the folder, so a file that differs from what was meant stops the
-  export here. This needs the host to hold them once more, in float32.
-  """
-  items = _parity_items(variant, tokenizer, query_prompt)
-  ids = [item["input_ids"] for item in items]
-  device = _exact_device()
-  params = load_params(folder, variant.body, on_device(variant.body, device))
-  with jax.default_device(device), jax.default_matmul_precision("highest"):
-    found = states(
-      variant.body,
-      params,
-      ids,
-      exits=[variant.depth],
-      lengths=[*PARITY_BUCKETS, max(map(len, ids))],
-      rows=lambda _: 2,
-    )[0]
-    vectors = np.asarray(matryoshka.truncate(found, variant.dim), "<f4")
-  for item, vector in zip(items, vectors, strict=True):
-    item["embedding"] = base64.b64encode(vector.tobytes()).decode()
-  return {
-    "format_version": 1,
-    "compute": f"float32, highest matmul precision, {device.platform.upper()}",
-    "layers": variant.depth,
-    "dim": variant.dim,
-    "tolerance": {
-      "float32": {"max_abs": 1e-4, "min_cos": 0.99999},
-      "bfloat16": {"min_cos": 0.999},
-    },
-    "items": items,
-  }
-
-
-def _exact_device() -> Any:
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
-    return jax.local_devices()[0]
-
-
-def _parity_items(
-  variant: Variant, tokenizer: Tokenizer, query_prompt: str
-) -> list[dict[str, Any]]:
-  allowed = variant.run.config.export.max_seq_length
-  repeats = PARITY_IDS // len(tokenizer.encode([PARITY_SENTENCE], allowed)[0]) + 1
-  long = (PARITY_SENTENCE * repeats).strip()
-  items = [{"id": name, "prompt_name": None, "text": t} for name, t in PARITY_TEXTS.items()]
-  items += [
-    {"id": "query", "prompt_name": "query", "text": PARITY_TEXTS["ascii"]},
-    {"id": "long", "prompt_name": None, "text": long},
-    {"id": "truncated", "prompt_name": None, "text": long, "max_length": PARITY_MAX_LENGTH},
-  ]
-  for item in items:
-    text = (query_prompt if item["prompt_name"] else "") + item["text"]
-    item["input_ids"] = tokenizer.encode([text], item.get("max_length", allowed))[0]
-  return items
 
 
 def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -325,11 +274,11 @@ def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[
     "dims": {"trained": axes.dims, "exported": variant.dim},
     "exits": {"trained": axes.exits, "exported": variant.depth},
     "table": {
-      "form": "merged" if variant.rank else "full",
+      "form": variant.form,
       "rank_trained": config.model.rank or None,
       "ranks": axes.ranks,
       "rank_exported": variant.rank or None,
-      "uv_file": FACTORS if variant.rank else None,
+      "uv_file": FACTORS if variant.form == "merged" else None,
     },
     "pooling": {
       "kind": "last",

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from mlembed_jax.hf import names, torch_file
+from mlembed_jax.hf import torch_file
 from mlembed_jax.hf.folder import Folder, LoadError, open_file
 from mlembed_jax.matryoshka import default_ranks, factorize
 
@@ -27,6 +27,14 @@ ROWS = 1024  # compared
 Factors = tuple[np.ndarray, np.ndarray]
 
 
+def table(folder: Folder) -> np.ndarray:
+  """Returns the token table [rows, width]: as it is stored, or the float32 product of factors."""
+  if not folder.rank:
+    return folder.tensors[0][1].read()
+  u, v = _stored(folder)
+  return u @ v
+
+
 def of_folder(folder: Folder, rank: int) -> Factors:
   """Returns U [rows, rank] and V [rank, width], float32.
 
@@ -36,23 +44,32 @@ def of_folder(folder: Folder, rank: int) -> Factors:
   Raises:
     LoadError: trained factors are not those of the table, or the table is not finite.
   """
-  table = next(stored for t, stored in folder.tensors if t.path == names.TABLE[0]).read()
-  if trained := _trained(folder.path):
+  whole = table(folder)
+  if not np.isfinite(whole).all():
+    raise LoadError(f"E107 not finite: the token table of {folder.path} has NaN or infinite values")
+  if trained := _trained(folder):
     source, u, v = trained
-    if not _multiply_to(u, v, table):
+    if not _multiply_to(u, v, whole):
       raise LoadError(
         f"E108 factors: U @ V of {source} is not the table of the weights beside it, which changed "
         "since it was written. Delete the file to factorise the table anew."
       )
     if u.shape[1] >= rank:
       return u[:, :rank], v[:rank]
-  if not np.isfinite(table).all():
-    raise LoadError(f"E107 not finite: the token table of {folder.path} has NaN or infinite values")
-  return _kept(table, rank)
+  return _kept(whole, rank)
 
 
-def _trained(path: pathlib.Path) -> tuple[pathlib.Path, np.ndarray, np.ndarray] | None:
-  """Returns (file, U, V), None where the folder has none."""
+def _stored(folder: Folder) -> Factors:
+  """Returns the factors of a folder that holds no table."""
+  (t, u), (t_up, v) = folder.tensors[:2]
+  return t.from_hf(u.read().astype(np.float32)), t_up.from_hf(v.read().astype(np.float32))
+
+
+def _trained(folder: Folder) -> tuple[pathlib.Path, np.ndarray, np.ndarray] | None:
+  """Returns (where, U, V), None where the folder has none."""
+  path = folder.path
+  if folder.rank:
+    return path, *_stored(folder)
   if (file := path / FACTORS).is_file():
     u, v = (open_file(file)[name].read().astype(np.float32) for name in ("U", "V"))
     return file, u, v

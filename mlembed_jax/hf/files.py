@@ -31,6 +31,10 @@ MTEB_TYPES = {
   "clustering": ("Clustering", "Classification"),
 }
 
+# full: never factorised. merged: the product of the factors, which every program reads. uv: the
+# factors, a smaller file, which only transformers reads, with the code that stands beside it.
+FORMS = ("full", "merged", "uv")
+
 
 class ExportError(ValueError):
   """A folder that cannot be written as asked; the message names the flag, file or tensor."""
@@ -46,12 +50,14 @@ class Variant:
   depth: int
   dim: int
   rank: int  # 0: the token table was never factorised
+  form: str  # of the stored table, see FORMS
 
   @property
   def body(self) -> ModelConfig:
-    """Returns the model of the stored tensors: the token table merged, computed in float32."""
+    """Returns the model of the stored tensors, computed in float32."""
+    rank = self.rank if self.form == "uv" else 0
     model = self.run.config.model
-    return dataclasses.replace(model, layers=self.depth, rank=0, dtype="float32")
+    return dataclasses.replace(model, layers=self.depth, rank=rank, dtype="float32")
 
   @property
   def axes(self) -> Matryoshka:
@@ -87,12 +93,9 @@ def switches(config: Config) -> dict[str, Any]:
 def model_config(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]) -> dict[str, Any]:
   """Returns config.json."""
   body, export = variant.body, variant.run.config.export
-  family = names.family(body) or ""
   pad_id = _added_tokens(spec).get(PAD_TOKEN, tokenizer.pooled_id)
   return {
-    # Older llama.cpp converters know only this class for Qwen3.
-    "architectures": [names.FAMILIES[family].architecture],
-    "model_type": family,
+    **_architecture(body),
     **{key: getattr(body, field) for field, key in names.CONFIG_KEYS.items()},
     "hidden_act": "silu",
     "max_position_embeddings": export.max_positions,
@@ -118,6 +121,40 @@ def model_config(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]
     "is_matryoshka": True,
     "matryoshka_dimensions": [dim for dim in variant.axes.dims if dim <= variant.dim],
   }
+
+
+def _architecture(body: ModelConfig) -> dict[str, Any]:
+  family = names.family(body) or ""
+  if not body.rank:
+    # Older llama.cpp converters know only this class for Qwen3.
+    return {"architectures": [names.FAMILIES[family].architecture], "model_type": family}
+  prefix = "MLEmbed" + _class_prefix(family)
+  return {
+    "architectures": [f"{prefix}Model"],
+    # Under its own name stock loaders would take the body for whole and invent a random table.
+    "model_type": names.REMOTE + family,
+    names.RANK_KEY: body.rank,
+    "auto_map": {
+      "AutoConfig": f"configuration_mlembed.{prefix}Config",
+      "AutoModel": f"modeling_mlembed.{prefix}Model",
+    },
+  }
+
+
+def _class_prefix(family: str) -> str:
+  return names.FAMILIES[family].architecture.removesuffix("ForCausalLM")
+
+
+def remote_code(variant: Variant) -> dict[str, str]:
+  """Returns the code by file name that a folder of factors needs, for its architecture."""
+  if variant.form != "uv":
+    return {}
+  family = names.family(variant.body) or ""
+  found = {}
+  for path in sorted((pathlib.Path(__file__).parent / "remote").glob("*_mlembed.py")):
+    code = path.read_text(encoding="utf-8")
+    found[path.name] = code.replace("Qwen3", _class_prefix(family)).replace("qwen3", family)
+  return found
 
 
 def modules(variant: Variant) -> dict[str, dict[str, Any] | list[dict[str, Any]]]:

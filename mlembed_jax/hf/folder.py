@@ -66,6 +66,7 @@ class Folder:
 
   path: pathlib.Path
   rows: int  # of the token table
+  rank: int  # of the stored factors of the table; 0: it is stored whole
   tensors: list[tuple[names.Tensor, Stored]]
 
 
@@ -92,7 +93,7 @@ def resolve(source: str) -> pathlib.Path:
 
 
 def open_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
-  """Returns the opened folder of `model`, whatever its `rank`.
+  """Returns the opened folder of `model`; its table may be whole or factors of any rank.
 
   Raises:
     LoadError: config.json is not that of `model`; a tensor is missing, unexpected or of another
@@ -101,9 +102,10 @@ def open_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
   config = _read_json(path / "config.json")
   raise_all(path, _config_problems(config, model))
   stored = _without_prefix(path, _open(path))
-  expected = names.tensors(dataclasses.replace(model, vocab=config["vocab_size"]))
+  rows, rank = config["vocab_size"], _family_and_rank(config)[1]
+  expected = names.tensors(dataclasses.replace(model, vocab=rows, rank=rank))
   raise_all(path, _tensor_problems(expected, stored))
-  return Folder(path, config["vocab_size"], [(t, stored[t.name]) for t in expected])
+  return Folder(path, rows, rank, [(t, stored[t.name]) for t in expected])
 
 
 def check_folder(path: pathlib.Path, model: ModelConfig, tokens: int) -> None:
@@ -129,14 +131,15 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_model(path: pathlib.Path) -> ModelConfig:
-  """Returns the shape that config.json states, with a full token table, in float32.
+  """Returns the shape that config.json states, in float32.
 
   Raises:
     LoadError: the file is absent, lacks a field, or is of an architecture that is not known.
   """
   config = _read_json(path / "config.json")
   raise_all(path, _family_problems(config))
-  family = names.FAMILIES[config["model_type"]]
+  kind, rank = _family_and_rank(config)
+  family = names.FAMILIES[kind]
   shape = {field: _stated(config, field) for field in names.CONFIG_KEYS}
   shape["rope_theta"] = next(filter(None, _thetas(config).values()), None)
   if absent := [field for field, value in shape.items() if value is None]:
@@ -144,7 +147,7 @@ def read_model(path: pathlib.Path) -> ModelConfig:
     raise LoadError(f"E105 config: {path}/config.json has no {key}")
   switches: dict[str, Any] = {"qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias}
   numerics: dict[str, Any] = {"dtype": "float32", "attention": "auto", "remat": "none"}
-  return ModelConfig(**(shape | switches | numerics), rank=0)
+  return ModelConfig(**(shape | switches | numerics), rank=rank)
 
 
 def _stated(config: Mapping[str, Any], field: str) -> Any:
@@ -155,16 +158,24 @@ def _stated(config: Mapping[str, Any], field: str) -> Any:
   return found
 
 
+def _family_and_rank(config: Mapping[str, Any]) -> tuple[str, int]:
+  """Returns the name of the architecture, and the rank of the stored factors or 0."""
+  kind, rank = str(config.get("model_type")), config.get(names.RANK_KEY)
+  if kind.startswith(names.REMOTE) and isinstance(rank, int):
+    return kind.removeprefix(names.REMOTE), rank
+  return kind, 0
+
+
 def _family_problems(config: Mapping[str, Any]) -> list[str]:
-  if (kind := config.get("model_type")) in names.FAMILIES:
+  if _family_and_rank(config)[0] in names.FAMILIES:
     return []
-  known = ", ".join(map(repr, names.FAMILIES))
+  kind, known = config.get("model_type"), ", ".join(map(repr, names.FAMILIES))
   return [f"E105 config: config.json: model_type is {kind!r}; only {known} can be imported."]
 
 
 def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
-  lines, family = [], names.FAMILIES.get(config.get("model_type", ""))
-  if family and names.family(model) != config["model_type"]:
+  lines, kind = [], _family_and_rank(config)[0]
+  if (family := names.FAMILIES.get(kind)) and names.family(model) != kind:
     lines.append(
       f"model_type is {config['model_type']!r}, which needs model.qk_norm = {family.qk_norm} and "
       f"model.qkv_bias = {family.qkv_bias}"
@@ -252,8 +263,13 @@ def _without_prefix(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[st
     for name, tensor in stored.items()
     if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
   }
-  tables = [name for name in body if name.endswith(names.TABLE[1])]
-  prefix = tables[0].removesuffix(names.TABLE[1]) if tables else ""
+  tables = [
+    name.removesuffix(row[1])
+    for name in body
+    for row in (names.TABLE, *names.FACTORS)
+    if name.endswith(row[1])
+  ]
+  prefix = tables[0] if tables else ""
   if prefix not in PREFIXES:
     raise LoadError(
       f"E102 {path}: tensors begin with {prefix!r}, expected 'model.' or nothing. "

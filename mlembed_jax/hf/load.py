@@ -36,7 +36,10 @@ def load_params(path: pathlib.Path, model: ModelConfig, like: Params | None = No
   folder, like = open_folder(path, model), like or on_device(model, jax.local_devices()[0])
   params = _read(folder, like)
   if model.rank:
-    params |= _factorised(folder, model, like)
+    return params | _factorised(folder, model, like)
+  if folder.rank:
+    table = factors.table(folder)
+    return params | {"table": _put(_zeros(like["table"])(), table, None)}
   return params
 
 
@@ -50,11 +53,11 @@ def on_device(model: ModelConfig, device: Any) -> Params:
 
 
 def _read(folder: Folder, like: Params) -> Params:
-  """Returns all parameters but those of a factorised table."""
+  """Returns all parameters, but of a token table only one that is whole on both sides."""
   leaves: dict[str, jax.Array] = {}
   problems = []
   for t, stored in folder.tensors:
-    if t.path == names.TABLE[0] and "up" in like:
+    if t.path in ("table", "up") and (folder.rank or "up" in like):
       continue
     tensor, target = stored.read(), names.leaf(like, t.path)
     if damage := np.count_nonzero(~np.isfinite(tensor)):

@@ -50,8 +50,15 @@ def family(model: ModelConfig) -> str | None:
   return next((k for k, f in FAMILIES.items() if (f.qk_norm, f.qkv_bias) == switches), None)
 
 
+REMOTE = "mlembed_"  # begins the model_type of a folder whose token table is stored as factors
+RANK_KEY = "embedding_rank"  # of config.json, in such a folder
+
 # (our leaf, tensor, axes of the tensor as products of ModelConfig fields)
 TABLE = ("table", "embed_tokens.weight", "vocab width")
+FACTORS = (
+  ("table", "embed_tokens.u.weight", "vocab rank"),
+  ("up", "embed_tokens.v.weight", "width rank"),
+)
 FINAL_NORM = ("final_norm/scale", "norm.weight", "width")
 LAYER = (
   ("attention_norm/scale", "input_layernorm.weight", "width"),
@@ -96,14 +103,15 @@ class Tensor:
 
 
 def tensors(model: ModelConfig) -> list[Tensor]:
-  """Returns the tensors of a folder whose token table is not factorised: Qwen3 11 * layers + 2."""
+  """Returns the tensors of a folder: of Qwen3 with a full table 11 * layers + 2."""
   rows = LAYER + (QK_NORM if model.qk_norm else ()) + (QKV_BIAS if model.qkv_bias else ())
   layers = [
     _tensor(model, (f"layers/{path}", f"layers.{layer}.{name}", axes), layer)
     for layer in range(model.layers)
     for path, name, axes in rows
   ]
-  return [_tensor(model, TABLE), *layers, _tensor(model, FINAL_NORM)]
+  table = FACTORS if model.rank else (TABLE,)
+  return [*(_tensor(model, row) for row in table), *layers, _tensor(model, FINAL_NORM)]
 
 
 def _tensor(model: ModelConfig, row: tuple[str, str, str], layer: int | None = None) -> Tensor:
@@ -111,7 +119,8 @@ def _tensor(model: ModelConfig, row: tuple[str, str, str], layer: int | None = N
   fields = [axis.split("*") for axis in axes.split()]
   sizes = [[getattr(model, field) for field in axis] for axis in fields]
   ours = sizes if path == TABLE[0] else sizes[::-1]
-  words = [" x ".join(f"{CONFIG_KEYS[f]} {getattr(model, f)}" for f in axis) for axis in fields]
+  keys = CONFIG_KEYS | {"rank": RANK_KEY}
+  words = [" x ".join(f"{keys[f]} {getattr(model, f)}" for f in axis) for axis in fields]
   return Tensor(
     path=path,
     layer=layer,

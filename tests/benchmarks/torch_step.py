@@ -15,6 +15,7 @@ CPU what the kernel counts for the process, with its libraries and the copy of t
 """
 
 import argparse
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -130,7 +131,11 @@ def trunk_weights(model: ModelConfig, weights: Any) -> dict[str, torch.Tensor]:
     return torch.tensor(np.ascontiguousarray(t.to_hf(array)))
 
   unused = {names.TABLE[1]: torch.zeros(1, model.width)}
-  return unused | {t.name: tensor(t) for t in names.tensors(model) if t.path != names.TABLE[0]}
+  return unused | {
+    t.name: tensor(t)
+    for t in names.tensors(dataclasses.replace(model, rank=0))
+    if t.path != names.TABLE[0]
+  }
 
 
 class Theirs:

@@ -1,6 +1,5 @@
 import dataclasses
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -13,137 +12,12 @@ import transformers
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import card, export, files
-from mlembed_jax.hf.export import ExportError, export_folder, variant_name
-from mlembed_jax.matryoshka import Slice, slice_config, slice_params, truncate
-from mlembed_jax.states import states
-from mlembed_jax.workdir import Run
+from mlembed_jax.hf.export import ExportError, variant_name
+from mlembed_jax.matryoshka import Slice
 from tests import material
-
-TEXTS = [
-  "hello world",
-  "x",
-  "Die Sonne scheint über dem Fluss.",
-  "Où est la gare, s'il vous plaît ?",
-  "¿Cómo estás? Mañana llueve…",
-  "солнце, луна и хлеб",
-  "Ελληνικά: καλημέρα",
-  "今天天气很好",
-  "夜のパンと水",
-  "물과 빵, 그리고 밤",
-  "السلام عليكم ورحمة الله",
-  "שלום עולם",
-  "नमस्ते दुनिया",
-  "পানি আর রুটি",
-  "வணக்கம் உலகம்",
-  "ನಮಸ್ಕಾರ ಪ್ರಪಂಚ",
-  "สวัสดีชาวโลก",
-  "გამარჯობა მსოფლიო",
-  "Բարեւ աշխարհ",
-  "ሰላም ልዑል",
-  "សួស្តី ពិភពលោក",
-  "မင်္ဂလာပါ",
-  "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽",
-  "café cafe\u0301",
-  "def f(x):\n\treturn x\n\n\nprint(f(1))",
-  "3.14159, 2_000 & 1e-5 (50%)",
-  "the literal <|im_end|> and <|endoftext|> inside",
-  "a  b   c    d",
-  "one two three " * 60 + "end",  # longer than max_seq_length
-  "один дом " * 30 + "конец",
-]
-CUTS = {
-  "full": Slice(),
-  "depth": Slice(depth=2),
-  "dim": Slice(dim=16),
-  "rank": Slice(rank=16),
-  "all": Slice(depth=3, dim=8, rank=8),
-}
-
-
-@dataclasses.dataclass
-class Trained:
-  """What an export takes, but the folder and the cut."""
-
-  run: Run
-  params: Any
-  tokenizer: Tokenizer
-
-  def export(self, out: pathlib.Path, cut: Slice = CUTS["full"], **options: Any) -> pathlib.Path:
-    return export_folder(
-      out,
-      run=self.run,
-      params=self.params,
-      tokenizer=self.tokenizer,
-      step=20,
-      cut=cut,
-      **options,
-    )
-
-  def vectors(self, texts: list[str], cut: Slice, prompt: str) -> np.ndarray:
-    """Returns our own vectors from the parameters as trained, not from the folder."""
-    config = self.run.config
-    model = slice_config(config.model, dataclasses.replace(cut, dim=None))
-    ids = self.tokenizer.encode([prompt + t for t in texts], config.export.max_seq_length)
-    params = slice_params(self.params, cut)
-    rows = lambda _: len(texts)  # noqa: E731
-    found = states(model, params, ids, exits=[model.layers], lengths=[128], rows=rows)
-    return np.asarray(truncate(found[0], cut.dim))
-
-
-def trained(data: pathlib.Path, **overrides: Any) -> Trained:
-  sizes = {"model.layers": 4, "matryoshka.exits": (1, 2, 3, 4)}
-  config = from_mapping(material.config_dict(data, **sizes | overrides))
-  tokenizer = Tokenizer(data / "tokenizer.json", config.data.pooled_token)
-  return Trained(run_of(config), material.random_params(config.model), tokenizer)
-
-
-def run_of(config: Config) -> Run:
-  datasets = {
-    "train/bitext.parquet": {
-      **material.entry("bitext", 4, "Retrieve translations."),
-      "rows": 3000,
-      "n_languages": 3,
-      "languages": {"no": 1200, "zh-hans": 900, "zh-hant": 500, "Python": 2000, "de": 400},
-      "licence": "MIT",
-      "source": "phrases",
-    },
-    "train/questions.parquet": material.entry("retrieval", 7, "Answer the question."),
-    "train/titles.parquet": material.entry("retrieval", 7, "Find the text of the title."),
-    "train/topics.parquet": material.entry("clustering", 9, "Find the topic."),
-  }
-  return Run(config, datasets, "f" * 64)
-
-
-@pytest.fixture(scope="module")
-def factorised(data: pathlib.Path) -> Trained:
-  return trained(data)
-
-
-@pytest.fixture(scope="module")
-def dense(data: pathlib.Path) -> Trained:
-  return trained(
-    data, **{"model.rank": 0, "matryoshka.ranks": (), "data.pooled_token": "<|im_end|>"}
-  )
-
-
-@pytest.fixture(scope="module")
-def folders(factorised: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict:
-  """The folder of every cut, written once."""
-  root = tmp_path_factory.mktemp("folders")
-  return {name: factorised.export(root / name, cut) for name, cut in CUTS.items()}
-
-
-@pytest.fixture(scope="module")
-def dense_folder(dense: Trained, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  return dense.export(tmp_path_factory.mktemp("dense") / "full")
-
-
-def read(path: pathlib.Path) -> Any:
-  return json.loads(path.read_text(encoding="utf-8"))
+from tests.hf.exports import CUTS, TEXTS, Trained, load_st, parity_difference, read, trained
 
 
 def states_of_transformers(folder: pathlib.Path, tokens: np.ndarray, sizes: np.ndarray, depth: int):
@@ -169,15 +43,6 @@ def test_every_exit_is_the_transformers_model_of_that_depth(
     difference = np.abs(ours_LBD[depth - 1] - theirs_BD).max() / np.abs(theirs_BD).max()
     print(f"{kind} exit {depth}: {difference:.2e}")
     assert difference <= 1e-4, depth
-
-
-def load_st(folder: pathlib.Path) -> SentenceTransformer:
-  return SentenceTransformer(
-    str(folder),
-    device="cpu",
-    trust_remote_code=False,
-    model_kwargs={"torch_dtype": torch.float32},
-  )
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -224,19 +89,6 @@ def test_a_bfloat16_folder_agrees_with_its_own_vectors(data: pathlib.Path, tmp_p
   exact = made.vectors(TEXTS, Slice(dim=16), "")
   cosines = np.sum(rounded * exact, axis=1)
   assert 0.999 <= cosines.min() < 0.9999999, "the weights were not rounded, or too much"
-
-
-def parity_difference(folder: pathlib.Path) -> float:
-  """Returns the largest difference between parity.json and sentence-transformers."""
-  model, parity = load_st(folder), read(folder / "parity.json")
-  largest = 0.0
-  for item in parity["items"]:
-    stored = np.frombuffer(export.base64.b64decode(item["embedding"]), "<f4")
-    assert stored.shape == (parity["dim"],)
-    model.max_seq_length = item.get("max_length", 128)
-    theirs = model.encode(item["text"], prompt_name=item["prompt_name"] or "document")
-    largest = max(largest, float(np.abs(stored - theirs).max()))
-  return largest
 
 
 @pytest.mark.parametrize("cut", ["full", "all"])

@@ -14,15 +14,17 @@ from mlembed_jax.models.encoder import abstract_params
 
 @pytest.fixture(scope="module")
 def table(tiny: Config) -> list[names.Tensor]:
-  return names.tensors(tiny.model)
+  return names.tensors(dataclasses.replace(tiny.model, rank=0))
 
 
-def test_the_table_covers_the_parameter_tree_exactly(tiny: Config, table: list[names.Tensor]):
-  dense = dataclasses.replace(tiny.model, rank=0)
-  tree = nn.unbox(abstract_params(dense))
+@pytest.mark.parametrize("rank", [0, 24])
+def test_the_table_covers_the_parameter_tree_exactly(tiny: Config, rank: int):
+  model = dataclasses.replace(tiny.model, rank=rank)
+  tree = nn.unbox(abstract_params(model))
   shapes = {k: v.shape for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
   stacked = {
-    t.path: t.our_shape if t.layer is None else (dense.layers, *t.our_shape) for t in table
+    t.path: t.our_shape if t.layer is None else (model.layers, *t.our_shape)
+    for t in names.tensors(model)
   }
   assert stacked == shapes
 
