@@ -53,6 +53,7 @@ MAY_BE_ZERO = {
   "data.micro_batch",
   "data.kept_tokens",
   "data.workers",
+  "eval.every",
   "optimizer.min_learning_rate",
   "optimizer.warmup_steps",
   "optimizer.beta1",

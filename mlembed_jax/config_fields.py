@@ -167,8 +167,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Held-out evaluation before and after training."""
+  """Held-out evaluation before, during and after training."""
 
+  every: int
   batch_size: int
 
 

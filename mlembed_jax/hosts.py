@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,17 @@ def _exchange(value: Any, error: str | None) -> list[Any]:
     if theirs and not error:
       raise OtherProcessError(f"process {process}: {theirs}")
   return [value for value, _ in found]
+
+
+def shared(items: Sequence[Any], act: Callable[[Any], Any]) -> list[Any]:
+  """Returns the JSON value of `act` for every item, in their order; each process does a part."""
+  if _alone():
+    return [act(item) for item in items]
+  count = jax.process_count()
+  with agreed():
+    mine = [act(item) for item in items[jax.process_index() :: count]]
+  parts = gather(mine)
+  return [parts[i % count][i // count] for i in range(len(items))]
 
 
 @contextlib.contextmanager

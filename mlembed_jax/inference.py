@@ -29,7 +29,7 @@ from mlembed_jax.hf.folder import LoadError, open_folder, read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.encoder import parameter_shapes
-from mlembed_jax.quantize import quantize
+from mlembed_jax.quantize import quantize, unit
 from mlembed_jax.states import states
 
 # Widths of batches: a text is padded by a third at most. Rows follow from the tokens of a batch, so
@@ -128,15 +128,20 @@ class Encoder:
       ValueError: an unknown prompt or precision; a size that the model lacks, or that was not
         trained (allowed with `untrained`); a vector that is not finite.
     """
-    self._check(depth, rank, dim, untrained)
+    self.check(depth, rank, dim, untrained)
     listed = [texts] if isinstance(texts, str) else texts
-    ids = self._ids(listed, self._prompt(prompt_name) if prompt is None else prompt)
+    ids = self.tokenize(listed, self._prompt(prompt_name) if prompt is None else prompt)
     size = depth or self._model.layers
     vectors = self.states(ids, (size,), depth, rank, show_progress_bar)[0, :, : dim or self.dim]
     if normalize:
-      vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+      vectors = unit(vectors)
     vectors = quantize(vectors, precision)
     return vectors[0] if isinstance(texts, str) else vectors
+
+  @property
+  def name(self) -> str:
+    """The model's own name, else that of its folder."""
+    return _json(self._folder / "mlembed.json").get("name", self._folder.name)
 
   @property
   def fingerprint(self) -> str:
@@ -189,8 +194,8 @@ class Encoder:
     platform = self._mesh.devices.flat[0].platform
     return max(1, BATCH_TOKENS[platform] // width) * self._mesh.size
 
-  def _ids(self, texts: Sequence[str], prompt: str) -> list[list[int]]:
-    """Returns the token ids of texts after a prompt."""
+  def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
+    """Returns the token ids of texts after a prompt, cut to `max_seq_length` with a warning."""
     ids = self._tokenizer.encode([prompt + text for text in texts], self.max_seq_length + 1)
     cut = [row for row in ids if len(row) > self.max_seq_length]
     if cut:
@@ -209,7 +214,10 @@ class Encoder:
       raise ValueError(f"prompt_name: {name!r} is no prompt of {self._folder}; there are: {known}")
     return self.prompts[name] if name is not None else ""
 
-  def _check(self, depth: int | None, rank: int | None, dim: int | None, untrained: bool) -> None:
+  def check(
+    self, depth: int | None, rank: int | None, dim: int | None, untrained: bool = False
+  ) -> None:
+    """Raises ValueError for a size that the model lacks, or that was not trained."""
     full = {"depth": self._model.layers, "rank": self._most_rank, "dim": self.dim}
     trained = dict(zip(full, (self.sizes.depths, self.sizes.ranks, self.sizes.dims), strict=True))
     for name, size in {"depth": depth, "rank": rank, "dim": dim}.items():
@@ -226,6 +234,10 @@ class Encoder:
   @property
   def _most_rank(self) -> int:
     return max(self.sizes.ranks, default=0)
+
+  def config(self, depth: int, rank: int | None) -> ModelConfig:
+    """Returns the shape of the encoder of a slice."""
+    return slice_config(self._whole_model(bool(rank)), Slice(depth=depth, rank=rank))
 
   def _read_cut(self, depth: int | None, rank: int | None) -> tuple[ModelConfig, Any]:
     """Returns the model and its parameters, cut, on every device."""

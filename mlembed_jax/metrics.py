@@ -1,5 +1,6 @@
 """Numbers of a run: metrics.jsonl, TensorBoard files and the progress bar."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,13 @@ class Window:
     """Counts one finished step, whose batch was waited for so long."""
     self._steps.append((batch, metrics))
     self._waited_s += waited_s
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """The block does not count as time of the steps."""
+    start = time.perf_counter()
+    yield
+    self._start += time.perf_counter() - start
 
   def summary(self) -> dict[str, Any]:
     """Returns one line, and starts anew.
@@ -135,6 +144,18 @@ def _step(line: str) -> float:
     return float("inf")
 
 
+def write_scores(workdir: pathlib.Path, step: int, records: Sequence[dict[str, Any]]) -> None:
+  """Writes held-out scores to TensorBoard: of the whole model, and with one axis cut at a time."""
+  axes = {"rank": "rank", "exit": "depth", "dim": "dim"}
+  full = {axis: max(record[axis] for record in records) for axis in axes}
+  with tensorboardX.SummaryWriter(str(workdir / "tensorboard"), filename_suffix=".eval") as board:
+    for record in records:
+      cut = [f"{name}_{record[axis]}" for axis, name in axes.items() if record[axis] != full[axis]]
+      if len(cut) < 2:
+        tag = f"eval/{record['task']}/{record['metric']}/{cut[0] if cut else 'full'}"
+        board.add_scalar(tag, record["score"], step)
+
+
 class TrainingError(RuntimeError):
   """A run that cannot go on; the message names step and file."""
 
@@ -196,6 +217,10 @@ class Recorder:
         self._writer.write(line)
       self._bar.set_postfix_str(_postfix(line), refresh=False)
     self._bar.update()
+
+  def paused(self) -> contextlib.AbstractContextManager[None]:
+    """Returns a block whose time does not count as that of the steps."""
+    return self._window.paused()
 
   def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
     # Processes that share replicas have the same rows.

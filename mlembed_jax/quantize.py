@@ -1,4 +1,4 @@
-"""Vectors in fewer bytes, in the formats of sentence-transformers. numpy alone."""
+"""Vectors at unit length and in fewer bytes, in the formats of sentence-transformers. numpy alone."""
 
 import numpy as np
 from jaxtyping import Float
@@ -8,6 +8,11 @@ LEVELS = 255
 
 Vectors = Float[np.ndarray, "N D"]
 Ranges = Float[np.ndarray, "2 D"]
+
+
+def unit(vectors: Vectors) -> Vectors:
+  """Returns vectors at unit length; the divisor is at least 1e-12."""
+  return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def ranges(vectors: Vectors) -> Ranges:
@@ -33,6 +38,22 @@ def quantize(vectors: Vectors, precision: str, of: Ranges | None = None) -> np.n
   low, high = ranges(vectors) if of is None else of
   levels = (vectors - low) / np.maximum((high - low) / LEVELS, 1e-12)
   return _signed(np.clip(levels, 0, LEVELS).astype(np.uint8), precision == "int8")
+
+
+def rounded(vectors: Vectors, precision: str) -> Vectors:
+  """Returns what is left of vectors in a precision, in float32, for cosines of what is stored.
+
+  The middle of each of the 256 levels that int8 and uint8 make of the vectors' own ranges; 1 and -1
+  for bits, whose cosines order vectors as Hamming distances do. Raises ValueError for an unknown
+  precision.
+  """
+  if precision in ("int8", "uint8"):
+    low, high = of = ranges(vectors)
+    levels = quantize(vectors, "uint8", of).astype(np.float32)
+    return np.minimum(low + (levels + 0.5) * (high - low) / LEVELS, high)
+  if precision in ("binary", "ubinary"):
+    return np.where(vectors > 0, np.float32(1), np.float32(-1))
+  return quantize(vectors, precision)
 
 
 def _bits(vectors: Vectors, precision: str) -> np.ndarray:

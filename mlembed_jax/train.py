@@ -127,6 +127,7 @@ def fit(
   checkpoints: Checkpoints,
   recorder: metrics.Recorder,
   stop: StopSignals,
+  evaluate: Callable[[TrainState], None],
 ) -> TrainState:
   """Returns the state after the last step.
 
@@ -151,6 +152,9 @@ def fit(
         recorder.record(*pending)  # a diverged state is noticed here, before it is saved
         pending = None
         checkpoints.save(done, state)
+      if config.eval.every and done % config.eval.every == 0 and done < len(batches):
+        with recorder.paused(), jax.transfer_guard("allow"):
+          evaluate(state)
       if stopping:
         checkpoints.close()
         stop.leave(stopping, f"step {done} is saved")
@@ -158,7 +162,7 @@ def fit(
 
 
 def evaluate(
-  config: Config, state: TrainState, read: Inputs, mesh: Mesh, workdir: pathlib.Path
+  config: Config, read: Inputs, mesh: Mesh, workdir: pathlib.Path, state: TrainState
 ) -> None:
   """Writes the held-out scores of every slice at this step, unless they are there."""
   step = int(state.step)
@@ -166,8 +170,12 @@ def evaluate(
   if hosts.gather(found != {task.name for task in read.tasks})[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
     scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
-    record = {"step": step, "scores": scores}
-    hosts.on_first(lambda: write_json(evaluation_path(workdir, step), record))
+    hosts.on_first(lambda: _write_scores(workdir, step, scores))
+
+
+def _write_scores(workdir: pathlib.Path, step: int, scores: list[dict[str, Any]]) -> None:
+  write_json(evaluation_path(workdir, step), {"step": step, "scores": scores})
+  metrics.write_scores(workdir, step, scores)
 
 
 def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
@@ -261,18 +269,19 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       step = make_step(config, steps, mesh, read.teacher)
       batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)
+      score = functools.partial(evaluate, config, read, mesh, workdir)
       if int(state.step) == 0:
-        evaluate(config, state, read, mesh, workdir)
+        score(state)
       stop.leave_if_received("no step is lost")
       start, every = int(state.step), config.train.log_every
       with metrics.Recorder(workdir, start, steps, every, config.model) as recorder:
         try:
-          state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop)
+          state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop, score)
         except metrics.TrainingError:
           checkpoints.close()  # one may still be on its way to the disk
           raise
     checkpoints.close()
-    evaluate(config, state, read, mesh, workdir)
+    score(state)
   report(config, read, state, workdir)
 
 

@@ -165,7 +165,7 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
   result = run(data, tmp_path / "work", **flags)
   assert result.returncode == 0, result.stderr
   assert (tmp_path / "work/export/tiny/model.safetensors").is_file()
-  for part in ("heldout/bitext.parquet, top1", "heldout/colours.parquet, accuracy", "| rank |"):
+  for part in ("heldout/bitext.parquet, f1", "heldout/colours.parquet, accuracy", "| rank |"):
     assert part in result.stdout
   assert f'SentenceTransformer("{tmp_path}/work/export/tiny")' in result.stdout
   for step in (0, 4):
@@ -175,7 +175,7 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
   assert again.returncode == 0
   assert result.stdout.count("scoring every slice") == 2
   assert "scoring every slice" not in again.stdout
-  start = again.stdout.index("\nheldout/bitext.parquet, top1")
+  start = again.stdout.index("\nheldout/bitext.parquet, f1")
   assert result.stdout.endswith(again.stdout[start:])
 
 

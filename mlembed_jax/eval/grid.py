@@ -1,72 +1,108 @@
 """Held-out quality of every slice: each rank is one pass over the texts, which gives all exits."""
 
+import dataclasses
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
+from mlembed_jax import hosts
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.eval.tasks import Task
+from mlembed_jax.eval.tasks import ByLanguage, Task
 from mlembed_jax.matryoshka import Slice, plan, slice_config, slice_params
+from mlembed_jax.quantize import rounded, unit
 from mlembed_jax.sharding import batch_sharding
 from mlembed_jax.states import states
 
+Record = dict[str, Any]
+Ids = Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+  """The slices to score: all combinations."""
+
+  ranks: tuple[int, ...]  # 0: the token table as it is
+  exits: tuple[int, ...]
+  dims: tuple[int, ...]
+  precisions: tuple[str, ...] = ("float32",)
+
 
 def evaluate(
-  config: Config,
-  params: Any,
-  tasks: Sequence[Task],
-  tokenizer: Tokenizer,
-  mesh: Mesh,
-) -> list[dict[str, Any]]:
-  """Returns one record per task, rank, exit and dim.
+  config: Config, params: Any, tasks: Sequence[Task], tokenizer: Tokenizer, mesh: Mesh
+) -> list[Record]:
+  """Returns the records of all trained slices of parameters on a mesh, on every process."""
+  trained = plan(config.model, config.matryoshka)
+  axes = Axes(trained.ranks or (0,), trained.exits, trained.dims)
 
-  A record holds task, metric, rank (0: full table), exit, dim, score (mean over languages) and
-  by_language.
-  """
-  axes = plan(config.model, config.matryoshka)
-  ids = {task.name: tokenizer.encode(task.texts, config.data.lengths[-1]) for task in tasks}
-  records = []
-  for rank in axes.ranks or (0,):
+  def encode(ids: Ids, rank: int) -> Float[np.ndarray, "E N D"]:
     cut = Slice(rank=rank or None)
-    model, cut_params = slice_config(config.model, cut), slice_params(params, cut)
-    for task in tasks:
-      states_END = states(
-        model,
-        cut_params,
-        ids[task.name],
-        exits=axes.exits,
-        lengths=config.data.lengths,
-        rows=lambda _: config.eval.batch_size,
-        sharding=batch_sharding(mesh),
-      )
-      records += [
-        _record(task, rank, depth, dim, states_ND)
-        for depth, states_ND in zip(axes.exits, states_END, strict=True)
-        for dim in axes.dims
-      ]
+    return states(
+      slice_config(config.model, cut),
+      slice_params(params, cut),
+      ids,
+      exits=axes.exits,
+      lengths=config.data.lengths,
+      rows=lambda _: config.eval.batch_size,
+      sharding=batch_sharding(mesh),
+    )
+
+  def ids(task: Task) -> Ids:
+    return tokenizer.encode(task.texts, config.data.lengths[-1])
+
+  return [record for task in tasks for record in score(task, ids(task), axes, encode)]
+
+
+def score(
+  task: Task, ids: Ids, axes: Axes, encode: Callable[[Ids, int], Float[np.ndarray, "E N D"]]
+) -> list[Record]:
+  """Returns one record per rank, exit, dim and precision, on every process.
+
+  A record holds task, metric, rank, exit, dim, precision, score (mean over languages),
+  by_language, and others: the means of the other scores. `encode` gives the final-norm states of
+  all exits at a rank; each process of a run scores its part of them.
+  """
+  records = []
+  for rank in axes.ranks:
+    states_END = encode(ids, rank)
+    slices = list(itertools.product(range(len(axes.exits)), axes.dims, axes.precisions))
+    records += hosts.shared(
+      slices, lambda s, rank=rank, states=states_END: _record(task, axes, rank, states, *s)
+    )
   return records
 
 
-def _record(task: Task, rank: int, depth: int, dim: int, states_ND: np.ndarray) -> dict[str, Any]:
-  vectors = states_ND[:, :dim]
-  vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-  by_language = task.score(vectors)
+def _record(
+  task: Task, axes: Axes, rank: int, states_END: np.ndarray, exit: int, dim: int, precision: str
+) -> Record:
+  cut = {"rank": rank, "exit": axes.exits[exit], "dim": dim, "precision": precision}
+  return {"task": task.name, "metric": task.metric, **cut} | summary(
+    task.metric, task.score(vectors(states_END[exit], dim, precision))
+  )
+
+
+def summary(metric: str, by_language: ByLanguage) -> dict[str, Any]:
+  """Returns the scores of a record: the mean of the main one, that by language, other means."""
+  names = next(iter(by_language.values())).keys()
+  means = {name: statistics.fmean(found[name] for found in by_language.values()) for name in names}
   return {
-    "task": task.name,
-    "metric": task.metric,
-    "rank": rank,
-    "exit": depth,
-    "dim": dim,
-    "score": statistics.fmean(by_language.values()),
-    "by_language": by_language,
+    "score": means.pop(metric),
+    "by_language": {lang: found[metric] for lang, found in by_language.items()},
+    "others": means,
   }
 
 
-def table(before: list[dict[str, Any]], after: list[dict[str, Any]], task: str) -> str:
+def vectors(states_ND: np.ndarray, dim: int, precision: str) -> Float[np.ndarray, "N M"]:
+  """Returns the unit vectors of states that a slice gives, after rounding to a precision."""
+  return unit(rounded(unit(states_ND[:, :dim]), precision))
+
+
+def table(before: list[Record], after: list[Record], task: str) -> str:
   """Returns one task's scores before -> after training in percent: depth x dim, then rank x dim.
 
   The first table is at the full rank, the second at the full depth.

@@ -1,114 +1,223 @@
-"""Held-out tasks: the texts they need encoded, and a score per language from the vectors.
+"""Held-out tasks: the texts they need encoded, and scores per language from the vectors.
 
 A task is a parquet file listed in a manifest, with columns by task type:
-  bitext          lang, text, en            `text` finds `en` among the rows of its language
-  retrieval       lang, title, passage      `title` finds `passage` among the rows of its language
-  classification  lang, intent, text, split nearest English class centroid (split `support`)
-Only numpy here.
+  bitext          lang, text, en               `text` finds `en` among the rows of its language
+  retrieval       lang, title, passage         `title` finds `passage` among those of its language
+  classification  lang, intent, text, split    labels are learnt from rows of split `support` of
+                                               the language, or of English where it has none
+  clustering      lang, label, text            vectors of a label lie together
+  scored_pairs    lang, query, passage, score  cosines are in the order of scores (STS)
+No jax here.
 """
 
 import dataclasses
-from collections.abc import Callable
+import glob
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from mlembed_jax.data.manifest import File
+from mlembed_jax.data.manifest import SCORED, File, read_manifest, select
 from mlembed_jax.data.rows import has_text, open_parquet
 from mlembed_jax.data.tokenizer import DataError, with_instruction
+from mlembed_jax.eval import scores
+from mlembed_jax.eval.scores import Scores
 
 Vectors = Float[np.ndarray, "N D"]
+ByLanguage = dict[str, Scores]
+ENGLISH, SUPPORT, SCORE = "en", "support", "score"
+COLUMNS = {
+  "bitext": ("lang", "text", "en"),
+  "retrieval": ("lang", "title", "passage"),
+  "classification": ("lang", "intent", "text", "split"),
+  "clustering": ("lang", "label", "text"),
+  SCORED: ("lang", "query", "passage", SCORE),
+}
+METRICS = {  # by which a model is chosen; MTEB's main score
+  "bitext": "f1",
+  "retrieval": "ndcg_at_10",
+  "classification": "accuracy",
+  "clustering": "v_measure",
+  SCORED: "cosine_spearman",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """One held-out file. `score` takes unit vectors of `texts`, in order."""
+  """One held-out file. `score` takes unit vectors of `texts`, in order; higher is better."""
 
   name: str
-  metric: str
+  type: str
   texts: list[str]
-  score: Callable[[Vectors], dict[str, float]]  # language -> 0..1, higher is better
+  score: Callable[[Vectors], ByLanguage]
+
+  @property
+  def metric(self) -> str:
+    """The main one of its scores."""
+    return METRICS[self.type]
 
 
 def load(file: File) -> Task:
   """Returns the task of one file of a manifest.
 
   Raises:
-    DataError: the file cannot be read, or its task type has no evaluation.
+    DataError: the file cannot be read.
   """
-  entry, path, name = file.entry, file.path, file.name
-  prompt = "" if entry["query_has_instruction"] else entry["instruction"]
-  match entry["task_type"]:
-    case "bitext":
-      return _pairs(name, _columns(path, "lang", "text", "en"), prompt)
-    case "retrieval":
-      return _pairs(name, _columns(path, "lang", "title", "passage"), prompt)
-    case "classification":
-      return _classification(name, _columns(path, "lang", "intent", "text", "split"), prompt)
-  raise DataError(f"{path}: task_type {entry['task_type']!r} has no evaluation")
+  kind = file.entry["task_type"]
+  columns = _columns(file.path, COLUMNS[kind])
+  prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
+  texts = _Texts(prompt, file.symmetric)
+  score = MAKERS[kind](file.name, columns, texts)
+  return Task(file.name, kind, texts.unique(), score)
 
 
-def _columns(path: str, *names: str) -> list[list[str]]:
-  with open_parquet(path, names) as file:
+def load_folder(folder: pathlib.Path) -> list[Task]:
+  """Returns the tasks of a folder of parquet files.
+
+  They are listed in manifest.json of the folder, or of the one above, which may list others, too.
+
+  Raises:
+    DataError: there is no manifest, it lists no file of the folder, or one cannot be read.
+  """
+  folder = folder.absolute()
+  for place, below in ((folder, ""), (folder.parent, folder.name)):
+    manifest = str(place / "manifest.json")
+    if (place / "manifest.json").is_file():
+      names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
+      if not names:
+        raise DataError(f"--tasks: {manifest} lists no file of {folder}")
+      return [load(file) for file in select(manifest, map(glob.escape, names), "--tasks")]
+  raise DataError(
+    f"--tasks: neither {folder} nor the folder above has a manifest.json, which says what the "
+    "files are"
+  )
+
+
+class _Texts:
+  """Collects the texts of a task, each once, with the instruction where it belongs."""
+
+  def __init__(self, instruction: str, symmetric: bool):
+    self._instruction, self._symmetric = instruction, symmetric
+    self._places: dict[str, int] = {}
+
+  def queries(self, texts: Sequence[str]) -> np.ndarray:
+    """Returns the place of each text among the unique ones."""
+    return self._add([with_instruction(self._instruction, text) for text in texts])
+
+  def documents(self, texts: Sequence[str]) -> np.ndarray:
+    """Returns the same; they are queries, too, where both are of one kind."""
+    return self.queries(texts) if self._symmetric else self._add(texts)
+
+  def _add(self, texts: Sequence[str]) -> np.ndarray:
+    return np.array([self._places.setdefault(text, len(self._places)) for text in texts])
+
+  def unique(self) -> list[str]:
+    return list(self._places)
+
+
+def _columns(path: str, names: Sequence[str]) -> list[list[Any]]:
+  texts, numbers = [n for n in names if n != SCORE], [n for n in names if n == SCORE]
+  with open_parquet(path, texts, numbers) as file:
     table = file.read(columns=list(names))
-  empty = [name for name in names if not has_text(table[name]).all()]
+  empty = [name for name in texts if not has_text(table[name]).all()]
   if empty or not table.num_rows:
     found = f"null or empty texts in {', '.join(empty)}" if empty else "no rows"
     raise DataError(f"{path}: {found}; held-out files must be whole")
   return [table[name].to_pylist() for name in names]
 
 
-def _pairs(name: str, columns: list[list[str]], prompt: str) -> Task:
-  langs, queries, documents = columns
-  texts, index = _unique([with_instruction(prompt, query) for query in queries] + documents)
-  query_index, document_index = index[: len(queries)], index[len(queries) :]
+def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vectors], ByLanguage]:
+  langs, sources, targets = columns
+  source, target = texts.queries(sources), texts.documents(targets)
   groups = _groups(langs)
-
-  def score(vectors: Vectors) -> dict[str, float]:
-    return {
-      lang: top1(vectors[query_index[rows]], vectors[document_index[rows]])
-      for lang, rows in groups.items()
-    }
-
-  return Task(name, "top1", texts, score)
-
-
-def top1(queries: Vectors, documents: Vectors) -> float:
-  """Returns the share of queries whose own document scores above all others; ties count against."""
-  similarity = queries @ documents.T
-  rank = (similarity >= np.diag(similarity)[:, None]).sum(axis=1)
-  return float(np.mean(rank == 1))
-
-
-def _classification(name: str, columns: list[list[str]], prompt: str) -> Task:
-  langs, intents, queries, splits = columns
-  texts, index = _unique([with_instruction(prompt, query) for query in queries])
-  classes, labels = np.unique(intents, return_inverse=True)
-  is_support = np.array(splits) == "support"
-  support = np.flatnonzero(is_support & (np.array(langs) == "en"))
-  if not support.size:
-    raise DataError(f"{name}: no English rows with split 'support' to make class centroids from")
-  tests = {
-    lang: rows[~is_support[rows]]
-    for lang, rows in _groups(langs).items()
-    if lang != "en" and not is_support[rows].all()
+  return lambda vectors: {
+    lang: scores.bitext(vectors[source[rows]], vectors[target[rows]])
+    for lang, rows in groups.items()
   }
 
-  def score(vectors: Vectors) -> dict[str, float]:
-    members = np.eye(len(classes), dtype=np.float32)[labels[support]]
-    centroids = members.T @ vectors[index[support]]
-    centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+
+def _retrieval(
+  name: str, columns: list[list[Any]], texts: _Texts
+) -> Callable[[Vectors], ByLanguage]:
+  langs, titles, passages = columns
+  query, document = texts.queries(titles), texts.documents(passages)
+  groups = {lang: _relevant(query[rows], document[rows]) for lang, rows in _groups(langs).items()}
+  return lambda vectors: {
+    lang: scores.retrieval(vectors[queries], vectors[documents], relevant)
+    for lang, (queries, documents, relevant) in groups.items()
+  }
+
+
+def _relevant(query: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
+  """Returns the queries, the documents, and for each query where its documents stand among them."""
+  documents, place = np.unique(document, return_inverse=True)
+  queries = np.unique(query)
+  return queries, documents, [np.unique(place[query == one]) for one in queries]
+
+
+def _classification(
+  name: str, columns: list[list[Any]], texts: _Texts
+) -> Callable[[Vectors], ByLanguage]:
+  langs, labels, queries, splits = columns
+  place, label = texts.queries(queries), np.array(labels)
+  support = np.array(splits) == SUPPORT
+  groups = _groups(langs)
+  english = [row for row in groups.get(ENGLISH, ()) if support[row]]
+  pairs = {
+    lang: (rows[support[rows]] if support[rows].any() else np.array(english), rows[~support[rows]])
+    for lang, rows in groups.items()
+    if not support[rows].all()
+  }
+  if lacking := [lang for lang, (train, _) in pairs.items() if not train.size]:
+    raise DataError(
+      f"{name}: no rows with split 'support' to learn the labels from, neither in {lacking[0]} nor "
+      "in English"
+    )
+
+  def score(vectors: Vectors) -> ByLanguage:
     return {
-      lang: float(np.mean(np.argmax(vectors[index[rows]] @ centroids.T, axis=1) == labels[rows]))
-      for lang, rows in tests.items()
+      lang: scores.classification(
+        vectors[place[train]], label[train], vectors[place[test]], label[test]
+      )
+      for lang, (train, test) in pairs.items()
     }
 
-  return Task(name, "accuracy", texts, score)
+  return score
 
 
-def _unique(texts: list[str]) -> tuple[list[str], np.ndarray]:
-  position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-  return list(position), np.array([position[text] for text in texts])
+def _clustering(
+  name: str, columns: list[list[Any]], texts: _Texts
+) -> Callable[[Vectors], ByLanguage]:
+  langs, labels, queries = columns
+  place, label = texts.queries(queries), np.array(labels)
+  groups = _groups(langs)
+  return lambda vectors: {
+    lang: scores.clustering(vectors[place[rows]], label[rows]) for lang, rows in groups.items()
+  }
+
+
+def _sts(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vectors], ByLanguage]:
+  langs, queries, passages, gold = columns
+  first, second = texts.queries(queries), texts.documents(passages)
+  known = np.array(gold, np.float64)
+  groups = _groups(langs)
+  if unfit := [lang for lang, rows in groups.items() if not np.ptp(known[rows]) > 0]:
+    raise DataError(f"{name}: the scores of {unfit[0]} are absent, not finite or all equal")
+  return lambda vectors: {
+    lang: scores.sts(vectors[first[rows]], vectors[second[rows]], known[rows])
+    for lang, rows in groups.items()
+  }
+
+
+MAKERS = {
+  "bitext": _bitext,
+  "retrieval": _retrieval,
+  "classification": _classification,
+  "clustering": _clustering,
+  SCORED: _sts,
+}
 
 
 def _groups(langs: list[str]) -> dict[str, np.ndarray]:

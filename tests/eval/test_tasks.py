@@ -19,6 +19,11 @@ def vectors(task, by_text):
   return np.array([by_text[t.removeprefix("Instruct: Do.\nQuery: ")] for t in task.texts])
 
 
+def main_scores(task, by_text):
+  found = task.score(vectors(task, by_text))
+  return {lang: scores[task.metric] for lang, scores in found.items()}
+
+
 def test_bitext_counts_own_translations_within_a_language(tmp_path):
   task = load(
     tmp_path,
@@ -27,35 +32,55 @@ def test_bitext_counts_own_translations_within_a_language(tmp_path):
     text=["eins", "zwei", "un", "deux"],
     en=["one", "two", "one", "two"],
   )
-  assert sum(text == "one" for text in task.texts) == 1
+  assert sum(text.endswith("one") for text in task.texts) == 1
   east, north = [1.0, 0.0], [0.0, 1.0]
   known = {"one": east, "two": north, "eins": east, "zwei": north, "un": north, "deux": north}
-  assert task.score(vectors(task, known)) == {"de": 1.0, "fr": 0.5}
+  # Both French rows find "two": 2 * 1 / (1 + 2) for it, 0 for "one".
+  assert main_scores(task, known) == {"de": 1.0, "fr": pytest.approx(1 / 3)}
 
 
-def test_ties_count_against():
-  same = np.ones((3, 2)) / np.sqrt(2)
-  assert tasks.top1(same, same) == 0.0
+def test_both_sides_of_symmetric_tasks_have_the_instruction(tmp_path):
+  bitext = load(tmp_path, "bitext", lang=["de"], text=["eins"], en=["one"])
+  assert bitext.texts == ["Instruct: Do.\nQuery: eins", "Instruct: Do.\nQuery: one"]
+  retrieval = load(tmp_path, "retrieval", lang=["de"], title=["eins"], passage=["one"])
+  assert retrieval.texts == ["Instruct: Do.\nQuery: eins", "one"]
 
 
 def test_retrieval_finds_the_passage(tmp_path):
   task = load(tmp_path, "retrieval", lang=["de"] * 2, title=["a", "b"], passage=["x", "y"])
   known = {"a": [1.0, 0], "b": [0, 1.0], "x": [0.9, 0.1], "y": [0.8, 0.2]}
-  assert task.score(vectors(task, known)) == {"de": 1.0}
+  assert main_scores(task, known) == {"de": 1.0}
 
 
-def test_classification_uses_english_centroids_and_scores_the_others(tmp_path):
-  task = load(
-    tmp_path,
-    "classification",
-    lang=["en", "en", "en", "de", "de", "en"],
-    intent=["on", "on", "off", "on", "off", "off"],
-    text=["on 1", "on 2", "off 1", "an", "aus", "off 2"],
-    split=["support", "support", "support", "test", "test", "test"],
-  )
-  known = {"on 1": [1, 0], "on 2": [0.6, 0.8], "off 1": [0, 1], "off 2": [0, 1]}
-  known |= {"an": [0.8, 0.6], "aus": [0.9, 0.1]}
-  assert task.score(vectors(task, known)) == {"de": 0.5}
+def test_all_passages_of_a_title_are_right(tmp_path):
+  columns = {"title": ["a", "a", "b"], "passage": ["x", "y", "z"]}
+  task = load(tmp_path, "retrieval", lang=["de"] * 3, **columns)
+  known = {"a": [1.0, 0], "b": [0, 1.0], "x": [0.9, 0.1], "y": [0.8, 0.2], "z": [0, 1.0]}
+  assert main_scores(task, known) == {"de": 1.0}
+
+
+def test_labels_are_learnt_in_the_language_or_in_english(tmp_path):
+  rows = [
+    *(("en", "on", "on 1", "support"), ("en", "off", "off 1", "support")),
+    *(("de", "on", "an", "test"), ("de", "off", "aus", "test")),
+    *(("fr", "on", "oui", "support"), ("fr", "off", "non", "support"), ("fr", "on", "u", "test")),
+  ]
+  lang, intent, text, split = map(list, zip(*rows, strict=True))
+  task = load(tmp_path, "classification", lang=lang, intent=intent, text=text, split=split)
+  known = {"on 1": [1, 0], "off 1": [0, 1], "an": [0.8, 0.6], "aus": [0.9, 0.1]}
+  known |= {"oui": [0, 1], "non": [1, 0], "u": [0, 1]}  # French is the other way round
+  assert main_scores(task, known) == {"de": 0.5, "fr": 1.0}
+
+
+def test_clusters_and_scored_pairs_by_language(tmp_path):
+  columns = {"label": ["a", "a", "b", "b"], "text": ["1", "2", "3", "4"]}
+  task = load(tmp_path, "clustering", lang=["de"] * 4, **columns)
+  east, north = [1.0, 0.0], [0.0, 1.0]
+  assert main_scores(task, {"1": east, "2": east, "3": north, "4": north}) == {"de": 1.0}
+  columns = {"query": ["1", "2", "3"], "passage": ["x"] * 3, "score": [0.1, 0.5, 1.0]}
+  task = load(tmp_path, "scored_pairs", lang=["de"] * 3, **columns)
+  known = {"1": north, "2": [0.6, 0.8], "3": east, "x": east}
+  assert main_scores(task, known) == {"de": pytest.approx(1.0)}
 
 
 @pytest.mark.parametrize(
@@ -70,12 +95,31 @@ def test_classification_uses_english_centroids_and_scores_the_others(tmp_path):
     ),
     (
       "classification",
-      {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["support"]},
-      "no English rows with split 'support'",
+      {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["test"]},
+      "no rows with split 'support' to learn the labels from, neither in de nor in English",
     ),
-    ("clustering", {"lang": ["de"]}, "task_type 'clustering' has no evaluation"),
+    ("clustering", {"lang": ["de"]}, "column label is missing"),
+    (
+      "scored_pairs",
+      {"lang": ["de"], "query": ["a"], "passage": ["b"], "score": ["high"]},
+      "column score holds string, expected number",
+    ),
+    (
+      "scored_pairs",
+      {"lang": ["de"] * 2, "query": ["a"] * 2, "passage": ["b"] * 2, "score": [1.0, None]},
+      "the scores of de are absent, not finite or all equal",
+    ),
   ],
 )
 def test_unusable_files_are_refused(tmp_path, task_type, columns, message):
   with pytest.raises(DataError, match=message):
     load(tmp_path, task_type, **columns)
+
+
+def test_a_folder_of_tasks_is_listed_in_a_manifest_in_it_or_above(tmp_path, data):
+  expected = ["heldout/bitext.parquet", "heldout/colours.parquet"]
+  assert [task.name for task in tasks.load_folder(data / "heldout")] == expected
+  with pytest.raises(DataError, match=r"neither .* nor the folder above has a manifest.json"):
+    tasks.load_folder(tmp_path / "none")
+  with pytest.raises(DataError, match=r"--tasks: .*manifest.json lists no file of"):
+    tasks.load_folder(data)

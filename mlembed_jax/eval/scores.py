@@ -1,0 +1,130 @@
+"""Scores of vectors, as MTEB defines them (mteb 2.26): its main score of a task type comes first.
+
+Vectors have unit length; scores lie between 0 and 1, those of STS between -1 and 1. numpy, scipy
+and scikit-learn alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+import threadpoolctl
+from jaxtyping import Float, Int
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import v_measure_score
+
+from mlembed_jax.quantize import Vectors, unit
+
+Scores = dict[str, float]
+
+SEED = 42
+EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # of a classification
+BOOTSTRAPS, DRAWS = 10, 2048  # of a clustering; MTEB's tasks draw 2,048 or 16,384 texts
+TOP = 10
+QUERIES_AT_ONCE = 1024  # their similarities to all documents stand in memory
+
+
+def bitext(sources: Vectors, targets: Vectors) -> Scores:
+  """Returns how often row i of `sources` finds row i of `targets` among all.
+
+  `f1` is weighted over targets, so one that many sources find costs; `accuracy` is the plain share.
+  """
+  found = np.concatenate([np.argmax(part @ targets.T, axis=1) for part in _parts(sources)])
+  right = found == np.arange(len(sources))
+  times = np.bincount(found, minlength=len(targets))[: len(sources)]
+  return {"f1": float(np.mean(2 * right / (1 + times))), "accuracy": float(np.mean(right))}
+
+
+def retrieval(
+  queries: Vectors, documents: Vectors, relevant: Sequence[Int[np.ndarray, " K"]]
+) -> Scores:
+  """Returns the means over queries; `relevant` are the right documents of each, at least one.
+
+  Documents that score the same as a right one stand before it.
+  """
+  places = np.arange(1, TOP + 1)
+  gains, first = 1 / np.log2(1 + places), []
+  ndcg = []
+  for start, part in zip(range(0, len(queries), QUERIES_AT_ONCE), _parts(queries), strict=True):
+    similarity = part @ documents.T
+    for row, right in zip(similarity, relevant[start : start + len(part)], strict=True):
+      hits = _places(row, right)
+      ndcg.append(gains[hits[hits < TOP]].sum() / gains[: len(right)].sum())
+      first.append(hits[0] == 0)
+  return {"ndcg_at_10": float(np.mean(ndcg)), "accuracy": float(np.mean(first))}
+
+
+def _places(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Returns the places of the right documents, ascending, from 0 on; ties count against them."""
+  own = np.sort(scores[right])[::-1]
+  wrong = np.sort(np.delete(scores, right))
+  return len(wrong) - np.searchsorted(wrong, own, side="left") + np.arange(len(right))
+
+
+def classification(
+  train: Vectors, labels: np.ndarray, test: Vectors, expected: np.ndarray
+) -> Scores:
+  """Returns scores of `test` by what `train` teaches.
+
+  `accuracy`: the mean of ten logistic regressions on 8 vectors per label. `centroid_accuracy`:
+  the label whose vectors have the nearest mean direction.
+  """
+  found = [_logistic(train[rows], labels[rows], test) for rows in samples(labels)]
+  nearest = _nearest_centroid(train, labels, test)
+  return {
+    "accuracy": float(np.mean([np.mean(labels == expected) for labels in found])),
+    "centroid_accuracy": float(np.mean(nearest == expected)),
+  }
+
+
+def samples(labels: np.ndarray) -> list[list[int]]:
+  """Returns the rows of each experiment, as MTEB draws them: a permutation applied once more."""
+  order, found = list(range(len(labels))), []
+  for _ in range(EXPERIMENTS):
+    np.random.RandomState(SEED).shuffle(order)
+    seen: dict[object, int] = {}
+    chosen = []
+    for row in order:
+      seen[labels[row]] = seen.get(labels[row], 0) + 1
+      if seen[labels[row]] <= SAMPLES_PER_LABEL:
+        chosen.append(row)
+    found.append(chosen)
+  return found
+
+
+def _logistic(train: Vectors, labels: np.ndarray, test: Vectors) -> np.ndarray:
+  if len(set(labels)) == 1:
+    return np.repeat(labels[:1], len(test))
+  # Threads wait for each other longer than products this small take.
+  with threadpoolctl.threadpool_limits(1):
+    return LogisticRegression(max_iter=100).fit(train, labels).predict(test)
+
+
+def _nearest_centroid(train: Vectors, labels: np.ndarray, test: Vectors) -> np.ndarray:
+  classes, numbers = np.unique(labels, return_inverse=True)
+  centroids = np.eye(len(classes), dtype=np.float32)[numbers].T @ train
+  return classes[np.argmax(test @ unit(centroids).T, axis=1)]
+
+
+def clustering(vectors: Vectors, labels: np.ndarray) -> Scores:
+  """Returns `v_measure`, the mean over ten draws with replacement, of k-means with k labels."""
+  draw = np.random.default_rng(SEED)
+  kmeans = MiniBatchKMeans(len(set(labels)), batch_size=512, n_init=1, random_state=SEED)
+  found = []
+  for _ in range(BOOTSTRAPS):
+    rows = draw.integers(len(labels), size=DRAWS)
+    found.append(v_measure_score(labels[rows], kmeans.fit_predict(vectors[rows])))
+  return {"v_measure": float(np.mean(found))}
+
+
+def sts(first: Vectors, second: Vectors, gold: Float[np.ndarray, " N"]) -> Scores:
+  """Returns the rank correlation of cosines with human scores; 0 where all cosines are equal."""
+  cosines = np.sum(first * second, axis=1)
+  if np.ptp(cosines) == 0:
+    return {"cosine_spearman": 0.0}
+  return {"cosine_spearman": float(scipy.stats.spearmanr(gold, cosines)[0])}
+
+
+def _parts(queries: Vectors) -> list[Vectors]:
+  return [queries[i : i + QUERIES_AT_ONCE] for i in range(0, len(queries), QUERIES_AT_ONCE)]
