@@ -157,7 +157,7 @@ function chart(figure) {
   const [bottom, top] = rangeOf([...front, ...lines.flatMap(line => line.slices)]);
   const [low, high] = [Math.min(...costs), Math.max(...costs)], pad = (top - bottom || .01) * .05;
   const logX = x => Math.log(x / low) / Math.log(high / low || 2);
-  const x = value => 44 + logX(value) * (width - 70);
+  const x = value => 54 + logX(value) * (width - 80);
   const unit = (height - 52) / (top - bottom + 2 * pad);
   const y = score => height - 42 - (score - bottom + pad) * unit;
   const svg = add(add(figure, "div"), "div");
