@@ -1,0 +1,276 @@
+"""What the scores of all slices say: means over tasks, the cheapest good slices, Pareto fronts.
+
+An evaluation is the content of scores.json. Pure functions of it; no arrays, no HTML.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Evaluation = dict[str, Any]
+Size = tuple[int, int, int, str]  # rank, exit, dim, precision
+
+AXES = ("rank", "exit", "dim", "precision")
+COSTS = {
+  "bytes": "bytes per vector",
+  "flops": "FLOPs per token",
+  "parameters": "parameters",
+  "latency": "latency",
+}
+UNITS = {  # as they follow `shown`
+  "bytes": "per vector",
+  "flops": "FLOPs per token",
+  "parameters": "parameters",
+  "latency": "per text",
+}
+SHARES = (0.01, 0.05)  # of the best score, that a cheaper slice may lose
+ROUNDING = 1e-12  # 0.95 * 0.8 and 0.76 are the same score
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One slice of the model."""
+
+  rank: int  # 0: one full table
+  exit: int
+  dim: int
+  precision: str
+  score: float  # higher is better
+  costs: dict[str, float]  # those of COSTS that are known
+
+  @property
+  def size(self) -> Size:
+    """Its place on the four axes."""
+    return self.rank, self.exit, self.dim, self.precision
+
+
+def task_names(evaluation: Evaluation) -> list[str]:
+  """Returns the tasks that have a score, in order."""
+  return list(dict.fromkeys(r["task"] for r in evaluation["scores"] if math.isfinite(r["score"])))
+
+
+def points(evaluation: Evaluation, task: str | None = None) -> list[Point]:
+  """Returns the slices with their score in one task, or the mean over all; smallest sizes first.
+
+  A slice without a (finite) score in each of these tasks is left out: its mean is not comparable.
+
+  Raises:
+    ValueError: no slice is left.
+  """
+  names = task_names(evaluation) if task is None else [task]
+  scores: dict[Size, dict[str, float]] = defaultdict(dict)
+  for record in evaluation["scores"]:
+    if record["task"] in names and math.isfinite(record["score"]):
+      scores[size_of(record)][record["task"]] = record["score"]
+  costs = _costs(evaluation)
+  whole = [size for size, of in scores.items() if len(of) == len(names)]
+  if not whole:
+    raise ValueError(f"no slice has a score in {task or 'every task'}")
+  return [
+    Point(*size, statistics.fmean(scores[size].values()), costs(size))
+    for size in sorted(whole, key=by_size)
+  ]
+
+
+def size_of(record: dict[str, Any]) -> Size:
+  """Returns the slice that a record of scores.json is about."""
+  return record["rank"], record["exit"], record["dim"], record["precision"]
+
+
+def by_size(size: Size) -> tuple[float, ...]:
+  """Returns the sort key that puts small slices first; a full table is the largest rank."""
+  rank, depth, dim, precision = size
+  return rank or math.inf, depth, dim, vector_bytes(dim, precision)
+
+
+def vector_bytes(dim: int, precision: str) -> int:
+  """Returns the bytes of one stored vector."""
+  if precision in ("binary", "ubinary"):
+    return -(-dim // 8)
+  return dim if precision in ("int8", "uint8") else 4 * dim
+
+
+def _costs(evaluation: Evaluation) -> Callable[[Size], dict[str, float]]:
+  """Returns the function from a slice to its known costs."""
+  costs = evaluation.get("costs", {})
+  models = {(of["rank"], of["exit"]): of for of in costs.get("parameters") or ()}
+  latency = {of["exit"]: of["ms"] for of in costs.get("latency_ms") or ()}
+
+  def of_size(size: Size) -> dict[str, float]:
+    rank, depth, dim, precision = size
+    model = models.get((rank, depth), {})
+    known = {
+      "bytes": vector_bytes(dim, precision),
+      "flops": model.get("flops_per_token"),
+      "parameters": model.get("count"),
+      "latency": latency.get(depth),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+  return of_size
+
+
+def axis(points: Sequence[Point], name: str) -> list[Any]:
+  """Returns the values of one axis, smallest first."""
+  ordered = sorted(points, key=lambda point: by_size(point.size)[AXES.index(name)])
+  return list(dict.fromkeys(getattr(point, name) for point in ordered))
+
+
+def full(points: Sequence[Point]) -> Point:
+  """Returns the largest slice."""
+  return max(points, key=lambda point: by_size(point.size))
+
+
+def best(points: Sequence[Point]) -> Point:
+  """Returns the slice of the highest score, the cheapest of several."""
+  return min(points, key=lambda point: (-point.score, *_price(point, "bytes")))
+
+
+def cheapest(evaluation: Evaluation, share: float) -> dict[str, Point]:
+  """Returns per cost the slice of least cost whose mean score is near that of the best.
+
+  Near: at most `share` of the best score is lost. Equal costs are decided by the other costs in the
+  order of COSTS, then by the score. Costs that are not known are left out.
+  """
+  all_points = points(evaluation)
+  top = best(all_points).score
+  least = top - share * abs(top) - ROUNDING  # scores of STS may be negative
+  good = [point for point in all_points if point.score >= least]
+  return {
+    cost: min((p for p in good if cost in p.costs), key=lambda p, cost=cost: _price(p, cost))
+    for cost in COSTS
+    if any(cost in point.costs for point in good)
+  }
+
+
+def _price(point: Point, cost: str) -> tuple[float, ...]:
+  order = [cost, *(other for other in COSTS if other != cost)]
+  return (*(point.costs.get(name, math.inf) for name in order), -point.score)
+
+
+def front(points: Sequence[Point], cost: str) -> list[Point]:
+  """Returns the Pareto front, cheapest first: no other slice is as cheap and better."""
+  kept: list[Point] = []
+  known = [point for point in points if cost in point.costs]
+  for point in sorted(known, key=lambda p: (p.costs[cost], -p.score, *_price(p, cost))):
+    if not kept or point.score > kept[-1].score:
+      kept.append(point)
+  return kept
+
+
+def varying(points: Sequence[Point]) -> list[str]:
+  """Returns the costs in which slices differ: with one value there is nothing to choose."""
+  return [
+    cost
+    for cost in COSTS
+    if len({point.costs[cost] for point in points if cost in point.costs}) > 1
+  ]
+
+
+def saving(point: Point, whole: Point, cost: str) -> float | None:
+  """Returns how many times cheaper a slice is than the whole model; None: not known."""
+  return whole.costs[cost] / point.costs[cost] if cost in whole.costs else None
+
+
+def percent(score: float | None) -> str:
+  """Returns a score times 100, a dash for none."""
+  return "–" if score is None or not math.isfinite(score) else f"{100 * score:.1f}"
+
+
+def name(point: Point, among: Sequence[Point]) -> str:
+  """Returns what tells a slice from the others; axes with one value are not named."""
+  parts = {
+    "exit": f"depth {point.exit}",
+    "dim": f"dim {point.dim}",
+    "rank": f"rank {point.rank or 'full'}",
+    "precision": point.precision,
+  }
+  return ", ".join(of for key, of in parts.items() if len(axis(among, key)) > 1) or "the model"
+
+
+def shown(cost: str, value: float) -> str:
+  """Returns a cost to three digits."""
+  if cost == "bytes":
+    return f"{value:,.0f} B"
+  if cost == "latency":
+    return f"{value:.3g} ms"
+  for unit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if value >= 0.9995 * unit:
+      return f"{value / unit:.{2 - int(math.log10(value / unit))}f} {prefix}"
+  return f"{value:.0f}"
+
+
+def times(factor: float | None) -> str:
+  """Returns a saving, a dash for none."""
+  return "–" if factor is None else f"{factor:.1f} x" if factor < 9.95 else f"{factor:.0f} x"
+
+
+def text_table(evaluation: Evaluation) -> str:
+  """Returns the scores in percent and the cheapest slices as markdown tables.
+
+  Depth x dim of each task and of their mean at full rank and precision, then rank x dim of the mean
+  at full depth; of a single slice, its tasks by precision.
+  """
+  tasks = task_names(evaluation)
+  by_task = {task: points(evaluation, task) for task in tasks}
+  if len(tasks) > 1:
+    by_task["mean"] = points(evaluation)
+  means = points(evaluation)
+  if len(axis(means, "exit")) == len(axis(means, "dim")) == len(axis(means, "rank")) == 1:
+    parts = [_by_precision(by_task)]
+  else:
+    parts = [f"{task}:\n\n{_by_dim(of, 'exit')}" for task, of in by_task.items()]
+    if len(axis(means, "rank")) > 1:
+      parts.append(f"mean at full depth:\n\n{_by_dim(means, 'rank')}")
+  return "\n\n".join([*parts, *_cheapest_table(evaluation, means)])
+
+
+def _by_precision(by_task: dict[str, list[Point]]) -> str:
+  precisions = axis([point for of in by_task.values() for point in of], "precision")
+  rows = []
+  for task, of in by_task.items():
+    scores = {point.precision: point.score for point in of}
+    rows.append([task, *(percent(scores.get(precision)) for precision in precisions)])
+  return markdown(["task", *precisions], rows)
+
+
+def _by_dim(points: Sequence[Point], rows: str) -> str:
+  """Returns exits or ranks x dims; the two other axes are at their largest."""
+  dims = axis(points, "dim")
+  cells = grid(points, rows, full(points))
+  lines = [
+    [str(row or "full"), *(percent(cells.get((row, dim))) for dim in dims)]
+    for row in axis(points, rows)
+  ]
+  return markdown([{"exit": "depth"}.get(rows, rows), *(f"dim {dim}" for dim in dims)], lines)
+
+
+def grid(points: Sequence[Point], rows: str, at: Point) -> dict[tuple[int, int], float]:
+  """Returns scores by (value of the axis `rows`, dim); the two other axes are as in `at`."""
+  others = [key for key in AXES if key not in (rows, "dim")]
+  return {
+    (getattr(point, rows), point.dim): point.score
+    for point in points
+    if all(getattr(point, key) == getattr(at, key) for key in others)
+  }
+
+
+def _cheapest_table(evaluation: Evaluation, points: Sequence[Point]) -> list[str]:
+  costs, whole = varying(points), full(points)
+  found = [(share, cheapest(evaluation, share)) for share in SHARES]
+  rows = []
+  for cost in costs:
+    for share, point in ((share, by_cost[cost]) for share, by_cost in found if cost in by_cost):
+      paid = [shown(cost, point.costs[cost]), times(saving(point, whole, cost))]
+      rows.append([COSTS[cost], f"{share:.0%}", name(point, points), percent(point.score), *paid])
+  header = ["cheapest by", "within", "slice", "score", "cost", "saves"]
+  return [markdown(header, rows)] if rows else []
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a markdown table."""
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
