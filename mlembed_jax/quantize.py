@@ -1,4 +1,4 @@
-"""Vectors at unit length and in fewer bytes, in the formats of sentence-transformers. numpy alone."""
+"""Vectors at unit length, and in fewer bytes as sentence-transformers has them. numpy alone."""
 
 import numpy as np
 from jaxtyping import Float

@@ -44,6 +44,9 @@ def check_exchange(me, folder):
   assert "storage that all machines share" in raised(lambda: hosts.check_shared(own))
   hosts.gather(None)
   assert not list(folder.glob("**/.shared_*"))
+  seen = []
+  squares = hosts.shared(range(5), lambda x: seen.append(x) or x * x)
+  assert squares == [0, 1, 4, 9, 16] and seen == [[0, 2, 4], [1, 3]][me]
   hosts.on_first(lambda: (folder / f"by_{me}").touch())
   assert (folder / "by_0").exists() and not (folder / "by_1").exists()
 

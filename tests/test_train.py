@@ -1,5 +1,6 @@
 """The command, as real processes: resume after real signals, outputs, and every refusal."""
 
+import collections
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tensorboardX.proto import event_pb2
 
 from mlembed_jax.checkpoint import load_params
 from mlembed_jax.metrics import Writer
@@ -97,8 +99,14 @@ TIMES += ("model_flops_per_second", "data_wait_share")
 def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(data, twenty, tmp_path):
   shutil.copytree(twenty, tmp_path, dirs_exist_ok=True)
   shutil.rmtree(tmp_path / "checkpoints/20")
-  result = run(data, tmp_path)
+  # Evaluation on the way changes no update.
+  held = {"data.heldout": "('heldout/*',)", "data.manifest": data / "manifest.json"}
+  result = run(data, tmp_path, **held, **{"eval.every": 16})
   assert result.returncode == 0, result.stderr
+  assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == [
+    "step_16.json",
+    "step_20.json",
+  ]
   assert_same_state(twenty, tmp_path, 20)
   untimed = [
     [{k: v for k, v in line.items() if k not in TIMES} for line in lines(w)]
@@ -159,6 +167,20 @@ def test_metrics_lines_are_complete(twenty):
   assert datasets == {f"train/{name}.parquet" for name in ("bitext", "topics", "colours")}
 
 
+def scalars(folder):
+  """Returns {tag: steps} of all files of TensorBoard: records of length, checksum, data, checksum."""
+  found = collections.defaultdict(list)
+  for path in sorted(folder.iterdir()):
+    data = path.read_bytes()
+    while data:
+      size = int.from_bytes(data[:8], "little")
+      event = event_pb2.Event.FromString(data[12 : 12 + size])
+      for value in event.summary.value:
+        found[value.tag].append(event.step)
+      data = data[size + 16 :]
+  return found
+
+
 def test_a_whole_run_evaluates_and_exports(data, tmp_path):
   flags = {"export.at_end": True, "train.steps": 4, "data.heldout": "('heldout/*',)"}
   flags |= {"data.manifest": data / "manifest.json", "data.workers": 2}
@@ -171,6 +193,9 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
   for step in (0, 4):
     scores = json.loads((tmp_path / f"work/eval/step_{step}.json").read_text())["scores"]
     assert len(scores) == 2 * 3 * 3 * 3
+  board = scalars(tmp_path / "work/tensorboard")
+  for cut in ("full", "depth_1", "dim_8", "rank_8"):
+    assert board[f"eval/heldout/bitext.parquet/f1/{cut}"] == [0, 4]
   again = run(data, tmp_path / "work", **flags)
   assert again.returncode == 0
   assert result.stdout.count("scoring every slice") == 2

@@ -5,6 +5,7 @@ and scikit-learn alone.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -110,7 +111,8 @@ def _nearest_centroid(train: Vectors, labels: np.ndarray, test: Vectors) -> np.n
 def clustering(vectors: Vectors, labels: np.ndarray) -> Scores:
   """Returns `v_measure`, the mean over ten draws with replacement, of k-means with k labels."""
   draw = np.random.default_rng(SEED)
-  kmeans = MiniBatchKMeans(len(set(labels)), batch_size=512, n_init=1, random_state=SEED)
+  options: dict[str, Any] = {"batch_size": 512, "n_init": 1, "random_state": SEED}
+  kmeans = MiniBatchKMeans(len(set(labels)), **options)
   found = []
   for _ in range(BOOTSTRAPS):
     rows = draw.integers(len(labels), size=DRAWS)
@@ -123,7 +125,8 @@ def sts(first: Vectors, second: Vectors, gold: Float[np.ndarray, " N"]) -> Score
   cosines = np.sum(first * second, axis=1)
   if np.ptp(cosines) == 0:
     return {"cosine_spearman": 0.0}
-  return {"cosine_spearman": float(scipy.stats.spearmanr(gold, cosines)[0])}
+  found: Any = scipy.stats.spearmanr(gold, cosines)
+  return {"cosine_spearman": float(found.statistic)}
 
 
 def _parts(queries: Vectors) -> list[Vectors]:

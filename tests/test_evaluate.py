@@ -1,0 +1,156 @@
+"""The command that scores exported models, as a process, against vectors of single slices."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mlembed_jax.eval import grid, tasks
+from mlembed_jax.inference import Encoder
+from mlembed_jax.quantize import quantize, ranges, rounded, unit
+from tests.material import entry, write_parquet
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(model, folder, out, *more):
+  flags = f"--model={model}", f"--tasks={folder}", f"--out={out}"
+  return subprocess.run(
+    [sys.executable, "-m", "mlembed_jax.evaluate", *flags, *more],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def out(exported, data, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("evaluated")
+  result = run(exported["full"], data / "heldout", folder, "--grid")
+  assert result.returncode == 0, result.stderr
+  (folder / "stdout").write_text(result.stdout)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(out):
+  return json.loads((out / "scores.json").read_text())
+
+
+def test_the_grid_has_every_trained_slice_once(evaluation):
+  sizes = [
+    (r["task"], r["rank"], r["exit"], r["dim"], r["precision"]) for r in evaluation["scores"]
+  ]
+  assert len(set(sizes)) == len(sizes) == 2 * 2 * 2 * 2 * 3
+  found = [sorted({size[i] for size in sizes}) for i in range(1, 5)]
+  assert found == [[8, 24], [1, 3], [16, 48], ["binary", "float32", "int8"]]
+  assert [task["type"] for task in evaluation["tasks"]] == ["bitext", "classification"]
+
+
+@pytest.mark.parametrize(("rank", "depth", "dim"), [(24, 3, 48), (8, 1, 16), (8, 3, 48)])
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+def test_a_record_is_the_score_of_that_slice_alone(
+  evaluation, exported, data, rank, depth, dim, precision
+):
+  for task in tasks.load_folder(data / "heldout"):
+    (record,) = (
+      r
+      for r in evaluation["scores"]
+      if (r["task"], r["rank"], r["exit"], r["dim"], r["precision"])
+      == (task.name, rank, depth, dim, precision)
+    )
+    alone = Encoder.load(exported["full"]).encode(task.texts, depth=depth, rank=rank, dim=dim)
+    found = grid.summary(task.metric, task.score(unit(rounded(alone, precision))))
+    assert record["score"] == pytest.approx(found["score"], abs=0.02), precision
+    assert record["by_language"].keys() == found["by_language"].keys()
+
+
+def test_costs_grow_with_depth_and_rank(evaluation):
+  costs = {(c["rank"], c["exit"]): c for c in evaluation["costs"]["parameters"]}
+  for small, large in (((8, 1), (8, 3)), ((8, 1), (24, 1))):
+    assert costs[small]["count"] < costs[large]["count"]
+    assert costs[small]["flops_per_token"] < costs[large]["flops_per_token"]
+  assert [latency["exit"] for latency in evaluation["costs"]["latency_ms"]] == [1, 3]
+
+
+def test_page_and_table_are_written(out):
+  page = (out / "report.html").read_text()
+  assert "heldout/bitext.parquet" in page and "<svg" in page + "svg"
+  printed = (out / "stdout").read_text()
+  assert "| depth | dim 16 | dim 48 |" in printed and str(out / "report.html") in printed
+
+
+def test_a_second_run_scores_no_task_again(out, exported, data):
+  files = sorted((out / "tasks").iterdir())
+  before = [(file, file.stat().st_mtime_ns) for file in files]
+  assert len(before) == 2
+  assert run(exported["full"], data / "heldout", out, "--grid").returncode == 0
+  assert [(file, file.stat().st_mtime_ns) for file in sorted((out / "tasks").iterdir())] == before
+
+
+def test_one_slice_in_one_precision(exported, data, tmp_path):
+  flags = "--depth=1", "--rank=8", "--dim=16", "--precision=int8", "--max_tokens=8"
+  result = run(exported["full"], data / "heldout", tmp_path, *flags)
+  assert result.returncode == 0, result.stderr
+  evaluation = json.loads((tmp_path / "scores.json").read_text())
+  cut = {"rank": 8, "exit": 1, "dim": 16, "precision": "int8"}
+  assert [record | cut for record in evaluation["scores"]] == evaluation["scores"]
+  assert evaluation["skipped"]["texts_truncated"] > 100
+
+
+def test_rounded_vectors_are_what_the_stored_bytes_mean():
+  vectors = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
+  low, high = ranges(vectors)
+  step = (high - low) / 255
+  assert (np.abs(rounded(vectors, "int8") - vectors) <= 0.5001 * step).all()
+  bits = np.unpackbits(quantize(vectors, "ubinary"), axis=1).astype(int)
+  hamming = (bits[:, None] != bits[None]).sum(axis=2)
+  signs = rounded(vectors, "binary")
+  np.testing.assert_array_equal(signs @ signs.T, 16 - 2 * hamming)
+
+
+REFUSALS = [
+  (("--depth=2",), "--depth: 2 was not trained; the nearest are 1, 3; --untrained allows it"),
+  (("--dim=17",), "--dim: 17 was not trained; the nearest are 16, 48"),
+  (("--rank=99",), "--rank: 99, but the model has 1 to 24"),
+  (("--grid", "--dim=16"), "--dim: --grid scores all trained sizes; give one of the two"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSALS)
+def test_sizes_that_cannot_be_meant_are_refused(exported, data, tmp_path, flags, message):
+  result = run(exported["full"], data / "heldout", tmp_path, *flags)
+  assert (result.returncode, result.stdout) == (1, "")
+  assert result.stderr.startswith(f"error: {message}"), result.stderr
+
+
+def test_what_is_no_model_or_no_task_is_refused(exported, data, tmp_path):
+  for model, folder, message in (
+    (data, data / "heldout", "config.json"),
+    (exported["full"], tmp_path, "has a manifest.json"),
+    (exported["full"], f"{data}/heldout,{data}/heldout", "two of the folders have heldout/"),
+  ):
+    result = run(model, folder, tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("error: "), result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_vectors_that_are_not_finite_name_the_task(exported, data, tmp_path):
+  broken = shutil.copytree(exported["full"], tmp_path / "broken")
+  weights = safetensors.numpy.load_file(broken / "model.safetensors")
+  weights["norm.weight"][:] = 3e38  # times a normed state above 1: infinite
+  safetensors.numpy.save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+  write_parquet(tmp_path / "t/a.parquet", {"lang": ["de"], "text": ["eins"], "en": ["one"]})
+  listed = {"a.parquet": entry("bitext", 0, "Do.")}
+  (tmp_path / "t/manifest.json").write_text(json.dumps(listed))
+  result = run(broken, tmp_path / "t", tmp_path / "out")
+  assert result.returncode == 1
+  assert "error: a.parquet: texts[0] and 1 more have vectors that are not finite" in result.stderr
