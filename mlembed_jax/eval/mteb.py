@@ -282,11 +282,14 @@ def _loaded(task: mteb.AbsTask) -> Iterator[None]:
   """Loads the data once for all slices; mteb itself would for each."""
   parts = [part for part in _parts(task) if not part.data_loaded]
   _seed(task)
-  for part in parts:
-    _load(part)
-  yield
-  for part in parts:
-    part.unload_data()
+  try:
+    for part in parts:
+      _load(part)
+    yield
+  finally:
+    for part in parts:
+      if part.data_loaded:
+        part.unload_data()
 
 
 def _load(task: mteb.AbsTask) -> None:

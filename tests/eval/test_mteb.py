@@ -14,6 +14,7 @@ import jax
 import mteb
 import numpy as np
 import pytest
+import threadpoolctl
 from mteb.types import PromptType
 
 from mlembed_jax.data.tokenizer import DataError
@@ -31,9 +32,14 @@ SLICES = [Slice(), Slice(depth=2, dim=16), Slice(rank=8), Slice(rank=8, depth=3,
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-  """Programs run for milliseconds here and compile for seconds."""
+  """Programs run for milliseconds here and compile for seconds.
+
+  On cores that are busy two threads of torch or scikit-learn wait for each other a hundred times
+  longer than one works.
+  """
   jax.config.update("jax_disable_most_optimizations", True)
-  yield
+  with threadpoolctl.threadpool_limits(1):
+    yield
   jax.config.update("jax_disable_most_optimizations", False)
 
 
