@@ -92,7 +92,7 @@ def score(encoder: Encoder, task: Task, axes: Axes) -> dict[str, Any]:
     return encoder.states(ids, axes.exits, depth, rank or None, show_progress_bar=bar)
 
   try:
-    records = grid.score(task, encoder.tokenize(task.texts), axes, encode)
+    records = grid.score(task, encoder.ids(task.texts), axes, encode)
     return {"records": records, "truncated": encoder.truncated - before}
   except ValueError as error:
     raise DataError(f"{task.name}: {error}") from error

@@ -67,7 +67,8 @@ class Encoder:
     self.sizes, self.dim, self.prompts = sizes, dim, dict(prompts)
     self.max_seq_length = max_seq_length
     self.truncated = 0  # texts that were cut to max_seq_length, so far
-    self._folder, self._model, self._tokenizer = folder, model, tokenizer
+    self.folder = folder
+    self._model, self._tokenizer = model, tokenizer
     self._mesh = Mesh(np.array(jax.local_devices()), ("data",))
     self._cut = functools.lru_cache(maxsize=2)(self._read_cut)
 
@@ -130,7 +131,7 @@ class Encoder:
     """
     self.check(depth, rank, dim, untrained)
     listed = [texts] if isinstance(texts, str) else texts
-    ids = self.tokenize(listed, self._prompt(prompt_name) if prompt is None else prompt)
+    ids = self.ids(listed, self._prompt(prompt_name) if prompt is None else prompt)
     size = depth or self._model.layers
     vectors = self.states(ids, (size,), depth, rank, show_progress_bar)[0, :, : dim or self.dim]
     if normalize:
@@ -140,14 +141,14 @@ class Encoder:
 
   @property
   def name(self) -> str:
-    """The model's own name, else that of its folder."""
-    return _json(self._folder / "mlembed.json").get("name", self._folder.name)
+    """What the export was named, or its folder."""
+    return _json(self.folder / "mlembed.json").get("name") or self.folder.resolve().name
 
   @property
   def fingerprint(self) -> str:
     """Names, sizes and times of the files of the folder."""
-    files = sorted(path for path in self._folder.rglob("*") if path.is_file())
-    stats = [(str(path.relative_to(self._folder)), path.stat()) for path in files]
+    files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(self.folder)), path.stat()) for path in files]
     found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
@@ -160,6 +161,41 @@ class Encoder:
     """Returns the vectors of documents: `encode` with the prompt `document`, if there is one."""
     options.setdefault("prompt_name", "document" if "document" in self.prompts else None)
     return self.encode(texts, **options)
+
+  def check(
+    self, depth: int | None, rank: int | None, dim: int | None, untrained: bool = False
+  ) -> None:
+    """Raises ValueError for a size that the model lacks or, unless `untrained`, was not trained."""
+    full = {"depth": self._model.layers, "rank": self._most_rank, "dim": self.dim}
+    trained = dict(zip(full, (self.sizes.depths, self.sizes.ranks, self.sizes.dims), strict=True))
+    for name, size in {"depth": depth, "rank": rank, "dim": dim}.items():
+      if size is None or size == full[name]:
+        continue
+      if not 1 <= size <= full[name]:
+        most = f"has 1 to {full[name]}" if full[name] else "has a full token table"
+        raise ValueError(f"{name}: {size}, but the model {most}")
+      if size not in trained[name] and not untrained:
+        nearest = sorted(sorted(trained[name], key=lambda t, s=size: abs(t - s))[:3])
+        near = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "none was"
+        raise ValueError(f"{name}: {size} was not trained; {near}; untrained=True allows it")
+
+  def config(self, depth: int | None = None, rank: int | None = None) -> ModelConfig:
+    """Returns the shape of a slice; None: as stored."""
+    return slice_config(self._whole_model(bool(rank)), Slice(depth=depth, rank=rank))
+
+  def ids(self, texts: Sequence[str], prompt: str) -> list[list[int]]:
+    """Returns the token ids of texts after a prompt; counts those that it cuts, with a warning."""
+    ids = self._tokenizer.encode([prompt + text for text in texts], self.max_seq_length + 1)
+    cut = [row for row in ids if len(row) > self.max_seq_length]
+    if cut:
+      self.truncated += len(cut)
+      warnings.warn(
+        f"{len(cut)} of {len(texts)} texts are cut to {self.max_seq_length} tokens",
+        stacklevel=3,
+      )
+    for row in cut:
+      del row[-2]
+    return ids
 
   def states(
     self,
@@ -194,59 +230,23 @@ class Encoder:
     platform = self._mesh.devices.flat[0].platform
     return max(1, BATCH_TOKENS[platform] // width) * self._mesh.size
 
-  def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
-    """Returns the token ids of texts after a prompt, cut to `max_seq_length` with a warning."""
-    ids = self._tokenizer.encode([prompt + text for text in texts], self.max_seq_length + 1)
-    cut = [row for row in ids if len(row) > self.max_seq_length]
-    if cut:
-      self.truncated += len(cut)
-      warnings.warn(
-        f"{len(cut)} of {len(texts)} texts are cut to {self.max_seq_length} tokens",
-        stacklevel=3,
-      )
-    for row in cut:
-      del row[-2]
-    return ids
-
   def _prompt(self, name: str | None) -> str:
     if name is not None and name not in self.prompts:
       known = ", ".join(self.prompts) or "none"
-      raise ValueError(f"prompt_name: {name!r} is no prompt of {self._folder}; there are: {known}")
+      raise ValueError(f"prompt_name: {name!r} is no prompt of {self.folder}; there are: {known}")
     return self.prompts[name] if name is not None else ""
-
-  def check(
-    self, depth: int | None, rank: int | None, dim: int | None, untrained: bool = False
-  ) -> None:
-    """Raises ValueError for a size that the model lacks, or that was not trained."""
-    full = {"depth": self._model.layers, "rank": self._most_rank, "dim": self.dim}
-    trained = dict(zip(full, (self.sizes.depths, self.sizes.ranks, self.sizes.dims), strict=True))
-    for name, size in {"depth": depth, "rank": rank, "dim": dim}.items():
-      if size is None or size == full[name]:
-        continue
-      if not 1 <= size <= full[name]:
-        most = f"has 1 to {full[name]}" if full[name] else "has a full token table"
-        raise ValueError(f"{name}: {size}, but the model {most}")
-      if size not in trained[name] and not untrained:
-        nearest = sorted(sorted(trained[name], key=lambda t, s=size: abs(t - s))[:3])
-        near = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "none was"
-        raise ValueError(f"{name}: {size} was not trained; {near}; untrained=True allows it")
 
   @property
   def _most_rank(self) -> int:
     return max(self.sizes.ranks, default=0)
 
-  def config(self, depth: int, rank: int | None) -> ModelConfig:
-    """Returns the shape of the encoder of a slice."""
-    return slice_config(self._whole_model(bool(rank)), Slice(depth=depth, rank=rank))
-
   def _read_cut(self, depth: int | None, rank: int | None) -> tuple[ModelConfig, Any]:
     """Returns the model and its parameters, cut, on every device."""
     model = self._whole_model(bool(rank))
-    cut = Slice(depth=depth, rank=rank)
     if (depth, rank) == (None, None):
       return model, self._read(model)
     whole = self._read(model) if rank else self._cut(None, None)[1]
-    return slice_config(model, cut), slice_params(whole, cut)
+    return self.config(depth, rank), slice_params(whole, Slice(depth=depth, rank=rank))
 
   def _whole_model(self, factorised: bool) -> ModelConfig:
     return dataclasses.replace(self._model, rank=self._most_rank) if factorised else self._model
@@ -257,7 +257,7 @@ class Encoder:
       lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=everywhere),
       parameter_shapes(model),
     )
-    return load_params(self._folder, model, like)
+    return load_params(self.folder, model, like)
 
 
 def _keep_programs() -> None:
