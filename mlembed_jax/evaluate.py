@@ -92,7 +92,7 @@ def score(encoder: Encoder, task: Task, axes: Axes) -> dict[str, Any]:
     return encoder.states(ids, axes.exits, depth, rank or None, show_progress_bar=bar)
 
   try:
-    records = grid.score(task, encoder.ids(task.texts), axes, encode)
+    records = grid.score(task, encoder.ids(task.texts, ""), axes, encode)
     return {"records": records, "truncated": encoder.truncated - before}
   except ValueError as error:
     raise DataError(f"{task.name}: {error}") from error
@@ -138,8 +138,10 @@ def _latency_ms(encoder: Encoder, depth: int) -> float:
 
 
 def _of_mteb(encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path) -> list[Record]:
-  from mlembed_jax.eval import mteb  # an extra of the package
-
+  try:
+    from mlembed_jax.eval import mteb  # an extra of the package
+  except ImportError as error:
+    raise ConfigError(f"--tasks: {error}") from error
   slices = [
     Slice(rank=rank or None, depth=depth, dim=dim)
     for rank in axes.ranks

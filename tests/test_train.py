@@ -168,7 +168,7 @@ def test_metrics_lines_are_complete(twenty):
 
 
 def scalars(folder):
-  """Returns {tag: steps} of all files of TensorBoard: records of length, checksum, data, checksum."""
+  """Returns {tag: steps} of all files; a record is length, checksum, data, checksum."""
   found = collections.defaultdict(list)
   for path in sorted(folder.iterdir()):
     data = path.read_bytes()

@@ -43,6 +43,7 @@ from mlembed_jax.hf.export import variant_name
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
+from mlembed_jax.quantize import unit
 
 PREFIX = "mteb:"
 WHOLE = Slice()
@@ -134,7 +135,7 @@ class MTEBEncoder(AbsEncoder):
       return self.model.encode(texts, prompt=prompt, depth=cut.depth, rank=cut.rank, dim=cut.dim)
     depth = cut.depth or self.model.config().layers
     vectors = self._states.read(texts, prompt, depth)[:, : cut.dim or self.model.dim]
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit(vectors)
 
 
 def model_meta(encoder: Encoder, cut: Slice = WHOLE) -> ModelMeta:

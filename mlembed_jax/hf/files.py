@@ -20,12 +20,18 @@ PAD_TOKEN = "<|endoftext|>"  # where the tokenizer has it; else the pooled token
 QWEN_SIZE, QWEN_TOKEN = 151_643, "<|im_start|>"  # together they tell Qwen's vocabulary
 
 # Prompts a user gets for tasks that no training file names; the sentences of the reference.
-RETRIEVAL_INSTRUCTION = "Given a question, retrieve passages that can help answer the question."
-STS_INSTRUCTION = "Retrieve semantically similar text."
+DEFAULTS = {
+  "Retrieval-query": "Given a question, retrieve passages that can help answer the question.",
+  "BitextMining": "Retrieve translations of the following text.",
+  "Classification": "Classify the topic of the given text.",
+  "Clustering": "Classify the topic of the given text.",
+  "PairClassification": "Retrieve semantically entailed text.",
+  "STS": "Retrieve semantically similar text.",
+}
 # Task type of a training file -> task types of MTEB. The first file of a type gives its prompt, in
 # this order, so that classification comes before clustering for "Classification".
 MTEB_TYPES = {
-  "retrieval": ("Retrieval",),
+  "retrieval": ("Retrieval-query",),  # "Retrieval" would stand before documents, too
   "bitext": ("BitextMining",),
   "classification": ("Classification",),
   "clustering": ("Clustering", "Classification"),
@@ -233,10 +239,9 @@ def prompts(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
           found.setdefault(key, prompt)
         if found[keys[0]] != prompt:
           found[pathlib.PurePath(file).stem] = prompt
-  default = with_instruction(RETRIEVAL_INSTRUCTION, "")
-  query = found.get("Retrieval", found.get("BitextMining", default))
-  sts = with_instruction(STS_INSTRUCTION, "")
-  return {"query": query, "document": "", "STS": sts, **found}
+  defaults = {key: with_instruction(text, "") for key, text in DEFAULTS.items()}
+  query = found.get("Retrieval-query", found.get("BitextMining", defaults["Retrieval-query"]))
+  return {"query": query, "document": "", **defaults, **found}
 
 
 def tokenizer_spec(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:

@@ -95,9 +95,7 @@ def alone(model, tasks) -> dict[str, mteb.TaskResult]:
 def test_scores_are_those_of_sentence_transformers(encoder, folder, files, records, tmp_path):
   mocks = evaluate(encoder, [task() for task in local_tasks.MOCKS], [Slice()], tmp_path)
   model = load_st(folder)
-  # Without it mteb puts the prompt "Retrieval" before documents, too.
-  prompts = model.prompts | {"Retrieval-document": model.prompts["document"]}
-  model = mteb.SentenceTransformerEncoderWrapper(model, model_prompts=prompts)
+  model = mteb.SentenceTransformerEncoderWrapper(model, model_prompts=model.prompts)
   tasks = [*(task() for task in local_tasks.MOCKS), *local_tasks.all_of(files)]
   theirs = alone(model, tasks)
   found = [*mocks, *(r for key, r in records.items() if key[1:] == (0, 4, 48))]
@@ -185,7 +183,7 @@ def test_prompts(encoder):
     task.metadata for task in local_tasks.all_of(pathlib.Path())
   )
   for task, kind, name in (
-    (retrieval, query, "Retrieval"),
+    (retrieval, query, "Retrieval-query"),
     (retrieval, document, "document"),
     (local_tasks.MockRerankingTask.metadata, query, "query"),
     (local_tasks.MockRerankingTask.metadata, document, "document"),
@@ -193,7 +191,7 @@ def test_prompts(encoder):
     (classification, None, "Classification"),
     (clusters, None, "Clustering"),
     (local_tasks.MockSTSTask.metadata, None, "STS"),
-    (local_tasks.MockPairClassificationTask.metadata, None, None),
+    (local_tasks.MockPairClassificationTask.metadata, None, "PairClassification"),
   ):
     assert model.get_prompt_name(task, kind) == name
   assert encoder.prompts["document"] == ""
