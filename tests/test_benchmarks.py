@@ -37,11 +37,18 @@ def flags(data, exported, tmp_path_factory):
       *("--folder", str(exported["full"]), "--texts", f"{data}/train/bitext.parquet"),
       *("--count", "40", "--repeats", "1"),
     ),
+    "grid": (
+      *("--tokenizer", f"{data}/tokenizer.json", "--tasks", f"{data}/heldout"),
+      *("--layers", "2", "--max_tokens", "16"),
+    ),
+    "importing": (*TINY, "--folder", str(tmp_path_factory.mktemp("weights") / "made")),
     "loader": (*rows, "--folder", str(tmp_path_factory.mktemp("rows"))),
   }
 
 
-@pytest.mark.parametrize("name", [*FLAGS, "batches", "encode", "prepare", "loader"])
+@pytest.mark.parametrize(
+  "name", [*FLAGS, "batches", "encode", "grid", "importing", "prepare", "loader"]
+)
 def test_a_benchmark_prints_its_tables(name, flags):
   result = subprocess.run(
     [sys.executable, "-m", f"tests.benchmarks.{name}", *flags[name]],
