@@ -115,7 +115,7 @@ def test_long_texts_are_cut_and_counted(exported):
   ("options", "message"),
   [
     ({"prompt_name": "nope"}, "prompt_name: 'nope' is no prompt of .*there are: query, document"),
-    ({"depth": 2}, "depth: 2 was not trained; the nearest are 1, 3; untrained=True allows it"),
+    ({"depth": 2}, "depth: 2 was not trained; the nearest are 1, 3; untrained=True"),
     ({"depth": 4}, "depth: 4, but the model has 1 to 3"),
     ({"dim": 20}, "dim: 20 was not trained; the nearest are 16, 48"),
     ({"rank": 100}, "rank: 100, but the model has 1 to 24"),
