@@ -22,7 +22,8 @@ from absl import flags
 from mlembed_jax import cli
 from mlembed_jax.hf import agreement, examination, installed
 from mlembed_jax.hf.examination import Verdict
-from mlembed_jax.hf.subject import ERROR, OK, OURS, ST, TRANSFORMERS, WARNING, Check, Finding
+from mlembed_jax.hf.parity import FILE as PARITY
+from mlembed_jax.hf.subject import ERROR, OK, OURS, OWN, ST, TRANSFORMERS, WARNING, Check, Finding
 
 TORCH = flags.DEFINE_bool(
   "torch", True, "Load the folder with sentence-transformers and transformers, if installed."
@@ -47,7 +48,7 @@ def main(directory: str) -> None:
 
 
 def _of_vectors() -> list[Check]:
-  checks = [Check("D16", agreement.d16, (OURS,))]
+  checks = [Check("D16", agreement.d16, (OURS,), (PARITY, OWN))]
   if TORCH.value:
     checks.append(Check("D16", installed.sentence_transformers, (ST,)))
     checks.append(Check("D16", installed.transformers, (TRANSFORMERS,)))

@@ -16,6 +16,7 @@ from mlembed_jax.hf.subject import (
   ERROR,
   LLAMA,
   OURS,
+  OWN,
   SKIPPED,
   ST,
   TEI,
@@ -77,7 +78,7 @@ def d01(s: Subject) -> Iterator[Said]:
 def _own_files(s: Subject) -> Iterator[Said]:
   if not s.ours:
     found = "absent or empty: not an export of mlembed_jax; what it would say is not checked"
-    yield Said(SKIPPED, "mlembed.json", found)
+    yield Said(SKIPPED, OWN, found)
   elif not s.has(PARITY):
     yield Said(ERROR, PARITY, "is not there: nothing to compare vectors with", AGAIN, (OURS,))
 
@@ -173,12 +174,7 @@ def foreign_code(s: Subject) -> list[str]:
 
 def d07(s: Subject) -> Iterator[Said]:
   """modules.json has the spelling that all versions of sentence-transformers and TEI read."""
-  yield from s.lacks(MODULES)
   entries = s.modules()
-  if not entries:
-    if s.has(MODULES):
-      yield Said(ERROR, MODULES, "is no list of modules", AGAIN)
-    return
   kinds = [str(m.get("type")) for m in entries]
   if newer := [k for k in kinds if not k.startswith(LEGACY)]:
     found = f"{newer[0]}: re-saved by sentence-transformers 5.4 or newer; 5.1 and TEI fail"
@@ -199,9 +195,6 @@ def d07(s: Subject) -> Iterator[Said]:
 
 def d08(s: Subject) -> Iterator[Said]:
   """Pooling means the last token to old and new readers."""
-  yield from s.lacks(MODULES)
-  if not s.has(MODULES):
-    return
   file = f"{s.module('Pooling') or '1_Pooling'}/config.json"
   pooling = s.json(file)
   chosen = [key for key, value in pooling.items() if value is True]
@@ -228,9 +221,6 @@ def d08(s: Subject) -> Iterator[Said]:
 
 def d10(s: Subject) -> Iterator[Said]:
   """There are prompts of queries and documents."""
-  yield from s.lacks(PROMPTS)
-  if not s.has(PROMPTS):
-    return
   for name in ("query", "document"):
     if name not in s.prompts:
       yield Said(ERROR, PROMPTS, f"there is no prompt {name!r}", "Add it; document may be empty.")
@@ -244,9 +234,6 @@ def d10(s: Subject) -> Iterator[Said]:
 
 def d11(s: Subject) -> Iterator[Said]:
   """Texts are cut where the model still knows positions."""
-  yield from s.lacks(BERT)
-  if not s.has(BERT):
-    return
   allowed, positions = s.allowed, s.config.get("max_position_embeddings")
   if allowed is None:
     yield Said(ERROR, BERT, "max_seq_length is not a number; TEI needs it", AGAIN, (ST, TEI))
@@ -264,9 +251,6 @@ def d11(s: Subject) -> Iterator[Said]:
 
 def d15(s: Subject) -> Iterator[Said]:
   """The card has its parts, and states what mlembed.json states."""
-  if not s.has(CARD) or not s.ours:
-    yield Said(SKIPPED, CARD, "no card, or no mlembed.json to compare it with")
-    return
   text = (s.path / CARD).read_text(encoding="utf-8")
   front, _, body = text.removeprefix("---\n").partition("\n---\n")
   for line in ("library_name: sentence-transformers", *(f'- "{tag}"' for tag in TAGS)):

@@ -14,6 +14,7 @@ from mlembed_jax.hf.subject import (
   LLAMA,
   OK,
   OURS,
+  OWN,
   SERVERS,
   SKIPPED,
   ST,
@@ -35,15 +36,15 @@ CHECKS = (
   Check("D04", weight_checks.d04, CONSUMERS),
   Check("D05", checks.d05, CONSUMERS),
   Check("D06", checks.d06, (ST, TRANSFORMERS)),
-  Check("D07", checks.d07, (ST, *SERVERS)),
-  Check("D08", checks.d08, EMBEDDERS),
+  Check("D07", checks.d07, (ST, *SERVERS), (checks.MODULES,)),
+  Check("D08", checks.d08, EMBEDDERS, (checks.MODULES,)),
   Check("D09", weight_checks.d09, (ST, TEI, VLLM)),
-  Check("D10", checks.d10, (OURS, ST)),
-  Check("D11", checks.d11, (OURS, ST, TEI, VLLM)),
-  Check("D12", tokenizer_checks.d12, EMBEDDERS),
-  Check("D13", tokenizer_checks.d13, (LLAMA,)),
-  Check("D14", weight_checks.d14, (OURS,)),
-  Check("D15", checks.d15, ()),  # the card, which people read
+  Check("D10", checks.d10, (OURS, ST), (checks.PROMPTS,)),
+  Check("D11", checks.d11, (OURS, ST, TEI, VLLM), (checks.BERT,)),
+  Check("D12", tokenizer_checks.d12, EMBEDDERS, (tokenizer_checks.FILE,)),
+  Check("D13", tokenizer_checks.d13, (LLAMA,), (tokenizer_checks.FILE,)),
+  Check("D14", weight_checks.d14, (OURS,), (OWN,)),
+  Check("D15", checks.d15, (), (checks.CARD, OWN)),  # the card, which people read
 )
 
 
@@ -80,6 +81,9 @@ def _findings(subject: Subject, check: Check) -> Iterator[Finding]:
 
 
 def _said(subject: Subject, check: Check) -> Iterator[Said]:
+  if absent := [file for file in check.needs if not subject.has(file)]:
+    yield Said(SKIPPED, "", f"{absent[0]} is not there")
+    return
   try:
     yield from check.run(subject)
   except Exception as error:  # a file may hold anything at all, and tokenizers raises bare ones

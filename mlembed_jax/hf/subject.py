@@ -18,6 +18,7 @@ OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
 )
 EMBEDDERS = (OURS, ST, TEI, VLLM, LLAMA)  # read more than the body
 SERVERS = (TEI, VLLM, LLAMA)
+OWN = "mlembed.json"
 AGAIN = "Take the folder as it was exported."
 
 
@@ -50,6 +51,7 @@ class Check:
   name: str
   run: Callable[["Subject"], Iterator[Said]]
   consumers: tuple[str, ...]
+  needs: tuple[str, ...] = ()  # files without which it is skipped; D01 says that they are absent
 
 
 class Subject:
@@ -77,11 +79,6 @@ class Subject:
     except (OSError, ValueError):
       return None
 
-  def lacks(self, file: str) -> Iterator[Said]:
-    """Yields that a check has nothing to read, where D01 says that the file is not there."""
-    if not self.has(file):
-      yield Said(SKIPPED, file, "is not there")
-
   def has(self, file: str) -> bool:
     """Returns whether there is such a file."""
     return (self.path / file).is_file()
@@ -94,7 +91,7 @@ class Subject:
   @property
   def ours(self) -> dict[str, Any]:
     """Returns mlembed.json; {} of a folder that others wrote."""
-    return self.json("mlembed.json")
+    return self.json(OWN)
 
   @property
   def kind(self) -> str:

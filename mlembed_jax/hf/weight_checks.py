@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlembed_jax.hf import factors
+from mlembed_jax.hf import factors, names
 from mlembed_jax.hf.folder import (
   DTYPES,
   WEIGHTS,
@@ -23,7 +23,6 @@ from mlembed_jax.hf.subject import (
   LLAMA,
   OK,
   OURS,
-  SKIPPED,
   ST,
   TEI,
   TRANSFORMERS,
@@ -46,7 +45,7 @@ def d03(s: Subject) -> Iterator[Said]:
     folder = open_folder(s.path, read_model(s.path))
   except LoadError as error:
     for line in _lines(error):
-      yield Said(ERROR, "config.json" if "E105 config" in line else WEIGHTS, line)
+      yield Said(ERROR, "config.json" if "E105 config" in line else WEIGHTS, line, AGAIN)
     return
   for file, metadata in sorted({file: m for file, m in s.stored().values()}.items()):
     if metadata.get("format") != "pt":
@@ -158,15 +157,13 @@ def _shapes(stored: Mapping[str, Stored]) -> str:
 
 def d14(s: Subject) -> Iterator[Said]:
   """The trained factors beside a merged table multiply to it."""
-  table = s.ours.get("table")
-  if not table:
-    yield Said(SKIPPED, factors.FACTORS, "no mlembed.json")
-    return
-  if table.get("form") == "uv" and s.config.get("embedding_rank") != table.get("rank_exported"):
-    found = f"embedding_rank is {s.config.get('embedding_rank')}"
-    yield Said(ERROR, "config.json", found, f"mlembed.json has {table.get('rank_exported')}.")
-  if file := table.get("uv_file"):
-    yield from _factors(s, file, table.get("rank_exported"))
+  table = s.ours["table"]
+  rank, stored = table["rank_exported"], s.config.get(names.RANK_KEY)
+  if table["form"] == "uv" and stored != rank:
+    found = f"{names.RANK_KEY} is {stored}, mlembed.json says {rank}"
+    yield Said(ERROR, "config.json", found, AGAIN)
+  if file := table["uv_file"]:
+    yield from _factors(s, file, rank)
 
 
 def _factors(s: Subject, file: str, rank: int) -> Iterator[Said]:
