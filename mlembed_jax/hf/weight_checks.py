@@ -104,7 +104,8 @@ def d04(s: Subject) -> Iterator[Said]:
 def d09(s: Subject) -> Iterator[Said]:
   """A cut dimension is a Dense module that keeps the first coordinates, and is stated."""
   width, path = s.config.get("hidden_size"), s.module("Dense")
-  out, config = width, s.json(f"{path}/config.json")
+  config = s.json(f"{path}/config.json")
+  out: Any = width
   if path:
     out = config.get("out_features")
     yield from _dense_config(f"{path}/config.json", config, width)
@@ -116,9 +117,10 @@ def d09(s: Subject) -> Iterator[Said]:
     found = f"the modules give {out} coordinates, mlembed.json says {exported}"
     yield Said(ERROR, "modules.json", found, AGAIN, (OURS, ST, TEI, VLLM))
   listed = s.config.get("matryoshka_dimensions", () if s.ours else (out,))
-  if max(listed, default=None) != out:
+  if (largest := max(listed, default=0)) != out:
     found = f"matryoshka_dimensions is {listed}, the vectors have {out}; vLLM refuses others"
-    yield Said(ERROR, "config.json", found, "List the trained sizes up to it.", (VLLM,))
+    level = ERROR if largest > out else WARNING  # of a dimension that was not trained
+    yield Said(level, "config.json", found, "List the trained sizes up to it.", (VLLM,))
 
 
 def _dense_config(file: str, config: Mapping[str, Any], width: Any) -> Iterator[Said]:
