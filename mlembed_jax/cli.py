@@ -15,17 +15,20 @@ from mlembed_jax.hf.folder import LoadError
 from mlembed_jax.metrics import TrainingError
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses the flags and runs `main`; exits with 0 on success alone.
+def run(main: Callable[..., None], *names: str) -> None:
+  """Parses the flags and runs `main` with the arguments called `names`; exits with 0 on success.
 
   Input that cannot be used ends the program with its message and status 1, without a traceback.
   """
 
   def wrapped(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-      raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a --flag")
+    given = argv[1:]
+    if len(given) > len(names):
+      raise app.UsageError(f"unexpected argument {given[len(names)]!r}; every option is a --flag")
+    if len(given) < len(names):
+      raise app.UsageError(f"{names[len(given)]} is missing")
     try:
-      main()
+      main(*given)
     except (ConfigError, DataError, ExportError, LoadError, TrainingError) as error:
       sys.exit(f"error: {error}")
 

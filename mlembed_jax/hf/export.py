@@ -23,11 +23,12 @@ from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
-from mlembed_jax.hf import files, names, parity
+from mlembed_jax.hf import examination, files, names, parity
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.factors import FACTORS
 from mlembed_jax.hf.files import ExportError, Variant
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.subject import ERROR
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.workdir import Run, replace_folder, write_json, write_text
@@ -88,7 +89,7 @@ def export_folder(
 
   Raises:
     ExportError: `out` holds something else, a size was not trained, the tokenizer does not fit
-      the table, or a weight is not finite.
+      the table, a weight is not finite, or a reader of such folders would fail.
   """
   out = out.absolute()
   variant = plan_variant(run, step, cut, name, force, factors)
@@ -102,6 +103,7 @@ def export_folder(
     raise ExportError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
   try:
     _write(temporary, variant, params, tokenizer, spec, evaluation)
+    _check(temporary)
     replace_folder(temporary, out)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -169,8 +171,9 @@ def _write(
 ) -> None:
   cut = Slice(rank=variant.rank or None, depth=variant.depth)
   _write_weights(folder, variant, matryoshka.slice_params(params, cut))
-  for file, code in files.remote_code(variant).items():
-    write_text(folder / file, code)
+  if variant.form == "uv":
+    for file, code in files.remote_code(names.family(variant.body) or "").items():
+      write_text(folder / file, code)
   prompts = files.prompts(variant.run.datasets)
   for path, value in {
     "config.json": files.model_config(variant, tokenizer, spec),
@@ -184,6 +187,14 @@ def _write(
   write_json(folder / parity.FILE, parity.items(folder, variant, tokenizer, prompts["query"]))
   write_text(folder / "README.md", card(variant, tokenizer.pooled_token, prompts, evaluation))
   write_json(folder / OURS, _ours(folder, variant, tokenizer))
+
+
+def _check(folder: pathlib.Path) -> None:
+  """Raises ExportError with all errors that mlembed_jax.doctor would find, but for vectors."""
+  errors = [f for f in examination.examine(folder) if f.level == ERROR]
+  if errors:
+    lines = [f"{f.check} {f.file}: {f.found}. {f.remedy}" for f in errors]
+    raise ExportError("nothing was written, as readers would fail:\n" + "\n".join(lines))
 
 
 def _write_weights(folder: pathlib.Path, variant: Variant, params: Mapping[str, Any]) -> None:

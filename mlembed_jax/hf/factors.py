@@ -49,7 +49,7 @@ def of_folder(folder: Folder, rank: int) -> Factors:
     raise LoadError(f"E107 not finite: the token table of {folder.path} has NaN or infinite values")
   if trained := _trained(folder):
     source, u, v = trained
-    if not _multiply_to(u, v, whole):
+    if not multiply_to(u, v, whole):
       raise LoadError(
         f"E108 factors: U @ V of {source} is not the table of the weights beside it, which changed "
         "since it was written. Delete the file to factorise the table anew."
@@ -82,7 +82,7 @@ def _trained(folder: Folder) -> tuple[pathlib.Path, np.ndarray, np.ndarray] | No
   return None
 
 
-def _multiply_to(u: np.ndarray, v: np.ndarray, table: np.ndarray) -> bool:
+def multiply_to(u: np.ndarray, v: np.ndarray, table: np.ndarray) -> bool:
   """Returns whether U @ V are the leading rows of `table`; a sample of them is compared."""
   if len(u) > len(table) or u.shape[1] != len(v) or v.shape[1] != table.shape[1]:
     return False

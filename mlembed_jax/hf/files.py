@@ -151,11 +151,8 @@ def _class_prefix(family: str) -> str:
   return names.FAMILIES[family].architecture.removesuffix("ForCausalLM")
 
 
-def remote_code(variant: Variant) -> dict[str, str]:
+def remote_code(family: str) -> dict[str, str]:
   """Returns the code by file name that a folder of factors needs, for its architecture."""
-  if variant.form != "uv":
-    return {}
-  family = names.family(variant.body) or ""
   found = {}
   for path in sorted((pathlib.Path(__file__).parent / "remote").glob("*_mlembed.py")):
     code = path.read_text(encoding="utf-8")

@@ -153,8 +153,9 @@ def read_model(path: pathlib.Path) -> ModelConfig:
 def _stated(config: Mapping[str, Any], field: str) -> Any:
   """Returns what config.json says of a field of the model; heads may leave out their width."""
   found = config.get(names.CONFIG_KEYS[field])
-  if field == "head_dim" and found is None and config.get("num_attention_heads"):
-    return config["hidden_size"] // config["num_attention_heads"]
+  width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+  if field == "head_dim" and found is None and width and heads:
+    return width // heads
   return found
 
 

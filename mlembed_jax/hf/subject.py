@@ -1,48 +1,87 @@
-"""An exported folder under examination: its files, read once, and what a check says of them."""
+"""A folder under examination: its files, read once; what a check says, and whom it concerns."""
 
 import dataclasses
 import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+import safetensors
 
 from mlembed_jax.hf import names
 
-OK, SKIPPED, WARNING, ERROR = "ok", "skipped", "warning", "error"
+OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
+OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
+  *("ours", "sentence-transformers", "transformers"),
+  *("TEI", "vLLM", "llama.cpp"),
+)
+EMBEDDERS = (OURS, ST, TEI, VLLM, LLAMA)  # read more than the body
+SERVERS = (TEI, VLLM, LLAMA)
+OWN = "mlembed.json"
+AGAIN = "Take the folder as it was exported."
+
+
+class Said(NamedTuple):
+  """What a check found in one file; `consumers`: () stands for all that the check concerns."""
+
+  level: str  # one of LEVELS
+  file: str
+  found: str
+  remedy: str = ""
+  consumers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What one check found in one file; `level` is one of OK, SKIPPED, WARNING and ERROR."""
+  """What was said, by which check, and for which programs it matters."""
 
   check: str
   level: str
   file: str
   found: str
-  remedy: str = ""
+  remedy: str
+  consumers: tuple[str, ...]
 
 
-Said = tuple[str, str, str, str]  # level, file, found, remedy
-Check = Callable[["Subject"], Iterator[Said]]
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """One check; `run` yields nothing where all is well."""
+
+  name: str
+  run: Callable[["Subject"], Iterator[Said]]
+  consumers: tuple[str, ...]
+  needs: tuple[str, ...] = ()  # files without which it is skipped; D01 says that they are absent
 
 
 class Subject:
-  """The files of a folder by name; JSON that is absent or broken is empty here (D01, D02)."""
+  """The files of a folder by name; JSON that is absent or no object is {} here: D01, D02 say so."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    self._json = functools.cache(self._read_json)
+    self._parsed = functools.cache(self._parse)
 
-  def json(self, file: str) -> Any:
-    """Returns the content of a JSON file, {} where there is none."""
-    try:
-      return self._json(file)
-    except (OSError, ValueError):
-      return {}
+  def parse(self, file: str) -> Any:
+    """Returns the content of a JSON file; raises OSError or ValueError where there is none."""
+    return self._parsed(file)
 
-  def _read_json(self, file: str) -> Any:
+  def _parse(self, file: str) -> Any:
     return json.loads((self.path / file).read_text(encoding="utf-8"))
+
+  def json(self, file: str) -> dict[str, Any]:
+    """Returns the object of a JSON file."""
+    found = self._content(file)
+    return found if isinstance(found, dict) else {}
+
+  def _content(self, file: str) -> Any:
+    try:
+      return self.parse(file)
+    except (OSError, ValueError):
+      return None
+
+  def has(self, file: str) -> bool:
+    """Returns whether there is such a file."""
+    return (self.path / file).is_file()
 
   @property
   def config(self) -> dict[str, Any]:
@@ -51,8 +90,13 @@ class Subject:
 
   @property
   def ours(self) -> dict[str, Any]:
-    """Returns mlembed.json."""
-    return self.json("mlembed.json")
+    """Returns mlembed.json; {} of a folder that others wrote."""
+    return self.json(OWN)
+
+  @property
+  def kind(self) -> str:
+    """Returns the name of the architecture, also of a folder of factors."""
+    return str(self.config.get("model_type")).removeprefix(names.REMOTE)
 
   @property
   def is_remote(self) -> bool:
@@ -61,18 +105,41 @@ class Subject:
 
   def modules(self) -> list[dict[str, Any]]:
     """Returns the entries of modules.json that are objects."""
-    listed = self.json("modules.json")
+    listed = self._content("modules.json")
     return [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
 
   def module(self, kind: str) -> str | None:
-    """Returns the file config.json of the module whose type ends in `kind`, None without it."""
+    """Returns the folder of the module whose type ends in `kind`, None without it."""
     for entry in self.modules():
       if str(entry.get("type")).rpartition(".")[2] == kind:
-        return f"{entry.get('path')}/config.json"
+        return str(entry.get("path"))
     return None
+
+  @property
+  def prompts(self) -> dict[str, Any]:
+    """Returns the prompts by name."""
+    found = self.json("config_sentence_transformers.json").get("prompts")
+    return found if isinstance(found, dict) else {}
 
   @property
   def pooled_id(self) -> int | None:
     """Returns the id whose state is the embedding."""
     stated = self.ours.get("pooling", {}).get("token_id", self.config.get("eos_token_id"))
     return stated if isinstance(stated, int) else None
+
+  @property
+  def allowed(self) -> int | None:
+    """Returns the most tokens of a text."""
+    found = self.json("sentence_bert_config.json").get("max_seq_length")
+    return found if isinstance(found, int) else None
+
+  def stored(self) -> dict[str, tuple[str, dict[str, str]]]:
+    """Returns {tensor: (file, metadata of the file)} of the weights that can be opened."""
+    found = {}
+    for path in sorted(self.path.glob("*.safetensors")):
+      try:
+        with safetensors.safe_open(path, "np") as file:
+          found |= dict.fromkeys(file.keys(), (path.name, file.metadata() or {}))
+      except (OSError, safetensors.SafetensorError):
+        continue  # D03 says so
+    return found

@@ -1,0 +1,80 @@
+"""Says what each program that reads Hugging Face folders would make of one.
+
+  python -m mlembed_jax.doctor DIR
+
+One line for each finding: check, result, file, what was found, and the remedy; then one for each
+program. Our loader, and sentence-transformers and transformers where they are installed, really
+load the folder, and their vectors are compared with parity.json. What TEI, vLLM and llama.cpp parse
+is checked, without them. Nothing is written or downloaded. Ends with status 0 where all is well, 1
+where there are warnings, 2 where there are errors.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from mlembed_jax import cli
+from mlembed_jax.hf import agreement, examination, installed
+from mlembed_jax.hf.examination import Verdict
+from mlembed_jax.hf.parity import FILE as PARITY
+from mlembed_jax.hf.subject import ERROR, OK, OURS, OWN, ST, TRANSFORMERS, WARNING, Check, Finding
+
+TORCH = flags.DEFINE_bool(
+  "torch", True, "Load the folder with sentence-transformers and transformers, if installed."
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
+
+STATUS = {OK: 0, WARNING: 1, ERROR: 2}
+
+
+def main(directory: str) -> None:
+  """Examines a folder; ends with the status."""
+  path = pathlib.Path(directory).absolute()
+  if not (path / "config.json").is_file():
+    print(f"error: {directory} is no model folder: it has no config.json", file=sys.stderr)
+    sys.exit(STATUS[ERROR])
+  jax.config.update("jax_platforms", "cpu")  # parity.json is of it, and accelerators may be in use
+  os.environ["HF_HUB_OFFLINE"] = "1"
+  findings = examination.examine(path, [*examination.CHECKS, *_of_vectors()])
+  found = examination.verdicts(path, findings)
+  print(_json(path, findings, found) if JSON.value else _text(findings, found))
+  sys.exit(STATUS[examination.worst(findings)])
+
+
+def _of_vectors() -> list[Check]:
+  checks = [Check("D16", agreement.d16, (OURS,), (PARITY, OWN))]
+  if TORCH.value:
+    checks.append(Check("D16", installed.sentence_transformers, (ST,)))
+    checks.append(Check("D16", installed.transformers, (TRANSFORMERS,)))
+  return checks
+
+
+def _text(findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
+  return "\n".join([*map(_line, findings), "", *map(str, found)])
+
+
+def _line(finding: Finding) -> str:
+  said = ": ".join(part for part in (finding.file, finding.found.rstrip(".")) if part)
+  remedy = f". {finding.remedy}" if finding.remedy else ""
+  return f"{finding.check} {finding.level:<8} {said}{remedy}".rstrip()
+
+
+def _json(path: pathlib.Path, findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
+  level = examination.worst(findings)
+  report = {
+    "folder": str(path),
+    "result": level,
+    "findings": [dataclasses.asdict(finding) for finding in findings],
+    "consumers": [dataclasses.asdict(verdict) for verdict in found],
+  }
+  return json.dumps(report, indent=2, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+  cli.run(main, "DIR")
