@@ -177,7 +177,8 @@ class Encoder:
       if size not in trained[name] and not untrained:
         nearest = sorted(sorted(trained[name], key=lambda t, s=size: abs(t - s))[:3])
         near = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "none was"
-        raise ValueError(f"{name}: {size} was not trained; {near}; untrained=True (--untrained) allows it")
+        allow = "untrained=True (--untrained) allows it"
+        raise ValueError(f"{name}: {size} was not trained; {near}; {allow}")
 
   def config(self, depth: int | None = None, rank: int | None = None) -> ModelConfig:
     """Returns the shape of a slice; None: as stored."""

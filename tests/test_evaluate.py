@@ -118,7 +118,10 @@ def test_rounded_vectors_are_what_the_stored_bytes_mean():
 
 
 REFUSALS = [
-  (("--depth=2",), "--depth: 2 was not trained; the nearest are 1, 3; untrained=True (--untrained) allows it"),
+  (
+    ("--depth=2",),
+    "--depth: 2 was not trained; the nearest are 1, 3; untrained=True (--untrained)",
+  ),
   (("--dim=17",), "--dim: 17 was not trained; the nearest are 16, 48"),
   (("--rank=99",), "--rank: 99, but the model has 1 to 24"),
   (("--grid", "--dim=16"), "--dim: --grid scores all trained sizes; give one of the two"),
