@@ -28,7 +28,7 @@ from mlembed_jax.hf.subject import (
   Subject,
 )
 
-# No vectors and no torch: seconds, most of which read the weights once.
+# None computes vectors or imports torch; the weights are read once.
 CHECKS = (
   Check("D01", checks.d01, CONSUMERS),
   Check("D02", checks.d02, CONSUMERS),

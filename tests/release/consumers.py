@@ -10,15 +10,16 @@ the same ids, and a vector of cosine 0.9999 or more, in float32; ends with statu
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import venv
 from collections.abc import Iterator
+from importlib.metadata import Distribution
 from typing import Any
 
 TORCH = "2.13.0"
@@ -35,10 +36,9 @@ def make(root: pathlib.Path, versions: tuple[str, ...]) -> pathlib.Path:
   path = root / "-".join(versions)
   venv.create(path, with_pip=True, symlinks=True)
   python, wanted = path / "bin" / "python", list(zip(PROGRAMS, versions, strict=True))
-  if shared := _site_with_torch():
+  if shared := share_torch(root / "torch"):
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    # Comes after the packages of the environment, which therefore win.
     (pathlib.Path(own.stdout.strip()) / "torch.pth").write_text(f"{shared}\n", encoding="utf-8")
   else:
     wanted.append(("torch", TORCH))
@@ -47,11 +47,37 @@ def make(root: pathlib.Path, versions: tuple[str, ...]) -> pathlib.Path:
   return python
 
 
-def _site_with_torch() -> pathlib.Path | None:
-  found = importlib.util.find_spec("torch")
-  if not found or not found.origin or importlib.metadata.version("torch").split("+")[0] != TORCH:
+def share_torch(folder: pathlib.Path) -> pathlib.Path | None:
+  """Returns a folder of links to torch and what it needs; None where another torch is here.
+
+  Nothing else is shared: transformers imports whatever it finds, of any version.
+  """
+  try:
+    version = importlib.metadata.version("torch").partition("+")[0]
+  except importlib.metadata.PackageNotFoundError:
+    version = None
+  if version != TORCH:
     return None
-  return pathlib.Path(found.origin).parents[1]
+  folder.mkdir(parents=True, exist_ok=True)
+  for distribution in _with_requirements("torch", {}).values():
+    for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+      if not (folder / name).exists():
+        (folder / name).symlink_to(pathlib.Path(str(distribution.locate_file(name))))
+  return folder
+
+
+def _with_requirements(name: str, found: dict[str, Distribution]) -> dict[str, Distribution]:
+  """Returns `found` with a distribution and all that it requires, of what is installed."""
+  try:
+    distribution = importlib.metadata.distribution(name)
+  except importlib.metadata.PackageNotFoundError:
+    return found  # of another platform
+  found[name] = distribution
+  for requirement in distribution.requires or ():
+    required = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+    if "extra ==" not in requirement and required not in found:
+      _with_requirements(required, found)
+  return found
 
 
 def probe(python: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
