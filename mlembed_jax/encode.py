@@ -42,6 +42,9 @@ RANK = flags.DEFINE_integer("rank", None, "Rank of the token table; a trained on
 DIM = flags.DEFINE_integer("dim", None, "Dimensions; a trained size.")
 UNTRAINED = flags.DEFINE_bool("untrained", False, "Allow sizes that were not trained.")
 PRECISION = flags.DEFINE_enum("precision", "float32", PRECISIONS, "Of the vectors.")
+POOLED_TOKEN = flags.DEFINE_string(
+  "pooled_token", None, "Token that ends every text, of a folder that does not say which."
+)
 PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
 
 
@@ -182,7 +185,7 @@ def main() -> None:
   out = pathlib.Path(OUT.value).absolute()
   if out.suffix not in (".npy", ".parquet"):
     raise ConfigError(f"--out: {out} ends neither in .npy nor in .parquet")
-  encoder = Encoder.load(MODEL.value)
+  encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
   options: dict[str, Any] = {"prompt_name": PROMPT_NAME.value, "prompt": PROMPT.value}
   options |= {"depth": DEPTH.value, "rank": RANK.value, "dim": DIM.value}
   options |= {"untrained": UNTRAINED.value}
@@ -191,7 +194,9 @@ def main() -> None:
     quantize(encoder.encode(["a"], **options), PRECISION.value)
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
-  parts = Parts(out, options | {"precision": PRECISION.value, "model": encoder.fingerprint})
+  settings = {"precision": PRECISION.value, "pooled_token": POOLED_TOKEN.value}
+  settings |= {"model": encoder.fingerprint}
+  parts = Parts(out, options | settings)
   with tqdm(unit=" texts", disable=None) as bar:
     for texts in parts_of(read_texts(INPUT.value, COLUMN.value), PART.value):
       file = parts.next(texts)

@@ -50,6 +50,9 @@ RANK = flags.DEFINE_integer("rank", None, "Rank of the token table; a trained on
 DIM = flags.DEFINE_integer("dim", None, "Dimensions; a trained size. Default: all.")
 UNTRAINED = flags.DEFINE_bool("untrained", False, "Allow sizes that were not trained.")
 PRECISION = flags.DEFINE_enum("precision", "float32", PRECISIONS, "Of the vectors.")
+POOLED_TOKEN = flags.DEFINE_string(
+  "pooled_token", None, "Token that ends every text, of a folder that does not say which."
+)
 MAX_TOKENS = flags.DEFINE_integer(
   "max_tokens", None, "Of a text, longer ones are cut. Default: what the model allows.", 2
 )
@@ -156,6 +159,7 @@ def evaluate(
 ) -> dict[str, Any]:
   """Returns scores.json: what was scored, the records of every slice, and what slices cost."""
   settings = [encoder.fingerprint, encoder.max_seq_length, dataclasses.asdict(axes)]
+  settings += [POOLED_TOKEN.value]
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):
     digest = hashlib.sha256(json.dumps([*settings, task.name, task.texts]).encode()).hexdigest()
@@ -193,7 +197,7 @@ def main() -> None:
   names = [task.name for task in tasks]
   if twice := [name for name in names if names.count(name) > 1]:
     raise ConfigError(f"--tasks: two of the folders have {twice[0]}; score one at a time")
-  encoder = Encoder.load(MODEL.value)
+  encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
   out = pathlib.Path(OUT.value).absolute()
