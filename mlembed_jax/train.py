@@ -148,17 +148,25 @@ def fit(
         recorder.record(*pending)
       pending = batch, values, waited_s
       done, stopping = batch.step + 1, stop.agreed(signals)
-      if done % config.train.checkpoint_every == 0 or done == len(batches) or stopping:
-        recorder.record(*pending)  # a diverged state is noticed here, before it is saved
+      saving = done % config.train.checkpoint_every == 0 or done == len(batches) or stopping
+      evaluating = due(config.eval.every, done) and done < len(batches)
+      if saving or evaluating:
+        recorder.record(*pending)  # a diverged state is noticed here, before it is used
         pending = None
+      if saving:
         checkpoints.save(done, state)
-      if config.eval.every and done % config.eval.every == 0 and done < len(batches):
-        with recorder.paused(), jax.transfer_guard("allow"):
-          evaluate(state)
       if stopping:
         checkpoints.close()
         stop.leave(stopping, f"step {done} is saved")
+      if evaluating:
+        with recorder.paused(), jax.transfer_guard("allow"):
+          evaluate(state)
   return state
+
+
+def due(every: int, step: int) -> bool:
+  """Returns whether held-out scores are wanted at a step."""
+  return step == 0 or (every > 0 and step % every == 0)
 
 
 def evaluate(
@@ -270,7 +278,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)
       score = functools.partial(evaluate, config, read, mesh, workdir)
-      if int(state.step) == 0:
+      if due(config.eval.every, int(state.step)):  # a run that was stopped has not scored its step
         score(state)
       stop.leave_if_received("no step is lost")
       start, every = int(state.step), config.train.log_every
