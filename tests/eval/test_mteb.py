@@ -13,12 +13,14 @@ import huggingface_hub
 import jax
 import mteb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import threadpoolctl
 from mteb.types import PromptType
 
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.eval import mteb as ours
+from mlembed_jax.eval import scores
 from mlembed_jax.eval.mteb import MTEBEncoder, evaluate, find_task, model_meta
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
@@ -113,6 +115,22 @@ def test_a_slice_scores_as_it_does_alone(encoder, files, records, cut):
   for name, result in found.items():
     record = records[f"mteb:{name}", cut.rank or 0, cut.depth or 4, cut.dim or 48]
     assert record["score"] == pytest.approx(result.get_score(), abs=1e-4), name
+
+
+def test_our_own_scores_are_those_of_mteb(encoder, files, records):
+  def vectors(texts, prompt):
+    return encoder.encode(texts.to_pylist(), prompt_name=prompt)
+
+  stated = records["mteb:LocalBitext", 0, 4, 48]["by_language"]
+  for lang in ("de-en", "zh-en"):
+    pairs = pq.read_table(files / f"{lang}.parquet")
+    sides = (vectors(pairs[f"sentence{i}"], "BitextMining") for i in (1, 2))
+    assert scores.bitext(*sides)["f1"] == pytest.approx(stated[lang], abs=1e-4)
+  table = pq.read_table(files / "colours.parquet")
+  labels, found = table["label"].to_numpy(), vectors(table["text"], "Classification")
+  halves = found[:24], labels[:24], found[24:], labels[24:]
+  stated = records["mteb:LocalClassification", 0, 4, 48]["score"]
+  assert scores.classification(*halves)["accuracy"] == pytest.approx(stated, abs=1e-4)
 
 
 def test_records(records):
