@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from mlembed_jax import cli, flops
+from mlembed_jax import __version__, cli, flops
 from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.eval import grid, report, summary
@@ -155,10 +155,11 @@ def evaluate(
   encoder: Encoder, tasks: Sequence[Task], named: Sequence[str], axes: Axes, out: pathlib.Path
 ) -> dict[str, Any]:
   """Returns scores.json: what was scored, the records of every slice, and what slices cost."""
-  settings = [encoder.fingerprint, encoder.max_seq_length, dataclasses.asdict(axes)]
+  settings = [__version__, encoder.fingerprint, encoder.config().dtype, encoder.max_seq_length]
+  settings.append(dataclasses.asdict(axes))
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):
-    digest = hashlib.sha256(json.dumps([*settings, task.name, task.texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
     file = out / "tasks" / f"{digest[:24]}.json"
     scored.append(kept(file, lambda task=task: score(encoder, task, axes)))
   records = [record for task in scored for record in task["records"]]

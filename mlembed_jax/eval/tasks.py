@@ -12,6 +12,8 @@ No jax here.
 
 import dataclasses
 import glob
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +54,7 @@ class Task:
   type: str
   texts: list[str]
   score: Callable[[Vectors], ByLanguage]
+  digest: str  # of all that decides the scores of given vectors, and of the texts
 
   @property
   def metric(self) -> str:
@@ -70,7 +73,11 @@ def load(file: File) -> Task:
   prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
   texts = _Texts(prompt, file.symmetric)
   score = MAKERS[kind](file.name, columns, texts)
-  return Task(file.name, kind, texts.unique(), score)
+  return Task(file.name, kind, texts.unique(), score, _digest([kind, columns, texts.unique()]))
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def load_folder(folder: pathlib.Path) -> list[Task]:
@@ -170,6 +177,8 @@ def _classification(
     for lang, rows in groups.items()
     if not support[rows].all()
   }
+  if not pairs:
+    raise DataError(f"{name}: all rows have split 'support'; there are none to score")
   if lacking := [lang for lang, (train, _) in pairs.items() if not train.size]:
     raise DataError(
       f"{name}: no rows with split 'support' to learn the labels from, neither in {lacking[0]} nor "
