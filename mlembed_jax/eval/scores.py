@@ -23,6 +23,7 @@ SEED = 42
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # of a classification
 BOOTSTRAPS, DRAWS = 10, 2048  # of a clustering; MTEB's tasks draw 2,048 or 16,384 texts
 TOP = 10
+TIE = 1e-6  # apart; products of bits that are equally far are rounded in another order
 QUERIES_AT_ONCE = 1024  # their similarities to all documents stand in memory
 
 
@@ -60,7 +61,7 @@ def _places(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Returns the places of the right documents, ascending, from 0 on; ties count against them."""
   own = np.sort(scores[right])[::-1]
   wrong = np.sort(np.delete(scores, right))
-  return len(wrong) - np.searchsorted(wrong, own, side="left") + np.arange(len(right))
+  return len(wrong) - np.searchsorted(wrong, own - TIE, side="left") + np.arange(len(right))
 
 
 def classification(
