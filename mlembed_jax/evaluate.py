@@ -55,6 +55,7 @@ MAX_TOKENS = flags.DEFINE_integer(
 )
 
 MTEB = "mteb:"  # begins the name of a task of MTEB
+MTEB_LACKS = (PRECISION, UNTRAINED)
 GRID_PRECISIONS = ("float32", "int8", "binary")
 TIMED_TOKENS, TIMED_RUNS = 32, 9  # of the text whose latency is measured
 
@@ -63,10 +64,10 @@ def axes_of(encoder: Encoder) -> Axes:
   """Returns the slices that the flags ask for.
 
   Raises:
-    ConfigError: a size that the model lacks or that was not trained; --grid beside a size.
+    ConfigError: a size that the model lacks or that was not trained; --grid beside a slice.
   """
   if GRID.value:
-    if flag := next((f.name for f in (DEPTH, RANK, DIM) if f.value is not None), None):
+    if flag := next((f.name for f in (DEPTH, RANK, DIM, PRECISION, UNTRAINED) if f.present), None):
       raise ConfigError(f"--{flag}: --grid scores all trained sizes; give one of the two")
     trained = encoder.sizes
     return Axes(trained.ranks or (0,), trained.depths, trained.dims, GRID_PRECISIONS)
@@ -74,7 +75,7 @@ def axes_of(encoder: Encoder) -> Axes:
     encoder.check(DEPTH.value, RANK.value, DIM.value, UNTRAINED.value)
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
-  depth = DEPTH.value or encoder.sizes.depths[-1]
+  depth = DEPTH.value or encoder.config().layers
   return Axes((RANK.value or 0,), (depth,), (DIM.value or encoder.dim,), (PRECISION.value,))
 
 
@@ -186,14 +187,24 @@ def _described(records: Sequence[Record], texts: Mapping[str, Any]) -> list[dict
   ]
 
 
-def main() -> None:
-  """Reads the flags."""
+def _read_tasks() -> tuple[list[Task], list[str]]:
+  """Returns the tasks of folders, and the names of those of MTEB."""
+  if not TASKS.value or not all(TASKS.value):
+    raise ConfigError("--tasks: an empty name; give folders, or mteb:NAME")
   named = [name.removeprefix(MTEB) for name in TASKS.value if name.startswith(MTEB)]
   folders = [name for name in TASKS.value if not name.startswith(MTEB)]
+  if named and (flag := next((f.name for f in MTEB_LACKS if f.value != f.default), None)):
+    raise ConfigError(f"--{flag}: tasks of MTEB have trained sizes in float32 alone")
   tasks = [task for folder in folders for task in load_folder(pathlib.Path(folder))]
-  names = [task.name for task in tasks]
+  names = [*(task.name for task in tasks), *named]
   if twice := [name for name in names if names.count(name) > 1]:
-    raise ConfigError(f"--tasks: two of the folders have {twice[0]}; score one at a time")
+    raise ConfigError(f"--tasks: {twice[0]} comes twice; score one at a time")
+  return tasks, named
+
+
+def main() -> None:
+  """Reads the flags."""
+  tasks, named = _read_tasks()
   encoder = Encoder.load(MODEL.value)
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
