@@ -141,8 +141,8 @@ class MTEBEncoder(AbsEncoder):
 def model_meta(encoder: Encoder, cut: Slice = WHOLE) -> ModelMeta:
   """Returns what mteb writes beside the results of a slice.
 
-  The revision is a hash of all files of the folder, and of how they are used. A rank is part of the name even where it is
-  the full one: a merged table holds rounded products of the factors.
+  The revision is a hash of all files of the folder, and of how they are used. A rank is part of the
+  name even where it is the full one: a merged table holds rounded products of the factors.
   """
   dim, depth = _or_none(cut.dim, encoder.dim), _or_none(cut.depth, encoder.config().layers)
   name = variant_name(encoder.name, Slice(dim=dim, depth=depth, rank=cut.rank))

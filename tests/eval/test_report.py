@@ -169,7 +169,9 @@ def test_a_task_whose_number_of_texts_is_not_known(evaluation):
   assert f"4 tasks, {known:,} texts" in report.page(some)
   for task in some["tasks"]:
     task["texts"] = None
-  assert "4 tasks, " in report.page(some) and " texts" not in report.page(some).split("</header>")[0]
+  assert (
+    "4 tasks, " in report.page(some) and " texts" not in report.page(some).split("</header>")[0]
+  )
 
 
 def test_a_language_that_only_some_tasks_have(evaluation):
