@@ -148,17 +148,27 @@ def fit(
         recorder.record(*pending)
       pending = batch, values, waited_s
       done, stopping = batch.step + 1, stop.agreed(signals)
-      if done % config.train.checkpoint_every == 0 or done == len(batches) or stopping:
-        recorder.record(*pending)  # a diverged state is noticed here, before it is saved
+      last = done == len(batches)
+      saved = done % config.train.checkpoint_every == 0 or last or stopping
+      # A machine that is taken away has seconds left; the next start evaluates.
+      scored = evaluated_at(config, done) and not last and not stopping
+      if saved or scored:
+        recorder.record(*pending)  # a diverged state is noticed here, before it is used
         pending = None
+      if saved:
         checkpoints.save(done, state)
-      if config.eval.every and done % config.eval.every == 0 and done < len(batches):
+      if scored:
         with recorder.paused(), jax.transfer_guard("allow"):
           evaluate(state)
       if stopping:
         checkpoints.close()
         stop.leave(stopping, f"step {done} is saved")
   return state
+
+
+def evaluated_at(config: Config, step: int) -> bool:
+  """Returns whether held-out scores of a step are wanted, before training and on the way."""
+  return step == 0 or (config.eval.every > 0 and step % config.eval.every == 0)
 
 
 def evaluate(
@@ -270,7 +280,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)
       score = functools.partial(evaluate, config, read, mesh, workdir)
-      if int(state.step) == 0:
+      if evaluated_at(config, int(state.step)):
         score(state)
       stop.leave_if_received("no step is lost")
       start, every = int(state.step), config.train.log_every
