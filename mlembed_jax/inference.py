@@ -210,7 +210,8 @@ class Encoder:
 
     One pass gives all exits. Raises ValueError where a state is not finite.
     """
-    model, params = self._cut(depth, rank)
+    # Cutting nothing would hold the layers twice.
+    model, params = self._cut(None if depth == self._model.layers else depth, rank)
     with tqdm(total=len(ids), disable=not show_progress_bar, unit=" texts") as bar:
       out = states(
         model,
@@ -243,10 +244,11 @@ class Encoder:
 
   def _read_cut(self, depth: int | None, rank: int | None) -> tuple[ModelConfig, Any]:
     """Returns the model and its parameters, cut, on every device."""
-    model = self._whole_model(bool(rank))
-    if (depth, rank) == (None, None):
+    most = self._most_rank if rank else None
+    if (depth, rank) == (None, most):
+      model = self._whole_model(bool(rank))
       return model, self._read(model)
-    whole = self._read(model) if rank else self._cut(None, None)[1]
+    whole = self._cut(None, most)[1]  # read once: ranks share their layers
     return self.config(depth, rank), slice_params(whole, Slice(depth=depth, rank=rank))
 
   def _whole_model(self, factorised: bool) -> ModelConfig:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import sentence_transformers
@@ -74,6 +75,19 @@ def test_slices_are_those_of_exported_cuts(exported, encoder, tiny, params, data
   low = encoder.encode(TEXTS, rank=8)
   np.testing.assert_allclose(low, Encoder.load(folder).encode(TEXTS), atol=1e-4)
   assert np.abs(low - encoder.encode(TEXTS)).max() > 1e-3
+
+
+def test_weights_are_read_once_for_all_ranks_and_depths(exported, monkeypatch):
+  model, reads = Encoder.load(exported["full"]), []
+  read = Encoder._read
+  monkeypatch.setattr(Encoder, "_read", lambda self, of: reads.append(of.rank) or read(self, of))
+  for _ in range(2):
+    for rank in (8, 16, 24):
+      for depth in (1, 3):
+        model.encode(TEXTS[:1], rank=rank, depth=depth, untrained=True)
+  assert reads == [24]
+  layers = [model._cut(None, rank)[1]["layers"] for rank in (8, 24)]
+  assert jax.tree.all(jax.tree.map(lambda a, b: a is b, *layers))
 
 
 def test_vectors_can_stay_as_they_are(encoder):

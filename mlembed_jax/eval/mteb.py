@@ -84,9 +84,8 @@ class States:
 
   def _append(self, texts: Mapping[bytes, str], prompt: str) -> None:
     ids = self._encoder.ids(list(texts.values()), prompt)
-    depth = _or_none(self._exits[-1], self._encoder.config().layers)
     bar = sys.stderr.isatty()
-    states_END = self._encoder.states(ids, self._exits, depth, self._rank, bar)
+    states_END = self._encoder.states(ids, self._exits, self._exits[-1], self._rank, bar)
     with self._path.open("ab") as file:
       file.write(np.ascontiguousarray(states_END[:, :, : self._dim].swapaxes(0, 1)).data)
     self._rows |= {key: row for row, key in enumerate(texts, start=len(self._rows))}
