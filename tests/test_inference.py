@@ -1,5 +1,6 @@
 """The encoder of an exported folder, against sentence-transformers with the same folder."""
 
+import fnmatch
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from sentence_transformers.util.quantization import quantize_embeddings
 from mlembed_jax import states
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.export import export_folder
-from mlembed_jax.hf.folder import LoadError
+from mlembed_jax.hf.folder import FILES, LoadError
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.quantize import PRECISIONS, quantize, ranges
@@ -172,6 +173,12 @@ def test_a_folder_that_does_not_say_what_ends_a_text_is_refused(exported, tmp_pa
     Encoder.load(tmp_path / "plain")
   again = Encoder.load(tmp_path / "plain", pooled_token="<|endoftext|>")
   np.testing.assert_array_equal(again.encode(TEXTS), found)
+
+
+def test_all_that_an_encoder_reads_is_downloaded(exported):
+  for file in exported["full"].glob("*.json"):
+    downloaded = any(fnmatch.fnmatch(file.name, pattern) for pattern in FILES)
+    assert downloaded == (file.name not in ("modules.json", "parity.json")), file.name
 
 
 def test_few_programs_serve_all_lengths(encoder):
