@@ -156,7 +156,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "keep_checkpoints": 3,  # the newest ones
       },
       "eval": {
-        "every": 0,  # steps between evaluations of all slices; 0: before and after training alone
+        "every": 0,  # steps between evaluations of all slices, which also save a checkpoint; 0:
+        #              before and after training alone
         "batch_size": 512,  # texts encoded at a time, over all devices
       },
       "export": {

@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from mlembed_jax import cli, flops
+from mlembed_jax import __version__, cli, flops
 from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.eval import grid, report, summary
@@ -31,7 +31,7 @@ from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.quantize import PRECISIONS
-from mlembed_jax.workdir import write_json
+from mlembed_jax.workdir import open_folder, write_json
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -58,6 +58,7 @@ MAX_TOKENS = flags.DEFINE_integer(
 )
 
 MTEB = "mteb:"  # begins the name of a task of MTEB
+MTEB_LACKS = (PRECISION, UNTRAINED)
 GRID_PRECISIONS = ("float32", "int8", "binary")
 TIMED_TOKENS, TIMED_RUNS = 32, 9  # of the text whose latency is measured
 
@@ -66,10 +67,10 @@ def axes_of(encoder: Encoder) -> Axes:
   """Returns the slices that the flags ask for.
 
   Raises:
-    ConfigError: a size that the model lacks or that was not trained; --grid beside a size.
+    ConfigError: a size that the model lacks or that was not trained; --grid beside a slice.
   """
   if GRID.value:
-    if flag := next((f.name for f in (DEPTH, RANK, DIM) if f.value is not None), None):
+    if flag := next((f.name for f in (DEPTH, RANK, DIM, PRECISION, UNTRAINED) if f.present), None):
       raise ConfigError(f"--{flag}: --grid scores all trained sizes; give one of the two")
     trained = encoder.sizes
     return Axes(trained.ranks or (0,), trained.depths, trained.dims, GRID_PRECISIONS)
@@ -77,7 +78,7 @@ def axes_of(encoder: Encoder) -> Axes:
     encoder.check(DEPTH.value, RANK.value, DIM.value, UNTRAINED.value)
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
-  depth = DEPTH.value or encoder.sizes.depths[-1]
+  depth = DEPTH.value or encoder.config().layers
   return Axes((RANK.value or 0,), (depth,), (DIM.value or encoder.dim,), (PRECISION.value,))
 
 
@@ -158,11 +159,11 @@ def evaluate(
   encoder: Encoder, tasks: Sequence[Task], named: Sequence[str], axes: Axes, out: pathlib.Path
 ) -> dict[str, Any]:
   """Returns scores.json: what was scored, the records of every slice, and what slices cost."""
-  settings = [encoder.fingerprint, encoder.max_seq_length, dataclasses.asdict(axes)]
-  settings += [POOLED_TOKEN.value]
+  settings = [__version__, encoder.fingerprint, encoder.config().dtype, encoder.max_seq_length]
+  settings += [POOLED_TOKEN.value, dataclasses.asdict(axes)]
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):
-    digest = hashlib.sha256(json.dumps([*settings, task.name, task.texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
     file = out / "tasks" / f"{digest[:24]}.json"
     scored.append(kept(file, lambda task=task: score(encoder, task, axes)))
   records = [record for task in scored for record in task["records"]]
@@ -189,18 +190,28 @@ def _described(records: Sequence[Record], texts: Mapping[str, Any]) -> list[dict
   ]
 
 
-def main() -> None:
-  """Reads the flags."""
+def _read_tasks() -> tuple[list[Task], list[str]]:
+  """Returns the tasks of folders, and the names of those of MTEB."""
+  if not TASKS.value or not all(TASKS.value):
+    raise ConfigError("--tasks: an empty name; give folders, or mteb:NAME")
   named = [name.removeprefix(MTEB) for name in TASKS.value if name.startswith(MTEB)]
   folders = [name for name in TASKS.value if not name.startswith(MTEB)]
+  if named and (flag := next((f.name for f in MTEB_LACKS if f.value != f.default), None)):
+    raise ConfigError(f"--{flag}: tasks of MTEB have trained sizes in float32 alone")
   tasks = [task for folder in folders for task in load_folder(pathlib.Path(folder))]
-  names = [task.name for task in tasks]
+  names = [*(task.name for task in tasks), *named]
   if twice := [name for name in names if names.count(name) > 1]:
-    raise ConfigError(f"--tasks: two of the folders have {twice[0]}; score one at a time")
+    raise ConfigError(f"--tasks: {twice[0]} comes twice; score one at a time")
+  return tasks, named
+
+
+def main() -> None:
+  """Reads the flags."""
+  out = open_folder(OUT.value, "--out")
+  tasks, named = _read_tasks()
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
-  out = pathlib.Path(OUT.value).absolute()
   evaluation = evaluate(encoder, tasks, named, axes_of(encoder), out)
   write_json(out / "scores.json", evaluation)
   report.write(out / "report.html", evaluation)

@@ -210,7 +210,8 @@ class Encoder:
 
     One pass gives all exits. Raises ValueError where a state is not finite.
     """
-    model, params = self._cut(depth, rank)
+    # Cutting nothing would hold the layers twice.
+    model, params = self._cut(None if depth == self._model.layers else depth, rank)
     with tqdm(total=len(ids), disable=not show_progress_bar, unit=" texts") as bar:
       out = states(
         model,
@@ -218,7 +219,7 @@ class Encoder:
         ids,
         exits=exits,
         lengths=WIDTHS,
-        rows=self._rows,
+        rows=lambda width: self._rows(width, len(ids)),
         sharding=NamedSharding(self._mesh, PartitionSpec("data")),
         progress=bar.update,
       )
@@ -226,10 +227,16 @@ class Encoder:
       raise ValueError(f"texts[{bad[0]}] and {len(bad) - 1} more have vectors that are not finite")
     return out
 
-  def _rows(self, width: int) -> int:
-    """Returns how many texts of a width make a batch over all devices."""
-    platform = self._mesh.devices.flat[0].platform
-    return max(1, BATCH_TOKENS[platform] // width) * self._mesh.size
+  def _rows(self, width: int, texts: int) -> int:
+    """Returns how many texts of a width make a batch over all devices, of a call with so many.
+
+    A device gets 1, 4, 16 ... texts, so that one text does not cost what a full batch does, and
+    there are few programs.
+    """
+    few, platform = 1, self._mesh.devices.flat[0].platform
+    while few * self._mesh.size < texts:
+      few *= 4
+    return min(few, max(1, BATCH_TOKENS[platform] // width)) * self._mesh.size
 
   def _prompt(self, name: str | None) -> str:
     if name is not None and name not in self.prompts:
@@ -243,10 +250,11 @@ class Encoder:
 
   def _read_cut(self, depth: int | None, rank: int | None) -> tuple[ModelConfig, Any]:
     """Returns the model and its parameters, cut, on every device."""
-    model = self._whole_model(bool(rank))
-    if (depth, rank) == (None, None):
+    most = self._most_rank if rank else None
+    if (depth, rank) == (None, most):
+      model = self._whole_model(bool(rank))
       return model, self._read(model)
-    whole = self._read(model) if rank else self._cut(None, None)[1]
+    whole = self._cut(None, most)[1]  # read once: ranks share their layers
     return self.config(depth, rank), slice_params(whole, Slice(depth=depth, rank=rank))
 
   def _whole_model(self, factorised: bool) -> ModelConfig:

@@ -147,12 +147,15 @@ def _step(line: str) -> float:
 def write_scores(workdir: pathlib.Path, step: int, records: Sequence[dict[str, Any]]) -> None:
   """Writes held-out scores to TensorBoard: of the whole model, and with one axis cut at a time."""
   axes = {"rank": "rank", "exit": "depth", "dim": "dim"}
+  # Of a folder TensorBoard follows the newest file alone: beside those of the steps, this one would
+  # end their curves.
+  folder = workdir / "tensorboard" / "eval"
   full = {axis: max(record[axis] for record in records) for axis in axes}
-  with tensorboardX.SummaryWriter(str(workdir / "tensorboard"), filename_suffix=".eval") as board:
+  with tensorboardX.SummaryWriter(str(folder), filename_suffix=f".{step}") as board:
     for record in records:
       cut = [f"{name}_{record[axis]}" for axis, name in axes.items() if record[axis] != full[axis]]
       if len(cut) < 2:
-        tag = f"eval/{record['task']}/{record['metric']}/{cut[0] if cut else 'full'}"
+        tag = f"{record['task']}/{record['metric']}/{cut[0] if cut else 'full'}"
         board.add_scalar(tag, record["score"], step)
 
 

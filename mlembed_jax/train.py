@@ -49,8 +49,9 @@ from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import (
   Run,
   copy_file,
+  evaluated,
   evaluation_path,
-  open_workdir,
+  open_folder,
   read_evaluation,
   write_json,
 )
@@ -148,25 +149,26 @@ def fit(
         recorder.record(*pending)
       pending = batch, values, waited_s
       done, stopping = batch.step + 1, stop.agreed(signals)
-      saving = done % config.train.checkpoint_every == 0 or done == len(batches) or stopping
-      evaluating = due(config.eval.every, done) and done < len(batches)
-      if saving or evaluating:
-        recorder.record(*pending)  # a diverged state is noticed here, before it is used
+      last = done == len(batches)
+      # A machine that is taken away has seconds left; the next start evaluates. One that is taken
+      # away while it evaluates finds this step saved.
+      scored = evaluated_at(config, done) and not last and not stopping
+      if done % config.train.checkpoint_every == 0 or last or stopping or scored:
+        recorder.record(*pending)  # a diverged state is noticed here, before it is saved
         pending = None
-      if saving:
         checkpoints.save(done, state)
+      if scored:
+        with recorder.paused(), jax.transfer_guard("allow"):
+          evaluate(state)
       if stopping:
         checkpoints.close()
         stop.leave(stopping, f"step {done} is saved")
-      if evaluating:
-        with recorder.paused(), jax.transfer_guard("allow"):
-          evaluate(state)
   return state
 
 
-def due(every: int, step: int) -> bool:
-  """Returns whether held-out scores are wanted at a step."""
-  return step == 0 or (every > 0 and step % every == 0)
+def evaluated_at(config: Config, step: int) -> bool:
+  """Returns whether held-out scores of a step are wanted, before training and on the way."""
+  return step == 0 or (config.eval.every > 0 and step % config.eval.every == 0)
 
 
 def evaluate(
@@ -174,16 +176,17 @@ def evaluate(
 ) -> None:
   """Writes the held-out scores of every slice at this step, unless they are there."""
   step = int(state.step)
-  found = {score["task"] for score in read_evaluation(workdir, step)}
-  if hosts.gather(found != {task.name for task in read.tasks})[0]:
+  wanted = {task.name: task.digest for task in read.tasks}
+  if hosts.gather(evaluated(workdir, step) != wanted)[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
     scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
-    hosts.on_first(lambda: _write_scores(workdir, step, scores))
+    record = {"step": step, "tasks": wanted, "scores": scores}
+    hosts.on_first(lambda: _write_scores(workdir, step, record))
 
 
-def _write_scores(workdir: pathlib.Path, step: int, scores: list[dict[str, Any]]) -> None:
-  write_json(evaluation_path(workdir, step), {"step": step, "scores": scores})
-  metrics.write_scores(workdir, step, scores)
+def _write_scores(workdir: pathlib.Path, step: int, record: dict[str, Any]) -> None:
+  write_json(evaluation_path(workdir, step), record)
+  metrics.write_scores(workdir, step, record["scores"])
 
 
 def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
@@ -278,7 +281,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)
       score = functools.partial(evaluate, config, read, mesh, workdir)
-      if due(config.eval.every, int(state.step)):  # a run that was stopped has not scored its step
+      if evaluated_at(config, int(state.step)):
         score(state)
       stop.leave_if_received("no step is lost")
       start, every = int(state.step), config.train.log_every
@@ -297,7 +300,7 @@ def main() -> None:
   """Reads the flags."""
   with distributed.joined(JOIN_TIMEOUT_S.value):
     with hosts.agreed():
-      config, workdir = cli.read_config(CONFIG), open_workdir(WORKDIR.value)
+      config, workdir = cli.read_config(CONFIG), open_folder(WORKDIR.value, "--workdir")
     hosts.check_shared(workdir)
     versions = {"jax": jax.__version__, "mlembed_jax": mlembed_jax.__version__}
     options = {"--accept_changed_data": ACCEPT_CHANGED_DATA.value}

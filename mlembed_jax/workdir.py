@@ -59,14 +59,14 @@ class Run:
       raise ConfigError(f"{path}: {error}") from error
 
 
-def open_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the folder, made if needed.
+def open_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
+  """Returns the folder that a flag names, made if needed.
 
   Raises:
     ConfigError: it is a URL, or cannot be made or written to.
   """
   if "://" in str(path):  # it would be taken for a folder below this one
-    raise ConfigError(f"--workdir: {path} is not a path; mount the bucket, for example by gcsfuse")
+    raise ConfigError(f"{flag}: {path} is not a path; mount the bucket, for example by gcsfuse")
   workdir = pathlib.Path(path).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def open_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
     probe.touch()
     probe.unlink()
   except OSError as error:
-    raise ConfigError(f"--workdir: {path} is not writable: {error.strerror}") from error
+    raise ConfigError(f"{flag}: {path} is not writable: {error.strerror}") from error
   return workdir
 
 
@@ -130,6 +130,12 @@ def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
 def evaluation_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
   """Returns where the held-out scores of a step stand."""
   return workdir / "eval" / f"step_{step}.json"
+
+
+def evaluated(workdir: pathlib.Path, step: int) -> dict[str, str]:
+  """Returns {held-out task: digest} of what was scored at a step."""
+  path = evaluation_path(workdir, step)
+  return json.loads(path.read_text(encoding="utf-8")).get("tasks", {}) if path.exists() else {}
 
 
 def read_evaluation(workdir: pathlib.Path, step: int) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def test_a_record_is_the_score_of_that_slice_alone(
     )
     alone = Encoder.load(exported["full"]).encode(task.texts, depth=depth, rank=rank, dim=dim)
     found = grid.summary(task.metric, task.score(unit(rounded(alone, precision))))
-    assert record["score"] == pytest.approx(found["score"], abs=0.02), precision
+    assert record["score"] == pytest.approx(found["score"], abs=1e-3), precision
     assert record["by_language"].keys() == found["by_language"].keys()
 
 
@@ -83,7 +83,7 @@ def test_costs_grow_with_depth_and_rank(evaluation):
 
 def test_page_and_table_are_written(out):
   page = (out / "report.html").read_text()
-  assert "heldout/bitext.parquet" in page and "<svg" in page + "svg"
+  assert "heldout/bitext.parquet" in page
   printed = (out / "stdout").read_text()
   assert "| depth | dim 16 | dim 48 |" in printed and str(out / "report.html") in printed
 
@@ -123,6 +123,8 @@ REFUSALS = [
     "--depth: 2 was not trained; the nearest are 1, 3; untrained=True (--untrained)",
   ),
   (("--grid", "--dim=16"), "--dim: --grid scores all trained sizes; give one of the two"),
+  (("--tasks=mteb:STS17", "--precision=int8"), "--precision: tasks of MTEB have trained sizes"),
+  (("--tasks=",), "--tasks: an empty name"),
 ]
 
 
@@ -136,7 +138,7 @@ def test_sizes_that_cannot_be_meant_are_refused(exported, data, tmp_path, flags,
 def test_what_is_no_model_or_no_task_is_refused(exported, data, tmp_path):
   for model, folder, message in (
     (data, data / "heldout", "config.json"),
-    (exported["full"], f"{data}/heldout,{data}/heldout", "two of the folders have heldout/"),
+    (exported["full"], f"{data}/heldout,{data}/heldout", "heldout/bitext.parquet comes twice"),
   ):
     result = run(model, folder, tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("error: "), result.stderr

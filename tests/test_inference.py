@@ -1,8 +1,10 @@
 """The encoder of an exported folder, against sentence-transformers with the same folder."""
 
+import fnmatch
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import sentence_transformers
@@ -12,7 +14,7 @@ from sentence_transformers.util.quantization import quantize_embeddings
 from mlembed_jax import states
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.export import export_folder
-from mlembed_jax.hf.folder import LoadError
+from mlembed_jax.hf.folder import FILES, LoadError
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.quantize import PRECISIONS, quantize, ranges
@@ -74,6 +76,19 @@ def test_slices_are_those_of_exported_cuts(exported, encoder, tiny, params, data
   low = encoder.encode(TEXTS, rank=8)
   np.testing.assert_allclose(low, Encoder.load(folder).encode(TEXTS), atol=1e-4)
   assert np.abs(low - encoder.encode(TEXTS)).max() > 1e-3
+
+
+def test_weights_are_read_once_for_all_ranks_and_depths(exported, monkeypatch):
+  model, reads = Encoder.load(exported["full"]), []
+  read = Encoder._read
+  monkeypatch.setattr(Encoder, "_read", lambda self, of: reads.append(of.rank) or read(self, of))
+  for _ in range(2):
+    for rank in (8, 16, 24):
+      for depth in (1, 3):
+        model.encode(TEXTS[:1], rank=rank, depth=depth, untrained=True)
+  assert reads == [24]
+  layers = [model._cut(None, rank)[1]["layers"] for rank in (8, 24)]
+  assert jax.tree.all(jax.tree.map(lambda a, b: a is b, *layers))
 
 
 def test_vectors_can_stay_as_they_are(encoder):
@@ -158,6 +173,12 @@ def test_a_folder_that_does_not_say_what_ends_a_text_is_refused(exported, tmp_pa
     Encoder.load(tmp_path / "plain")
   again = Encoder.load(tmp_path / "plain", pooled_token="<|endoftext|>")
   np.testing.assert_array_equal(again.encode(TEXTS), found)
+
+
+def test_all_that_an_encoder_reads_is_downloaded(exported):
+  for file in exported["full"].glob("*.json"):
+    downloaded = any(fnmatch.fnmatch(file.name, pattern) for pattern in FILES)
+    assert downloaded == (file.name not in ("modules.json", "parity.json")), file.name
 
 
 def test_few_programs_serve_all_lengths(encoder):

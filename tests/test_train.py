@@ -170,7 +170,7 @@ def test_metrics_lines_are_complete(twenty):
 def scalars(folder):
   """Returns {tag: steps} of all files; a record is length, checksum, data, checksum."""
   found = collections.defaultdict(list)
-  for path in sorted(folder.iterdir()):
+  for path in sorted(folder.glob("events.*")):
     data = path.read_bytes()
     while data:
       size = int.from_bytes(data[:8], "little")
@@ -193,9 +193,10 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
   for step in (0, 4):
     scores = json.loads((tmp_path / f"work/eval/step_{step}.json").read_text())["scores"]
     assert len(scores) == 2 * 3 * 3 * 3
-  board = scalars(tmp_path / "work/tensorboard")
+  assert "loss" in scalars(tmp_path / "work/tensorboard")
+  board = scalars(tmp_path / "work/tensorboard/eval")
   for cut in ("full", "depth_1", "dim_8", "rank_8"):
-    assert board[f"eval/heldout/bitext.parquet/f1/{cut}"] == [0, 4]
+    assert board[f"heldout/bitext.parquet/f1/{cut}"] == [0, 4]
   again = run(data, tmp_path / "work", **flags)
   assert again.returncode == 0
   assert result.stdout.count("scoring every slice") == 2

@@ -84,9 +84,8 @@ class States:
 
   def _append(self, texts: Mapping[bytes, str], prompt: str) -> None:
     ids = self._encoder.ids(list(texts.values()), prompt)
-    depth = _or_none(self._exits[-1], self._encoder.config().layers)
     bar = sys.stderr.isatty()
-    states_END = self._encoder.states(ids, self._exits, depth, self._rank, bar)
+    states_END = self._encoder.states(ids, self._exits, self._exits[-1], self._rank, bar)
     with self._path.open("ab") as file:
       file.write(np.ascontiguousarray(states_END[:, :, : self._dim].swapaxes(0, 1)).data)
     self._rows |= {key: row for row, key in enumerate(texts, start=len(self._rows))}
@@ -141,15 +140,17 @@ class MTEBEncoder(AbsEncoder):
 def model_meta(encoder: Encoder, cut: Slice = WHOLE) -> ModelMeta:
   """Returns what mteb writes beside the results of a slice.
 
-  The revision is a hash of all files of the folder. A rank is part of the name even where it is
-  the full one: a merged table holds rounded products of the factors.
+  The revision is a hash of all files of the folder, and of how they are used. A rank is part of the
+  name even where it is the full one: a merged table holds rounded products of the factors.
   """
   dim, depth = _or_none(cut.dim, encoder.dim), _or_none(cut.depth, encoder.config().layers)
   name = variant_name(encoder.name, Slice(dim=dim, depth=depth, rank=cut.rank))
   return ModelMeta(
     loader=None,
     name=f"mlembed/{name}",
-    revision=_revision(encoder.folder, encoder.fingerprint),
+    revision=_revision(
+      encoder.folder, encoder.fingerprint, encoder.max_seq_length, encoder.config().dtype
+    ),
     release_date=None,
     languages=_languages(encoder.folder / "README.md"),
     n_parameters=_parameters(encoder.config(cut.depth, cut.rank)),
@@ -172,9 +173,9 @@ def _or_none(size: int | None, full: int) -> int | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _revision(folder: pathlib.Path, fingerprint: str) -> str:
+def _revision(folder: pathlib.Path, fingerprint: str, max_tokens: int, dtype: str) -> str:
   """Returns a hash of names and contents; `fingerprint` says when it is to be computed again."""
-  found = hashlib.sha256(b"")
+  found = hashlib.sha256(f"{max_tokens} {dtype}\n".encode())
   for path in sorted(path for path in folder.rglob("*") if path.is_file()):
     with path.open("rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -173,13 +173,19 @@ def _chosen(evaluation: Evaluation, points: Sequence[Point]) -> Size:
 def _measured(evaluation: Evaluation, points: Sequence[Point]) -> str:
   """Returns a paragraph about tasks, slices and the machine."""
   languages = {code for record in evaluation["scores"] for code in record["by_language"]}
-  texts = sum(task["texts"] for task in evaluation["tasks"])
+  # Of tasks of MTEB it is not known.
+  texts = sum(task["texts"] or 0 for task in evaluation["tasks"])
   names = {"exit": "depths", "dim": "dimensions", "rank": "ranks", "precision": "precisions"}
   counts = [(len(summary.axis(points, key)), plural) for key, plural in names.items()]
   axes = " × ".join(f"{count} {plural}" for count, plural in counts if count > 1)
   tasks = len(summary.task_names(evaluation))
   said = [
-    f"{_count(tasks, 'task')}, {_count(texts, 'text')}, {_count(len(languages), 'language')}.",
+    ", ".join(
+      _count(number, word)
+      for number, word in ((tasks, "task"), (texts, "text"), (len(languages), "language"))
+      if number
+    )
+    + ".",
     f"{len(points)} slices of one model: {axes}." if axes else "",
     _latency_note(evaluation),
     *(f"{key.replace('_', ' ')}: {n:,}." for key, n in evaluation.get("skipped", {}).items() if n),
@@ -292,7 +298,8 @@ def _task(task: dict[str, Any], record: dict[str, Any]) -> str:
   others = ", ".join(
     f"{key} {summary.percent(score)}" for key, score in record.get("others", {}).items()
   )
-  cells = [task["type"], task["metric"], f"{task['texts']:,}", task["languages"], others or "–"]
+  texts = "–" if task["texts"] is None else f"{task['texts']:,}"
+  cells = [task["type"], task["metric"], texts, task["languages"], others or "–"]
   return (
     f'<tr><th scope="row">{_escape(task["name"])}<td>{summary.percent(record.get("score"))}'
     f'<td class="live chosen" data-task="{_escape(task["name"])}">'

@@ -23,6 +23,7 @@ SEED = 42
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # of a classification
 BOOTSTRAPS, DRAWS = 10, 2048  # of a clustering; MTEB's tasks draw 2,048 or 16,384 texts
 TOP = 10
+TIE = 1e-6  # apart; products of bits that are equally far are rounded in another order
 QUERIES_AT_ONCE = 1024  # their similarities to all documents stand in memory
 
 
@@ -60,7 +61,7 @@ def _places(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Returns the places of the right documents, ascending, from 0 on; ties count against them."""
   own = np.sort(scores[right])[::-1]
   wrong = np.sort(np.delete(scores, right))
-  return len(wrong) - np.searchsorted(wrong, own, side="left") + np.arange(len(right))
+  return len(wrong) - np.searchsorted(wrong, own - TIE, side="left") + np.arange(len(right))
 
 
 def classification(
@@ -111,11 +112,12 @@ def _nearest_centroid(train: Vectors, labels: np.ndarray, test: Vectors) -> np.n
 def clustering(vectors: Vectors, labels: np.ndarray) -> Scores:
   """Returns `v_measure`, the mean over ten draws with replacement, of k-means with k labels."""
   draw = np.random.default_rng(SEED)
+  count = len(set(labels))
   options: dict[str, Any] = {"batch_size": 512, "n_init": 1, "random_state": SEED}
-  kmeans = MiniBatchKMeans(len(set(labels)), **options)
+  kmeans = MiniBatchKMeans(count, **options)
   found = []
   for _ in range(BOOTSTRAPS):
-    rows = draw.integers(len(labels), size=DRAWS)
+    rows = draw.integers(len(labels), size=max(DRAWS, count))
     found.append(v_measure_score(labels[rows], kmeans.fit_predict(vectors[rows])))
   return {"v_measure": float(np.mean(found))}
 

@@ -12,6 +12,8 @@ No jax here.
 
 import dataclasses
 import glob
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +54,7 @@ class Task:
   type: str
   texts: list[str]
   score: Callable[[Vectors], ByLanguage]
+  digest: str  # of all that decides the scores of given vectors, and of the texts
 
   @property
   def metric(self) -> str:
@@ -70,7 +73,11 @@ def load(file: File) -> Task:
   prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
   texts = _Texts(prompt, file.symmetric)
   score = MAKERS[kind](file.name, columns, texts)
-  return Task(file.name, kind, texts.unique(), score)
+  return Task(file.name, kind, texts.unique(), score, _digest([kind, columns, texts.unique()]))
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def load_folder(folder: pathlib.Path) -> list[Task]:
@@ -170,6 +177,8 @@ def _classification(
     for lang, rows in groups.items()
     if not support[rows].all()
   }
+  if not pairs:
+    raise DataError(f"{name}: all rows have split 'support'; there are none to score")
   if lacking := [lang for lang, (train, _) in pairs.items() if not train.size]:
     raise DataError(
       f"{name}: no rows with split 'support' to learn the labels from, neither in {lacking[0]} nor "
@@ -203,7 +212,7 @@ def _sts(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vector
   first, second = texts.queries(queries), texts.documents(passages)
   known = np.array(gold, np.float64)
   groups = _groups(langs)
-  if unfit := [lang for lang, rows in groups.items() if not np.ptp(known[rows]) > 0]:
+  if unfit := [lang for lang, rows in groups.items() if not 0 < np.ptp(known[rows]) < np.inf]:
     raise DataError(f"{name}: the scores of {unfit[0]} are absent, not finite or all equal")
   return lambda vectors: {
     lang: scores.sts(vectors[first[rows]], vectors[second[rows]], known[rows])

@@ -161,15 +161,26 @@ def _code(s: Subject) -> Iterator[Said]:
     if not s.has(file):
       yield Said(ERROR, "config.json", f"auto_map.{key}: there is no {file}", AGAIN)
   if foreign := foreign_code(s):
-    found = "is not the code that this version of mlembed_jax writes; it is not run here"
+    found = "is or names other code than this version of mlembed_jax writes; it is not run here"
     yield Said(WARNING, foreign[0], found, "Read it before you trust it.", (ST, TRANSFORMERS))
 
 
 def foreign_code(s: Subject) -> list[str]:
-  """Returns the Python files of a folder that are not those of our exports."""
+  """Returns the files of a folder that are code, or name some, that our exports do not hold.
+
+  Loaders that trust a folder also run code below it, of other repositories, of any package.
+  """
   known = files.remote_code(s.kind) if s.is_remote and s.kind in names.FAMILIES else {}
-  found = sorted(path.name for path in s.path.glob("*.py"))
-  return [f for f in found if (s.path / f).read_text(encoding="utf-8") != known.get(f)]
+  found = sorted(path.relative_to(s.path).as_posix() for path in s.path.rglob("*.py"))
+  foreign = [f for f in found if (s.path / f).read_text(encoding="utf-8") != known.get(f)]
+  for file in ("config.json", "tokenizer_config.json"):
+    named = s.json(file).get("auto_map") or {}
+    values = named.values() if isinstance(named, dict) else [named]
+    if any(str(value).partition(".")[0] + ".py" not in known for value in values):
+      foreign.append(file)
+  if any(not str(m.get("type")).startswith("sentence_transformers.") for m in s.modules()):
+    foreign.append(MODULES)
+  return foreign
 
 
 def d07(s: Subject) -> Iterator[Said]:

@@ -32,6 +32,8 @@ NAMES_SHOWN = 3  # of each kind of problem
 HUB = "hf:"  # begins the name of a model of the Hugging Face Hub
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json")
 FILES += ("mlembed/*", "mlembed.json", "U.pth", "V.pth")
+# An encoder without them would have no prompts, and cut texts elsewhere.
+FILES += ("config_sentence_transformers.json", "sentence_bert_config.json")
 
 
 class LoadError(ValueError):

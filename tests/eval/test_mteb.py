@@ -190,6 +190,10 @@ def test_the_revision_follows_the_content(encoder, folder, tmp_path):
   shutil.copytree(folder, tmp_path / "copy")
   copy = Encoder.load(tmp_path / "copy")
   assert model_meta(copy).revision == model_meta(encoder).revision
+  copy.max_seq_length -= 1
+  assert model_meta(copy).revision != model_meta(encoder).revision
+  copy.max_seq_length += 1
+  assert model_meta(copy).revision == model_meta(encoder).revision
   (tmp_path / "copy" / "README.md").write_text("another card")
   assert model_meta(copy).revision != model_meta(encoder).revision
 

@@ -162,6 +162,18 @@ def test_what_was_not_measured_is_left_out(evaluation):
   assert spoilt["scores"][:2] == [None, None]
 
 
+def test_a_task_whose_number_of_texts_is_not_known(evaluation):
+  some = copy.deepcopy(evaluation)
+  some["tasks"][0]["texts"] = None
+  known = sum(task["texts"] for task in some["tasks"][1:])
+  assert f"4 tasks, {known:,} texts" in report.page(some)
+  for task in some["tasks"]:
+    task["texts"] = None
+  assert (
+    "4 tasks, " in report.page(some) and " texts" not in report.page(some).split("</header>")[0]
+  )
+
+
 def test_a_language_that_only_some_tasks_have(evaluation):
   some = copy.deepcopy(evaluation)
   for record in some["scores"]:

@@ -65,6 +65,15 @@ def test_equal_scores_stand_before_the_right_document():
   assert scores.retrieval(same[:1], same[:3], [np.array([0])])["ndcg_at_10"] == pytest.approx(0.5)
 
 
+def test_bits_that_are_equally_far_are_equal_in_every_dim():
+  signs = np.random.default_rng(5).choice(np.float32([-1, 1]), size=(400, 32))
+  documents, queries = unit(signs), unit(signs[:1] * np.float32([-1] * 4 + [1] * 28))
+  hamming = (signs != np.sign(queries)).sum(axis=1)
+  for right in range(20):
+    places = scores._places((queries @ documents.T)[0], np.array([right]))
+    assert places[0] == np.sum(hamming <= hamming[right]) - 1
+
+
 def labelled(noise=1.6, per_label=20, seed=4):
   centres = vectors(5, seed)
   labels = np.repeat([f"label {i}" for i in range(5)], per_label)

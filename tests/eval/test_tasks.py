@@ -72,6 +72,14 @@ def test_labels_are_learnt_in_the_language_or_in_english(tmp_path):
   assert main_scores(task, known) == {"de": 0.5, "fr": 1.0}
 
 
+def test_other_labels_are_another_task(tmp_path):
+  def digest(label):
+    columns = {"lang": ["de"] * 2, "label": ["a", label], "text": ["1", "2"]}
+    return load(tmp_path, "clustering", **columns).digest
+
+  assert digest("b") == digest("b") != digest("a")
+
+
 def test_clusters_and_scored_pairs_by_language(tmp_path):
   columns = {"label": ["a", "a", "b", "b"], "text": ["1", "2", "3", "4"]}
   task = load(tmp_path, "clustering", lang=["de"] * 4, **columns)
@@ -97,6 +105,11 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
       "classification",
       {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["test"]},
       "no rows with split 'support' to learn the labels from, neither in de nor in English",
+    ),
+    (
+      "classification",
+      {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["support"]},
+      "t.parquet: all rows have split 'support'; there are none to score",
     ),
     ("clustering", {"lang": ["de"]}, "column label is missing"),
     (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3Model
 
-from mlembed_jax.hf import agreement, examination, installed, parity
+from mlembed_jax.hf import agreement, checks, examination, installed, parity
 from mlembed_jax.hf.export import ExportError
 from mlembed_jax.hf.subject import (
   CONSUMERS,
@@ -27,12 +27,14 @@ from mlembed_jax.hf.subject import (
   WARNING,
   Check,
   Finding,
+  Subject,
 )
 from tests.hf.broken import (
   BROKEN,
   CONFIG,
   OWN,
   PROMPTS,
+  TOKENIZER,
   WEIGHTS,
   Edit,
   change,
@@ -119,6 +121,22 @@ def test_the_code_and_the_rank_of_a_folder_of_factors_are_checked(
   nested(OWN, "table", "rank_exported", to=16)(folder)
   found = {(f.check, f.level) for f in faults(examination.examine(folder))}
   assert {("D06", ERROR), ("D14", ERROR)} <= found
+
+
+@pytest.mark.parametrize(
+  ("edit", "file"),
+  [
+    (lambda folder: (folder / "1_Pooling/own.py").write_text("import os\n"), "1_Pooling/own.py"),
+    (nested("modules.json", 1, "type", to="own/module.Own"), "modules.json"),
+    (change(CONFIG, auto_map={"AutoModel": "some/one--modeling_mlembed.Model"}), CONFIG),
+    (change(TOKENIZER, auto_map={"AutoTokenizer": ["a.A", None]}), TOKENIZER),
+  ],
+)
+def test_code_below_or_elsewhere_is_not_run(uv: pathlib.Path, tmp_path: pathlib.Path, edit, file):
+  folder = pathlib.Path(shutil.copytree(uv, tmp_path / "uv"))
+  assert checks.foreign_code(Subject(folder)) == []
+  edit(folder)
+  assert checks.foreign_code(Subject(folder)) == [file]
 
 
 def test_a_fault_of_one_program_is_not_one_of_others(copy: pathlib.Path):
