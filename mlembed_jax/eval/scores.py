@@ -4,6 +4,7 @@ Vectors have unit length; scores lie between 0 and 1, those of STS between -1 an
 and scikit-learn alone.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,9 @@ def classification(
   `accuracy`: the mean of ten logistic regressions on 8 vectors per label. `centroid_accuracy`:
   the label whose vectors have the nearest mean direction.
   """
-  found = [_logistic(train[rows], labels[rows], test) for rows in samples(labels)]
+  # Threads wait for each other longer than products this small take.
+  with _libraries().limit(limits=1):
+    found = [_logistic(train[rows], labels[rows], test) for rows in samples(labels)]
   nearest = _nearest_centroid(train, labels, test)
   return {
     "accuracy": float(np.mean([np.mean(labels == expected) for labels in found])),
@@ -98,9 +101,13 @@ def samples(labels: np.ndarray) -> list[list[int]]:
 def _logistic(train: Vectors, labels: np.ndarray, test: Vectors) -> np.ndarray:
   if len(set(labels)) == 1:
     return np.repeat(labels[:1], len(test))
-  # Threads wait for each other longer than products this small take.
-  with threadpoolctl.threadpool_limits(1):
-    return LogisticRegression(max_iter=100).fit(train, labels).predict(test)
+  return LogisticRegression(max_iter=100).fit(train, labels).predict(test)
+
+
+@functools.cache
+def _libraries() -> threadpoolctl.ThreadpoolController:
+  """Returns the loaded libraries that have threads; looking for them takes as long as a fit."""
+  return threadpoolctl.ThreadpoolController()
 
 
 def _nearest_centroid(train: Vectors, labels: np.ndarray, test: Vectors) -> np.ndarray:
