@@ -312,10 +312,12 @@ def kernel_flops(op: Operation) -> float:
   Two products per score forward; five in the backward kernel, which computes the scores again.
   """
   products = 5 if "dkv" in op.name or "bwd" in op.name else 2
-  # The largest output is of query heads: [batch, heads, tokens, width], or with an axis of parts.
-  shapes = re.findall(r"(?:bf16|f32)\[((?:\d+,){3,4}\d+)\]", op.shape)
+  # The largest output is of query heads: [batch, heads, tokens, width], or with an axis of parts; a
+  # batch of one sheet has no axis.
+  shapes = re.findall(r"(?:bf16|f32)\[((?:\d+,){2,4}\d+)\]", op.shape)
   if not shapes:
     raise HloError(f"the kernel {op.name} is no attention kernel: {op.shape[:100]}")
   sizes = max(([int(n) for n in shape.split(",")] for shape in shapes), key=math.prod)
   heads, tokens, width = sizes[-3:]
-  return products * 2 * sizes[0] * heads * tokens * (tokens + 1) / 2 * width
+  batch = sizes[0] if len(sizes) > 3 else 1
+  return products * 2 * batch * heads * tokens * (tokens + 1) / 2 * width

@@ -333,6 +333,8 @@ def test_kernels_count_query_heads():
   for name, shape, products in (("splash_fwd", forward, 2), ("splash_dkv", backward, 5)):
     kernel = hlo.Operation(name, f"({shape})", "custom-call", "tpu_custom_call")
     assert hlo.kernel_flops(kernel) == products * 2 * 128 * scores
+    one = dataclasses.replace(kernel, shape="(f32[1024,128]{1,0}, bf16[32,1024,128]{2,1,0})")
+    assert hlo.kernel_flops(one) == products * 2 * 128 * scores / 8
 
 
 @pytest.mark.parametrize(

@@ -169,31 +169,41 @@ def _classification(
 ) -> Callable[[Vectors], ByLanguage]:
   langs, labels, queries, splits = columns
   place, label = texts.queries(queries), np.array(labels)
-  support = np.array(splits) == SUPPORT
-  groups = _groups(langs)
-  english = [row for row in groups.get(ENGLISH, ()) if support[row]]
-  pairs = {
-    lang: (rows[support[rows]] if support[rows].any() else np.array(english), rows[~support[rows]])
-    for lang, rows in groups.items()
-    if not support[rows].all()
-  }
-  if not pairs:
-    raise DataError(f"{name}: all rows have split 'support'; there are none to score")
-  if lacking := [lang for lang, (train, _) in pairs.items() if not train.size]:
-    raise DataError(
-      f"{name}: no rows with split 'support' to learn the labels from, neither in {lacking[0]} nor "
-      "in English"
-    )
+  taught = _taught(name, _groups(langs), np.array(splits) == SUPPORT)
 
   def score(vectors: Vectors) -> ByLanguage:
-    return {
-      lang: scores.classification(
-        vectors[place[train]], label[train], vectors[place[test]], label[test]
+    found: ByLanguage = {}
+    for train, tests in taught:
+      rows = np.concatenate([*tests.values()])
+      right = scores.classification(
+        vectors[place[train]], label[train], vectors[place[rows]], label[rows]
       )
-      for lang, (train, test) in pairs.items()
-    }
+      of = np.repeat([*tests], [len(test) for test in tests.values()])
+      for lang in tests:
+        found[lang] = {metric: float(r[of == lang].mean()) for metric, r in right.items()}
+    return dict(sorted(found.items()))
 
   return score
+
+
+def _taught(
+  name: str, groups: dict[str, np.ndarray], support: np.ndarray
+) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+  """Returns (rows to learn from, {language: rows to score}); English teaches all that lack rows."""
+  tests = {lang: rows[~support[rows]] for lang, rows in groups.items() if not support[rows].all()}
+  if not tests:
+    raise DataError(f"{name}: all rows have split 'support'; there are none to score")
+  own = {lang: groups[lang][support[groups[lang]]] for lang in tests}
+  english = groups.get(ENGLISH, np.array([], int))
+  english = english[support[english]]
+  others = {lang: rows for lang, rows in tests.items() if not own[lang].size}
+  if others and not english.size:
+    raise DataError(
+      f"{name}: no rows with split 'support' to learn the labels from, neither in "
+      f"{next(iter(others))} nor in English"
+    )
+  alone = [(own[lang], {lang: rows}) for lang, rows in tests.items() if lang not in others]
+  return [*alone, (english, others)] if others else alone
 
 
 def _clustering(

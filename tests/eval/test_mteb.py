@@ -130,7 +130,7 @@ def test_our_own_scores_are_those_of_mteb(encoder, files, records):
   labels, found = table["label"].to_numpy(), vectors(table["text"], "Classification")
   halves = found[:24], labels[:24], found[24:], labels[24:]
   stated = records["mteb:LocalClassification", 0, 4, 48]["score"]
-  assert scores.classification(*halves)["accuracy"] == pytest.approx(stated, abs=1e-4)
+  assert scores.classification(*halves)["accuracy"].mean() == pytest.approx(stated, abs=1e-4)
 
 
 def test_records(records):

@@ -74,6 +74,10 @@ def test_bits_that_are_equally_far_are_equal_in_every_dim():
     assert places[0] == np.sum(hamming <= hamming[right]) - 1
 
 
+def means(right):
+  return {metric: values.mean() for metric, values in right.items()}
+
+
 def labelled(noise=1.6, per_label=20, seed=4):
   centres = vectors(5, seed)
   labels = np.repeat([f"label {i}" for i in range(5)], per_label)
@@ -89,7 +93,7 @@ def test_classification_is_the_mean_of_ten_regressions_on_eight_vectors_a_label(
   accuracies = [
     LogisticRegression(max_iter=100).fit(train[r], labels[r]).score(test, expected) for r in rows
   ]
-  result = scores.classification(train, labels, test, expected)
+  result = means(scores.classification(train, labels, test, expected))
   assert 0.4 < result["accuracy"] < 0.95
   assert result["accuracy"] == pytest.approx(np.mean(accuracies))
 
@@ -98,16 +102,14 @@ def test_centroids_are_mean_directions():
   train = unit(np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32))
   labels = np.array(["on", "on", "off"])
   test = unit(np.array([[0.8, 0.6], [0.1, 0.9]], np.float32))
-  result = scores.classification(train, labels, test, np.array(["on", "on"]))
+  result = means(scores.classification(train, labels, test, np.array(["on", "on"])))
   assert result["centroid_accuracy"] == 0.5
 
 
 def test_one_label_is_always_right():
-  train = vectors(3)
-  assert scores.classification(train, np.array(["a"] * 3), train, np.array(["a"] * 3)) == {
-    "accuracy": 1.0,
-    "centroid_accuracy": 1.0,
-  }
+  train, labels = vectors(3), np.array(["a"] * 3)
+  found = scores.classification(train, labels, train, labels)
+  assert means(found) == {"accuracy": 1.0, "centroid_accuracy": 1.0}
 
 
 def test_clustering_measures_how_labels_lie_together():
