@@ -1,5 +1,6 @@
 """Updates compiled for TPUs that are not here: memory, time, exchanges, and what is refused."""
 
+import dataclasses
 import json
 import subprocess
 import sys

@@ -26,11 +26,11 @@ HEADER = (
 )
 
 
-def factored(u: Float[Array, "V R"], v: Float[Array, "R D"], ids: Int[Array, "T"], dtype: Any):
+def factored(u: Float[Array, "V R"], v: Float[Array, "R D"], ids: Int[Array, " T"], dtype: Any):
   return u[ids].astype(dtype) @ v.astype(dtype)
 
 
-def materialised(u: Float[Array, "V R"], v: Float[Array, "R D"], ids: Int[Array, "T"], dtype: Any):
+def materialised(u: Float[Array, "V R"], v: Float[Array, "R D"], ids: Int[Array, " T"], dtype: Any):
   return (u.astype(dtype) @ v.astype(dtype))[ids]
 
 
