@@ -13,6 +13,7 @@ import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -140,11 +141,19 @@ def _latency_ms(encoder: Encoder, depth: int) -> float:
   return statistics.median(times[1:])
 
 
-def _of_mteb(encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path) -> list[Record]:
+def check_named(names: Sequence[str]) -> None:
+  """Raises DataError where MTEB has no such task, ConfigError where it is not installed."""
   try:
     from mlembed_jax.eval import mteb  # an extra of the package
   except ImportError as error:
     raise ConfigError(f"--tasks: {error}") from error
+  for name in names:
+    mteb.find_task(name)
+
+
+def _of_mteb(encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path) -> list[Record]:
+  from mlembed_jax.eval import mteb
+
   slices = [
     Slice(rank=rank or None, depth=depth, dim=dim)
     for rank in axes.ranks
@@ -162,7 +171,7 @@ def evaluate(
   settings += [POOLED_TOKEN.value]
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):
-    digest = hashlib.sha256(json.dumps([*settings, task.name, task.texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
     file = out / "tasks" / f"{digest[:24]}.json"
     scored.append(kept(file, lambda task=task: score(encoder, task, axes)))
   records = [record for task in scored for record in task["records"]]
@@ -189,19 +198,44 @@ def _described(records: Sequence[Record], texts: Mapping[str, Any]) -> list[dict
   ]
 
 
+def open_out(encoder: Encoder) -> pathlib.Path:
+  """Returns the folder to write, made if needed.
+
+  Raises:
+    ConfigError: it cannot be made or written to, or lies in the folder of the model.
+  """
+  out = pathlib.Path(OUT.value).absolute()
+  if out.resolve().is_relative_to(encoder.folder.resolve()):
+    raise ConfigError(f"--out: {out} lies in the model's folder; choose another")
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+      pass
+  except OSError as error:
+    raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from error
+  return out
+
+
 def main() -> None:
   """Reads the flags."""
-  named = [name.removeprefix(MTEB) for name in TASKS.value if name.startswith(MTEB)]
-  folders = [name for name in TASKS.value if not name.startswith(MTEB)]
+  given = [name for name in TASKS.value if name]
+  named = [name.removeprefix(MTEB) for name in given if name.startswith(MTEB)]
+  folders = [name for name in given if not name.startswith(MTEB)]
+  if not given:
+    raise ConfigError("--tasks: names no folder and no task of MTEB")
+  if twice := [name for name in given if given.count(name) > 1]:
+    raise ConfigError(f"--tasks: {twice[0]} is named twice; name it once")
   tasks = [task for folder in folders for task in load_folder(pathlib.Path(folder))]
   names = [task.name for task in tasks]
   if twice := [name for name in names if names.count(name) > 1]:
     raise ConfigError(f"--tasks: two of the folders have {twice[0]}; score one at a time")
+  if named:
+    check_named(named)  # before hours of work
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
-  out = pathlib.Path(OUT.value).absolute()
-  evaluation = evaluate(encoder, tasks, named, axes_of(encoder), out)
+  axes, out = axes_of(encoder), open_out(encoder)
+  evaluation = evaluate(encoder, tasks, named, axes, out)
   write_json(out / "scores.json", evaluation)
   report.write(out / "report.html", evaluation)
   print(summary.text_table(evaluation))

@@ -136,11 +136,25 @@ def test_sizes_that_cannot_be_meant_are_refused(exported, data, tmp_path, flags,
 def test_what_is_no_model_or_no_task_is_refused(exported, data, tmp_path):
   for model, folder, message in (
     (data, data / "heldout", "config.json"),
-    (exported["full"], f"{data}/heldout,{data}/heldout", "two of the folders have heldout/"),
+    (exported["full"], f"{data}/heldout,{data}/heldout", "heldout is named twice"),
+    (exported["full"], f"{data}/heldout,{data}/heldout/", "two of the folders have heldout/"),
+    (exported["full"], ",", "--tasks: names no folder and no task of MTEB"),
   ):
     result = run(model, folder, tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("error: "), result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_where_scores_cannot_be_written_is_said_first(exported, data, tmp_path):
+  (tmp_path / "file").touch()
+  for out, message in (
+    (tmp_path / "file", "cannot be written: File exists"),
+    (exported["full"] / "scores", "lies in the model's folder"),
+  ):
+    result = run(exported["full"], data / "heldout", out)
+    assert result.returncode == 1 and result.stderr.startswith("error: --out: "), result.stderr
+    assert message in result.stderr
+  assert not (exported["full"] / "scores").exists()
 
 
 def test_vectors_that_are_not_finite_name_the_task(exported, data, tmp_path):

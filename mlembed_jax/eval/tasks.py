@@ -12,6 +12,8 @@ No jax here.
 
 import dataclasses
 import glob
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +52,7 @@ class Task:
 
   name: str
   type: str
+  digest: str  # of the instruction and all that the file holds: labels and scores, too
   texts: list[str]
   score: Callable[[Vectors], ByLanguage]
 
@@ -70,7 +73,9 @@ def load(file: File) -> Task:
   prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
   texts = _Texts(prompt, file.symmetric)
   score = MAKERS[kind](file.name, columns, texts)
-  return Task(file.name, kind, texts.unique(), score)
+  content = json.dumps([kind, prompt, file.symmetric, columns])
+  digest = hashlib.sha256(content.encode()).hexdigest()
+  return Task(file.name, kind, digest, texts.unique(), score)
 
 
 def load_folder(folder: pathlib.Path) -> list[Task]:
@@ -79,8 +84,11 @@ def load_folder(folder: pathlib.Path) -> list[Task]:
   They are listed in manifest.json of the folder, or of the one above, which may list others, too.
 
   Raises:
-    DataError: there is no manifest, it lists no file of the folder, or one cannot be read.
+    DataError: it is no folder, there is no manifest, it lists no file of the folder, or one cannot
+      be read.
   """
+  if not folder.is_dir():
+    raise DataError(f"--tasks: {folder} is no folder; give the one that holds the files")
   folder = folder.absolute()
   for place, below in ((folder, ""), (folder.parent, folder.name)):
     manifest = str(place / "manifest.json")
@@ -170,6 +178,8 @@ def _classification(
     for lang, rows in groups.items()
     if not support[rows].all()
   }
+  if not pairs:
+    raise DataError(f"{name}: all rows have split 'support'; there are none to be scored")
   if lacking := [lang for lang, (train, _) in pairs.items() if not train.size]:
     raise DataError(
       f"{name}: no rows with split 'support' to learn the labels from, neither in {lacking[0]} nor "
@@ -203,12 +213,16 @@ def _sts(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vector
   first, second = texts.queries(queries), texts.documents(passages)
   known = np.array(gold, np.float64)
   groups = _groups(langs)
-  if unfit := [lang for lang, rows in groups.items() if not np.ptp(known[rows]) > 0]:
+  if unfit := [lang for lang, rows in groups.items() if not _differ(known[rows])]:
     raise DataError(f"{name}: the scores of {unfit[0]} are absent, not finite or all equal")
   return lambda vectors: {
     lang: scores.sts(vectors[first[rows]], vectors[second[rows]], known[rows])
     for lang, rows in groups.items()
   }
+
+
+def _differ(gold: np.ndarray) -> bool:
+  return bool(np.isfinite(gold).all() and np.ptp(gold) > 0)
 
 
 MAKERS = {
