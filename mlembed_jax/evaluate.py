@@ -141,11 +141,19 @@ def _latency_ms(encoder: Encoder, depth: int) -> float:
   return statistics.median(times[1:])
 
 
-def _of_mteb(encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path) -> list[Record]:
+def check_named(names: Sequence[str]) -> None:
+  """Raises DataError where MTEB has no such task, ConfigError where it is not installed."""
   try:
     from mlembed_jax.eval import mteb  # an extra of the package
   except ImportError as error:
     raise ConfigError(f"--tasks: {error}") from error
+  for name in names:
+    mteb.find_task(name)
+
+
+def _of_mteb(encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path) -> list[Record]:
+  from mlembed_jax.eval import mteb
+
   slices = [
     Slice(rank=rank or None, depth=depth, dim=dim)
     for rank in axes.ranks
@@ -202,14 +210,18 @@ def _read_tasks() -> tuple[list[Task], list[str]]:
   names = [*(task.name for task in tasks), *named]
   if twice := [name for name in names if names.count(name) > 1]:
     raise ConfigError(f"--tasks: {twice[0]} comes twice; score one at a time")
+  if named:
+    check_named(named)  # before hours of work
   return tasks, named
 
 
 def main() -> None:
   """Reads the flags."""
-  out = open_folder(OUT.value, "--out")
   tasks, named = _read_tasks()
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
+  if pathlib.Path(OUT.value).resolve().is_relative_to(encoder.folder.resolve()):
+    raise ConfigError(f"--out: {OUT.value} lies in the model's folder; choose another")
+  out = open_folder(OUT.value, "--out")
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
   evaluation = evaluate(encoder, tasks, named, axes_of(encoder), out)

@@ -145,6 +145,18 @@ def test_what_is_no_model_or_no_task_is_refused(exported, data, tmp_path):
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
+def test_where_scores_cannot_be_written_is_said_first(exported, data, tmp_path):
+  (tmp_path / "file").touch()
+  for out, message in (
+    (tmp_path / "file", "is not writable: File exists"),
+    (exported["full"] / "scores", "lies in the model's folder"),
+  ):
+    result = run(exported["full"], data / "heldout", out)
+    assert result.returncode == 1 and result.stderr.startswith("error: --out: "), result.stderr
+    assert message in result.stderr
+  assert not (exported["full"] / "scores").exists()
+
+
 def test_vectors_that_are_not_finite_name_the_task(exported, data, tmp_path):
   broken = shutil.copytree(exported["full"], tmp_path / "broken")
   weights = safetensors.numpy.load_file(broken / "model.safetensors")

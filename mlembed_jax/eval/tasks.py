@@ -86,8 +86,11 @@ def load_folder(folder: pathlib.Path) -> list[Task]:
   They are listed in manifest.json of the folder, or of the one above, which may list others, too.
 
   Raises:
-    DataError: there is no manifest, it lists no file of the folder, or one cannot be read.
+    DataError: it is no folder, there is no manifest, it lists no file of the folder, or one cannot
+      be read.
   """
+  if not folder.is_dir():
+    raise DataError(f"--tasks: {folder} is no folder; give the one that holds the files")
   folder = folder.absolute()
   for place, below in ((folder, ""), (folder.parent, folder.name)):
     manifest = str(place / "manifest.json")
@@ -192,7 +195,7 @@ def _taught(
   """Returns (rows to learn from, {language: rows to score}); English teaches all that lack rows."""
   tests = {lang: rows[~support[rows]] for lang, rows in groups.items() if not support[rows].all()}
   if not tests:
-    raise DataError(f"{name}: all rows have split 'support'; there are none to score")
+    raise DataError(f"{name}: all rows have split 'support'; there are none to be scored")
   own = {lang: groups[lang][support[groups[lang]]] for lang in tests}
   english = groups.get(ENGLISH, np.array([], int))
   english = english[support[english]]

@@ -122,6 +122,16 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
       {"lang": ["de"] * 2, "query": ["a"] * 2, "passage": ["b"] * 2, "score": [1.0, None]},
       "the scores of de are absent, not finite or all equal",
     ),
+    (
+      "scored_pairs",
+      {"lang": ["de"] * 2, "query": ["a"] * 2, "passage": ["b"] * 2, "score": [1.0, np.inf]},
+      "the scores of de are absent, not finite or all equal",
+    ),
+    (
+      "classification",
+      {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["support"]},
+      "all rows have split 'support'; there are none to be scored",
+    ),
   ],
 )
 def test_unusable_files_are_refused(tmp_path, task_type, columns, message):
@@ -132,7 +142,19 @@ def test_unusable_files_are_refused(tmp_path, task_type, columns, message):
 def test_a_folder_of_tasks_is_listed_in_a_manifest_in_it_or_above(tmp_path, data):
   expected = ["heldout/bitext.parquet", "heldout/colours.parquet"]
   assert [task.name for task in tasks.load_folder(data / "heldout")] == expected
+  (tmp_path / "none").mkdir()
   with pytest.raises(DataError, match=r"neither .* nor the folder above has a manifest.json"):
     tasks.load_folder(tmp_path / "none")
+  for wrong in (tmp_path / "absent", data / "heldout" / "bitext.parquet"):
+    with pytest.raises(DataError, match=r"--tasks: .* is no folder"):
+      tasks.load_folder(wrong)
   with pytest.raises(DataError, match=r"--tasks: .*manifest.json lists no file of"):
     tasks.load_folder(data)
+
+
+def test_the_digest_follows_all_that_scores_depend_on(tmp_path):
+  columns = {"lang": ["de"] * 2, "query": ["a", "b"], "passage": ["x", "y"], "score": [0.1, 0.5]}
+  task = load(tmp_path, "scored_pairs", **columns)
+  assert load(tmp_path, "scored_pairs", **columns).digest == task.digest
+  other = load(tmp_path, "scored_pairs", **columns | {"score": [0.5, 0.1]})
+  assert other.texts == task.texts and other.digest != task.digest
