@@ -61,7 +61,8 @@ def _text(findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
 
 def _line(finding: Finding) -> str:
   said = ": ".join(part for part in (finding.file, finding.found.rstrip(".")) if part)
-  remedy = f". {finding.remedy}" if finding.remedy else ""
+  end = " " if said.endswith("?") else ". "
+  remedy = f"{end}{finding.remedy}" if finding.remedy else ""
   return f"{finding.check} {finding.level:<8} {said}{remedy}".rstrip()
 
 

@@ -12,6 +12,7 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
@@ -120,7 +121,6 @@ class Parts:
     self._settings = json.dumps(settings, sort_keys=True)
     self.files: list[pathlib.Path] = []
     self.ranges_file = self.folder / f"ranges-{_digest(self._settings)}.npy"
-    self.folder.mkdir(parents=True, exist_ok=True)
 
   def next(self, texts: Sequence[str]) -> pathlib.Path:
     """Returns the file of the next part, which may be there."""
@@ -143,6 +143,7 @@ def _digest(*texts: str) -> str:
 
 
 def _save(file: pathlib.Path, array: np.ndarray) -> None:
+  file.parent.mkdir(exist_ok=True)
   temporary = file.with_suffix(".new")
   with temporary.open("wb") as opened:
     np.save(opened, array)
@@ -180,11 +181,30 @@ def _join_parquet(rows: Sequence[np.ndarray], path: pathlib.Path) -> None:
       file.write_table(pa.table({"vector": column}))
 
 
+def check_out(out: pathlib.Path) -> None:
+  """Makes the folder of `out`.
+
+  Raises:
+    ConfigError: vectors cannot be written there, or would replace the texts.
+  """
+  if out.suffix not in (".npy", ".parquet"):
+    raise ConfigError(f"--out: {out} ends neither in .npy nor in .parquet")
+  if out.is_dir():
+    raise ConfigError(f"--out: {out} is a folder; name a file")
+  if out.exists() and INPUT.value != "-" and out.resolve() == pathlib.Path(INPUT.value).resolve():
+    raise ConfigError(f"--out: {out} is also --input, which it would replace; choose another")
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):
+      pass
+  except OSError as error:
+    raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from error
+
+
 def main() -> None:
   """Reads the flags."""
   out = pathlib.Path(OUT.value).absolute()
-  if out.suffix not in (".npy", ".parquet"):
-    raise ConfigError(f"--out: {out} ends neither in .npy nor in .parquet")
+  check_out(out)
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
   options: dict[str, Any] = {"prompt_name": PROMPT_NAME.value, "prompt": PROMPT.value}
   options |= {"depth": DEPTH.value, "rank": RANK.value, "dim": DIM.value}

@@ -121,6 +121,8 @@ def test_lines_are_read_from_a_pipe(full, expected, tmp_path):
     ),
     (['"a"'], ("--out=x.txt",), "--out: .*x.txt ends neither in .npy nor in .parquet"),
     (['"a"'], ("--model=/absent",), "error: E104 file: /absent is no folder"),
+    (['"a"'], ("--input=absent.txt",), "--input: absent.txt cannot be read"),
+    (['"a"'], (f"--out={__file__}/v.npy",), "--out: .*v.npy cannot be written: File exists"),
   ],
 )
 def test_bad_input_is_one_sentence(lines, flags, message, full, tmp_path):
@@ -129,4 +131,15 @@ def test_bad_input_is_one_sentence(lines, flags, message, full, tmp_path):
   assert done.returncode == 1
   last = done.stderr.strip().splitlines()[-1]
   assert re.search(message, last), done.stderr
-  assert not (tmp_path / "v.npy").exists()
+  assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+def test_what_vectors_would_replace_is_kept(full, tmp_path):
+  texts = tmp_path / "texts.parquet"
+  pq.write_table(pa.table({"text": TEXTS[:2]}), texts)
+  (tmp_path / "v.npy").mkdir()
+  for out, message in ((texts, "is also --input"), (tmp_path / "v.npy", "is a folder")):
+    done = run(full, out, texts)
+    assert done.returncode == 1 and done.stderr.startswith("error: --out: "), done.stderr
+    assert message in done.stderr
+  assert pq.read_table(texts)["text"].to_pylist() == TEXTS[:2]
