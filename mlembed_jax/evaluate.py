@@ -14,6 +14,7 @@ import pathlib
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,9 @@ def score(encoder: Encoder, task: Task, axes: Axes) -> dict[str, Any]:
     return encoder.states(ids, axes.exits, depth, rank or None, show_progress_bar=bar)
 
   try:
-    records = grid.score(task, encoder.ids(task.texts, ""), axes, encode)
+    with warnings.catch_warnings(action="ignore"):  # texts that are cut are counted
+      ids = encoder.ids(task.texts, "")
+    records = grid.score(task, ids, axes, encode)
     return {"records": records, "truncated": encoder.truncated - before}
   except ValueError as error:
     raise DataError(f"{task.name}: {error}") from error
@@ -228,6 +231,8 @@ def main() -> None:
   write_json(out / "scores.json", evaluation)
   report.write(out / "report.html", evaluation)
   print(summary.text_table(evaluation))
+  if cut := evaluation["skipped"]["texts_truncated"]:
+    print(f"\n{cut:,} texts were cut to {encoder.max_seq_length} tokens")
   print(f"\n{out / 'scores.json'}\n{out / 'report.html'}")
 
 

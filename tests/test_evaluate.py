@@ -103,7 +103,9 @@ def test_one_slice_in_one_precision(exported, data, tmp_path):
   evaluation = json.loads((tmp_path / "scores.json").read_text())
   cut = {"rank": 8, "exit": 1, "dim": 16, "precision": "int8"}
   assert [record | cut for record in evaluation["scores"]] == evaluation["scores"]
-  assert evaluation["skipped"]["texts_truncated"] > 100
+  cut = evaluation["skipped"]["texts_truncated"]
+  assert cut > 100 and f"{cut:,} texts were cut to 8 tokens" in result.stdout
+  assert "UserWarning" not in result.stderr
 
 
 def test_rounded_vectors_are_what_the_stored_bytes_mean():
