@@ -69,7 +69,9 @@ def test_a_record_is_the_score_of_that_slice_alone(
     )
     alone = Encoder.load(exported["full"]).encode(task.texts, depth=depth, rank=rank, dim=dim)
     found = grid.summary(task.metric, task.score(unit(rounded(alone, precision))))
-    assert record["score"] == pytest.approx(found["score"], abs=1e-3), precision
+    assert record["score"] == pytest.approx(
+      found["score"], abs=1e-3 if precision == "float32" else 0.02
+    )
     assert record["by_language"].keys() == found["by_language"].keys()
 
 

@@ -65,12 +65,12 @@ def value_and_grad(config, task, mesh, change=lambda arrays: arrays, **options):
     )
 
 
-def assert_equal(found, expected):
+def assert_equal(found, expected, loss_tolerance=1e-6, grad_tolerance=1e-5):
   (result, grads), (full, full_grads) = found, expected
-  assert result.loss == pytest.approx(full.loss, rel=1e-6)
+  assert result.loss == pytest.approx(full.loss, rel=loss_tolerance)
   assert jax.tree.structure(grads) == jax.tree.structure(full_grads)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(full_grads), strict=True):
-    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+    assert np.abs(a - b).max() <= grad_tolerance * np.abs(b).max()
 
 
 ONE_AXIS = {"matryoshka.dims": (48,), "matryoshka.exits": (3,), "matryoshka.ranks": (24,)}
@@ -94,7 +94,7 @@ COMBINATIONS = {
   ),
   "stored vectors": ("bitext", {"kd.teacher": "stored"}),
   "self-distillation": ("retrieval", {"losses.self_distillation": 0.5}),
-  "regularizers": ("retrieval", {"losses.spread_out": 0.5, "losses.int8": 0.5}),
+  "spread out": ("retrieval", {"losses.spread_out": 0.5}),
   "learned temperature": ("bitext", {"losses.learn_temperature": True}),
   "scored pairs": ("scored_pairs", {"losses.learn_temperature": True}),
 }
@@ -109,6 +109,19 @@ def test_blocks_on_eight_devices_equal_the_full_batch_on_one(name):
   # Per device 8 texts of 32 tokens at most, in 4 blocks of 2 sheets.
   found = value_and_grad(split, Task(kind), make_mesh(split), block_tokens=512)
   assert_equal(found, full)
+
+
+def test_int8_on_eight_devices_equals_one():
+  """A coordinate at the edge of a level falls to another one when sums have another order."""
+  fields = {"losses.int8": 0.5}
+  config = from_mapping(config_dict(**fields))
+  full = value_and_grad(config, Task("retrieval"), one_device(config))
+  split = from_mapping(config_dict(**fields, **EIGHT))
+  found = value_and_grad(split, Task("retrieval"), make_mesh(split), block_tokens=512)
+  assert_equal(found, full, loss_tolerance=1e-4, grad_tolerance=1e-2)
+  plain = from_mapping(config_dict())
+  without = value_and_grad(plain, Task("retrieval"), one_device(plain))
+  assert abs(found[0].loss / (1.5 * without[0].loss) - 1) > 1e-4  # rounding is not nothing
 
 
 def test_two_positives_and_two_widths_on_eight_devices_equal_one_block_on_one():

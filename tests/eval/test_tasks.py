@@ -106,11 +106,6 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
       {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["test"]},
       "no rows with split 'support' to learn the labels from, neither in de nor in English",
     ),
-    (
-      "classification",
-      {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["support"]},
-      "t.parquet: all rows have split 'support'; there are none to score",
-    ),
     ("clustering", {"lang": ["de"]}, "column label is missing"),
     (
       "scored_pairs",
