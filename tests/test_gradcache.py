@@ -119,9 +119,6 @@ def test_int8_on_eight_devices_equals_one():
   split = from_mapping(config_dict(**fields, **EIGHT))
   found = value_and_grad(split, Task("retrieval"), make_mesh(split), block_tokens=512)
   assert_equal(found, full, loss_tolerance=1e-4, grad_tolerance=1e-2)
-  plain = from_mapping(config_dict())
-  without = value_and_grad(plain, Task("retrieval"), one_device(plain))
-  assert abs(found[0].loss / (1.5 * without[0].loss) - 1) > 1e-4  # rounding is not nothing
 
 
 def test_two_positives_and_two_widths_on_eight_devices_equal_one_block_on_one():
