@@ -27,7 +27,7 @@ from mlembed_jax.hf.subject import (
   Subject,
 )
 
-MODULES, POOLING, BERT = "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"
+MODULES, BERT = "modules.json", "sentence_bert_config.json"
 PROMPTS, CARD = "config_sentence_transformers.json", "README.md"
 NEEDED = {  # file -> its readers
   "config.json": CONSUMERS,

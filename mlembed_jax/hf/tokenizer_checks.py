@@ -13,6 +13,7 @@ from mlembed_jax.hf.subject import (
   CONSUMERS,
   ERROR,
   OURS,
+  OWN,
   SKIPPED,
   ST,
   TRANSFORMERS,
@@ -94,7 +95,7 @@ def _names(s: Subject, tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator
   ours = s.ours.get("pooling", {}).get("token", token)
   if ours != token:
     found = f"pooling.token is {ours!r}, its token_id {pooled} is {token!r}"
-    yield Said(ERROR, "mlembed.json", found, AGAIN, (OURS,))
+    yield Said(ERROR, OWN, found, AGAIN, (OURS,))
 
 
 def _class(config: Mapping[str, Any]) -> Iterator[Said]:

@@ -23,6 +23,7 @@ from mlembed_jax.hf.subject import (
   LLAMA,
   OK,
   OURS,
+  OWN,
   ST,
   TEI,
   TRANSFORMERS,
@@ -77,7 +78,7 @@ def _count(s: Subject) -> Iterator[Said]:
   stated = s.ours.get("body", {}).get("parameters")
   if stated is not None and stated != (count := parameter_count(read_model(s.path))):
     found = f"body.parameters is {stated:,}, the weights have {count:,}"
-    yield Said(ERROR, "mlembed.json", found, AGAIN, (OURS,))
+    yield Said(ERROR, OWN, found, AGAIN, (OURS,))
 
 
 def d04(s: Subject) -> Iterator[Said]:
@@ -95,10 +96,10 @@ def d04(s: Subject) -> Iterator[Said]:
   exits = s.ours.get("exits", {})
   if exits and exits.get("exported") != layers:
     found = f"exits.exported is {exits.get('exported')}, num_hidden_layers {layers}"
-    yield Said(ERROR, "mlembed.json", found, AGAIN, (OURS,))
+    yield Said(ERROR, OWN, found, AGAIN, (OURS,))
   elif exits and layers not in exits.get("trained", ()):
     found = f"depth {layers} was not trained; trained: {exits.get('trained')}"
-    yield Said(WARNING, "mlembed.json", found, "Export a trained depth.")
+    yield Said(WARNING, OWN, found, "Export a trained depth.")
 
 
 def d09(s: Subject) -> Iterator[Said]:
