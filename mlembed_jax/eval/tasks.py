@@ -4,7 +4,8 @@ A task is a parquet file listed in a manifest, with columns by task type:
   bitext          lang, text, en               `text` finds `en` among the rows of its language
   retrieval       lang, title, passage         `title` finds `passage` among those of its language
   classification  lang, intent, text, split    labels are learnt from rows of split `support` of
-                                               the language, or of English where it has none
+                                               the language, or of English where it has none;
+                                               rows of split `test` are scored
   clustering      lang, label, text            vectors of a label lie together
   scored_pairs    lang, query, passage, score  cosines are in the order of scores (STS)
 No jax here.
@@ -29,7 +30,7 @@ from mlembed_jax.eval.scores import Scores
 
 Vectors = Float[np.ndarray, "N D"]
 ByLanguage = dict[str, Scores]
-ENGLISH, SUPPORT, SCORE = "en", "support", "score"
+ENGLISH, SUPPORT, TEST, SCORE = "en", "support", "test", "score"
 COLUMNS = {
   "bitext": ("lang", "text", "en"),
   "retrieval": ("lang", "title", "passage"),
@@ -171,6 +172,8 @@ def _classification(
   name: str, columns: list[list[Any]], texts: _Texts
 ) -> Callable[[Vectors], ByLanguage]:
   langs, labels, queries, splits = columns
+  if unknown := sorted(set(map(str, splits)) - {SUPPORT, TEST}):
+    raise DataError(f"{name}: split {unknown[0]!r} is neither {SUPPORT!r} nor {TEST!r}")
   place, label = texts.queries(queries), np.array(labels)
   taught = _taught(name, _groups(langs), np.array(splits) == SUPPORT)
 

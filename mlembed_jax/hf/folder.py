@@ -139,7 +139,7 @@ def read_model(path: pathlib.Path) -> ModelConfig:
     LoadError: the file is absent, lacks a field, or is of an architecture that is not known.
   """
   config = _read_json(path / "config.json")
-  raise_all(path, _family_problems(config))
+  raise_all(path, [*_family_problems(config), *_number_problems(config)])
   kind, rank = _family_and_rank(config)
   family = names.FAMILIES[kind]
   shape = {field: _stated(config, field) for field in names.CONFIG_KEYS}
@@ -174,6 +174,15 @@ def _family_problems(config: Mapping[str, Any]) -> list[str]:
     return []
   kind, known = config.get("model_type"), ", ".join(map(repr, names.FAMILIES))
   return [f"E105 config: config.json: model_type is {kind!r}; only {known} can be imported."]
+
+
+def _number_problems(config: Mapping[str, Any]) -> list[str]:
+  types = {field.name: field.type.__name__ for field in dataclasses.fields(ModelConfig)}
+  return [
+    f"E105 config: config.json: {key} is {config[key]!r}, which is not of type {types[field]}."
+    for field, key in names.CONFIG_KEYS.items()
+    if config.get(key) is not None and type(config[key]).__name__ not in (types[field], "int")
+  ]
 
 
 def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:

@@ -127,6 +127,11 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
       {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["support"]},
       "all rows have split 'support'; there are none to be scored",
     ),
+    (
+      "classification",
+      {"lang": ["de"] * 2, "intent": ["x"] * 2, "text": ["a", "b"], "split": ["suport", "test"]},
+      "split 'suport' is neither 'support' nor 'test'",
+    ),
   ],
 )
 def test_unusable_files_are_refused(tmp_path, task_type, columns, message):

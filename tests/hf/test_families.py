@@ -86,6 +86,18 @@ def test_a_folder_of_another_family_is_refused(tmp_path):
     read_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "expected"),
+  [("hidden_size", "64", "int"), ("num_hidden_layers", 2.0, "int"), ("rms_norm_eps", "x", "float")],
+)
+def test_sizes_of_a_wrong_type_are_refused(key, value, expected, tmp_path):
+  theirs("qwen2", torch.float32).save_pretrained(tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+  with pytest.raises(LoadError, match=rf"{key} is {value!r}, which is not of type {expected}"):
+    read_model(tmp_path)
+
+
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_shards_are_those_of_a_whole_tree(mesh, tmp_path):
   """Read straight into the arrays of eight devices, with rows of the table added."""
