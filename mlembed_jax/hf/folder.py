@@ -7,7 +7,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensors looks up)
 import numpy as np
@@ -177,7 +177,7 @@ def _family_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _number_problems(config: Mapping[str, Any]) -> list[str]:
-  types = {field.name: field.type.__name__ for field in dataclasses.fields(ModelConfig)}
+  types = {field: of.__name__ for field, of in get_type_hints(ModelConfig).items()}
   return [
     f"E105 config: config.json: {key} is {config[key]!r}, which is not of type {types[field]}."
     for field, key in names.CONFIG_KEYS.items()
