@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import pathlib
 
 from ml_collections import ConfigDict
@@ -21,5 +22,9 @@ def get_config(source: str) -> ConfigDict:
   config.model.update({name: value for name, value in shape.items() if name not in own})
   config.model.rank = min(config.model.width, 512 if config.model.width < 2048 else 1024)
   config.train.init_from = source
+  stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  if positions := stated.get("max_position_embeddings"):
+    config.export.max_positions = positions
+    config.export.max_seq_length = min(config.export.max_seq_length, positions)
   config.export.name = "mlembed-" + folder.name.lower()
   return config

@@ -19,7 +19,7 @@ from mlembed_jax.eval.summary import Evaluation, Point, Size
 from mlembed_jax.workdir import write_text
 
 HERE = pathlib.Path(__file__).parent
-DIGITS = 6  # of a score, of which three are shown: one rounded twice would differ from the tables
+DIGITS = 6  # of a score; shown are three: rounding to four before changed the last one
 
 
 def write(path: str | pathlib.Path, evaluation: Evaluation) -> None:

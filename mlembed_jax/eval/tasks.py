@@ -172,7 +172,7 @@ def _classification(
   name: str, columns: list[list[Any]], texts: _Texts
 ) -> Callable[[Vectors], ByLanguage]:
   langs, labels, queries, splits = columns
-  if unknown := sorted(set(map(str, splits)) - {SUPPORT, TEST}):
+  if unknown := sorted(set(splits) - {SUPPORT, TEST}):
     raise DataError(f"{name}: split {unknown[0]!r} is neither {SUPPORT!r} nor {TEST!r}")
   place, label = texts.queries(queries), np.array(labels)
   taught = _taught(name, _groups(langs), np.array(splits) == SUPPORT)

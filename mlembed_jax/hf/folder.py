@@ -27,6 +27,15 @@ FIXED = {
   "mlp_bias": False,
   "use_sliding_window": False,
 }
+# Beside the sizes, which are as in ModelConfig.
+OTHER_TYPES = {
+  "rope_theta": float,
+  "rope_parameters": dict,
+  "rope_parameters.rope_theta": float,
+  "rope_scaling": dict,
+  names.RANK_KEY: int,
+}
+ALLOWED = {int: (int,), float: (float, int), dict: (dict,)}  # True is no int here
 NAMES_SHOWN = 3  # of each kind of problem
 
 HUB = "hf:"  # begins the name of a model of the Hugging Face Hub
@@ -101,7 +110,7 @@ def open_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
     LoadError: config.json is not that of `model`; a tensor is missing, unexpected or of another
       shape or dtype; a file is absent or unreadable.
   """
-  config = _read_json(path / "config.json")
+  config = _read_config(path)
   raise_all(path, _config_problems(config, model))
   stored = _without_prefix(path, _open(path))
   rows, rank = config["vocab_size"], _family_and_rank(config)[1]
@@ -127,9 +136,19 @@ def raise_all(path: pathlib.Path, problems: Sequence[str]) -> None:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise LoadError(f"E104 file: {path} cannot be read as JSON: {error}") from error
+  if not isinstance(found, dict):
+    raise LoadError(f"E104 file: {path} holds no JSON object")
+  return found
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  """Returns config.json, in which all that is stated has its type."""
+  config = _read_json(path / "config.json")
+  raise_all(path, _type_problems(config))
+  return config
 
 
 def read_model(path: pathlib.Path) -> ModelConfig:
@@ -138,8 +157,8 @@ def read_model(path: pathlib.Path) -> ModelConfig:
   Raises:
     LoadError: the file is absent, lacks a field, or is of an architecture that is not known.
   """
-  config = _read_json(path / "config.json")
-  raise_all(path, [*_family_problems(config), *_number_problems(config)])
+  config = _read_config(path)
+  raise_all(path, _family_problems(config))
   kind, rank = _family_and_rank(config)
   family = names.FAMILIES[kind]
   shape = {field: _stated(config, field) for field in names.CONFIG_KEYS}
@@ -176,12 +195,17 @@ def _family_problems(config: Mapping[str, Any]) -> list[str]:
   return [f"E105 config: config.json: model_type is {kind!r}; only {known} can be imported."]
 
 
-def _number_problems(config: Mapping[str, Any]) -> list[str]:
-  types = {field: of.__name__ for field, of in get_type_hints(ModelConfig).items()}
+def _type_problems(config: Mapping[str, Any]) -> list[str]:
+  """Returns what is of another type than the model needs; null is as good as absent."""
+  hints = get_type_hints(ModelConfig)
+  types = {key: hints[field] for field, key in names.CONFIG_KEYS.items()} | OTHER_TYPES
+  stated = dict(config)
+  if isinstance(group := config.get("rope_parameters"), dict):
+    stated["rope_parameters.rope_theta"] = group.get("rope_theta")
   return [
-    f"E105 config: config.json: {key} is {config[key]!r}, which is not of type {types[field]}."
-    for field, key in names.CONFIG_KEYS.items()
-    if config.get(key) is not None and type(config[key]).__name__ not in (types[field], "int")
+    f"E105 config: config.json: {key} is {stated[key]!r}, which is not of type {of.__name__}."
+    for key, of in types.items()
+    if stated.get(key) is not None and type(stated[key]) not in ALLOWED[of]
   ]
 
 
@@ -197,7 +221,7 @@ def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]
     if field == "vocab" and isinstance(found, int) and found < wanted:
       continue  # the missing rows belong to no token and become zeros
     if found != wanted:
-      lines.append(f"{key} is {found}, expected {wanted} (model.{field})")
+      lines.append(f"{key} is {found!r}, expected {wanted} (model.{field})")
   lines += _rope_problems(config, model)
   for key, wanted in FIXED.items():
     if config.get(key, wanted) != wanted:

@@ -86,16 +86,34 @@ def test_a_folder_of_another_family_is_refused(tmp_path):
     read_model(tmp_path)
 
 
-@pytest.mark.parametrize(
-  ("key", "value", "expected"),
-  [("hidden_size", "64", "int"), ("num_hidden_layers", 2.0, "int"), ("rms_norm_eps", "x", "float")],
-)
-def test_sizes_of_a_wrong_type_are_refused(key, value, expected, tmp_path):
+WRONG_TYPES = {  # of config.json: value, and the type that the error asks for
+  "hidden_size": ("64", "int"),
+  "num_hidden_layers": (2.0, "int"),
+  "vocab_size": (True, "int"),
+  "rms_norm_eps": ("1e-6", "float"),
+  "rope_theta": ("1e6", "float"),
+  "rope_parameters": ([], "dict"),
+}
+
+
+def test_values_of_a_wrong_type_are_refused_in_one_error(tmp_path):
   theirs("qwen2", torch.float32).save_pretrained(tmp_path)
-  config = json.loads((tmp_path / "config.json").read_text())
-  (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-  with pytest.raises(LoadError, match=rf"{key} is {value!r}, which is not of type {expected}"):
-    read_model(tmp_path)
+  model, config = read_model(tmp_path), json.loads((tmp_path / "config.json").read_text())
+  wrong = {key: value for key, (value, _) in WRONG_TYPES.items()}
+  (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+  for load in (read_model, lambda path: load_params(path, model)):
+    with pytest.raises(LoadError) as caught:
+      load(tmp_path)
+    for key, (value, of) in WRONG_TYPES.items():
+      assert f"{key} is {value!r}, which is not of type {of}." in str(caught.value)
+
+
+def test_whole_numbers_are_floats_too_and_null_is_absent(tmp_path):
+  theirs("qwen2", torch.float32).save_pretrained(tmp_path)
+  model, config = read_model(tmp_path), json.loads((tmp_path / "config.json").read_text())
+  spelled = {"head_dim": None, "rope_parameters": None, "rope_theta": int(model.rope_theta)}
+  (tmp_path / "config.json").write_text(json.dumps(config | spelled))
+  assert read_model(tmp_path) == model
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
@@ -133,6 +151,8 @@ def test_a_configuration_is_read_from_a_folder(tmp_path):
     read_model(tmp_path), rank=config.model.rank, dtype="bfloat16", remat="full"
   )
   assert config.model == expected and config.train.init_from == str(tmp_path)
+  stated = json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"]
+  assert config.export.max_positions == config.export.max_seq_length == stated < 8192
 
 
 @pytest.mark.parametrize(
