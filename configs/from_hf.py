@@ -4,13 +4,12 @@
 """
 
 import dataclasses
-import json
 import pathlib
 
 from ml_collections import ConfigDict
 
 from mlembed_jax.config import load_module
-from mlembed_jax.hf.folder import read_model, resolve
+from mlembed_jax.hf.folder import read_model, read_positions, resolve
 
 base = load_module(pathlib.Path(__file__).with_name("base.py"))
 
@@ -22,8 +21,7 @@ def get_config(source: str) -> ConfigDict:
   config.model.update({name: value for name, value in shape.items() if name not in own})
   config.model.rank = min(config.model.width, 512 if config.model.width < 2048 else 1024)
   config.train.init_from = source
-  stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  if positions := stated.get("max_position_embeddings"):
+  if positions := read_positions(folder):
     config.export.max_positions = positions
     config.export.max_seq_length = min(config.export.max_seq_length, positions)
   config.export.name = "mlembed-" + folder.name.lower()

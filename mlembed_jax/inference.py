@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import factors
-from mlembed_jax.hf.folder import LoadError, open_folder, read_model, resolve
+from mlembed_jax.hf.folder import LoadError, open_folder, read_model, read_positions, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.encoder import parameter_shapes
@@ -94,7 +94,7 @@ class Encoder:
     token = pooled_token or ours.get("pooling", {}).get("token") or _appended(folder)
     st = _json(folder / "config_sentence_transformers.json")
     bert = _json(folder / "sentence_bert_config.json")
-    positions = _json(folder / "config.json").get("max_position_embeddings", WIDTHS[-1])
+    positions = read_positions(folder) or WIDTHS[-1]
     return cls(
       folder,
       model,

@@ -33,6 +33,7 @@ OTHER_TYPES = {
   "rope_parameters": dict,
   "rope_parameters.rope_theta": float,
   "rope_scaling": dict,
+  "max_position_embeddings": int,
   names.RANK_KEY: int,
 }
 ALLOWED = {int: (int,), float: (float, int), dict: (dict,)}  # True is no int here
@@ -171,6 +172,15 @@ def read_model(path: pathlib.Path) -> ModelConfig:
   return ModelConfig(**(shape | switches | numerics), rank=rank)
 
 
+def read_positions(path: pathlib.Path) -> int | None:
+  """Returns how many positions config.json allows, in tokens; None where it does not say.
+
+  Raises:
+    LoadError: the file cannot be read, or states something of a wrong type.
+  """
+  return _read_config(path).get("max_position_embeddings")
+
+
 def _stated(config: Mapping[str, Any], field: str) -> Any:
   """Returns what config.json says of a field of the model; heads may leave out their width."""
   found = config.get(names.CONFIG_KEYS[field])
@@ -199,9 +209,7 @@ def _type_problems(config: Mapping[str, Any]) -> list[str]:
   """Returns what is of another type than the model needs; null is as good as absent."""
   hints = get_type_hints(ModelConfig)
   types = {key: hints[field] for field, key in names.CONFIG_KEYS.items()} | OTHER_TYPES
-  stated = dict(config)
-  if isinstance(group := config.get("rope_parameters"), dict):
-    stated["rope_parameters.rope_theta"] = group.get("rope_theta")
+  stated = {**config, **_thetas(config)}
   return [
     f"E105 config: config.json: {key} is {stated[key]!r}, which is not of type {of.__name__}."
     for key, of in types.items()
@@ -233,10 +241,12 @@ def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]
 
 def _thetas(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns both spellings: `rope_theta` of transformers 4, `rope_parameters` of 5."""
-  parameters = config.get("rope_parameters") or {}
+  parameters = config.get("rope_parameters")
   return {
     "rope_theta": config.get("rope_theta"),
-    "rope_parameters.rope_theta": parameters.get("rope_theta"),
+    "rope_parameters.rope_theta": (
+      parameters.get("rope_theta") if isinstance(parameters, dict) else None
+    ),
   }
 
 

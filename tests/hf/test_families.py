@@ -93,6 +93,7 @@ WRONG_TYPES = {  # of config.json: value, and the type that the error asks for
   "rms_norm_eps": ("1e-6", "float"),
   "rope_theta": ("1e6", "float"),
   "rope_parameters": ([], "dict"),
+  "max_position_embeddings": ("2048", "int"),
 }
 
 
