@@ -9,8 +9,9 @@ import orbax.checkpoint as ocp
 
 from mlembed_jax import hosts
 from mlembed_jax.config import flatten
-from mlembed_jax.config_fields import ConfigError, ModelConfig
+from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.plan import difference
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.train_state import TrainState
 from mlembed_jax.workdir import Run

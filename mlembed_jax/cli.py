@@ -8,11 +8,8 @@ from typing import Any
 from absl import app, flags
 
 from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import Config, ConfigError
-from mlembed_jax.data.tokenizer import DataError
-from mlembed_jax.hf.files import ExportError
-from mlembed_jax.hf.folder import LoadError
-from mlembed_jax.metrics import TrainingError
+from mlembed_jax.config_fields import Config
+from mlembed_jax.errors import ConfigError, MlembedError
 
 
 def run(main: Callable[..., None], *names: str) -> None:
@@ -29,7 +26,7 @@ def run(main: Callable[..., None], *names: str) -> None:
       raise app.UsageError(f"{names[len(given)]} is missing")
     try:
       main(*given)
-    except (ConfigError, DataError, ExportError, LoadError, TrainingError) as error:
+    except MlembedError as error:
       sys.exit(f"error: {error}")
 
   if {"-h", "-help", "--help"} & set(sys.argv[1:]):

@@ -14,14 +14,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mlembed_jax.config_fields import (
-  LOWEST_TEMPERATURE,
-  NO_LIMIT,
-  STORED,
-  Config,
-  ConfigError,
-  ModelConfig,
-)
+from mlembed_jax.config_fields import LOWEST_TEMPERATURE, NO_LIMIT, STORED, Config, ModelConfig
+from mlembed_jax.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "model.dtype": ("float32", "bfloat16"),

@@ -6,10 +6,6 @@ This module knows no other module of the package.
 import dataclasses
 
 
-class ConfigError(ValueError):
-  """A configuration that cannot be meant; the message names the field."""
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Shape and numerics of one encoder."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 
 ADDRESS, COUNT, ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 RETRY_S = 0.5

@@ -23,8 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 from mlembed_jax import cli
-from mlembed_jax.config_fields import ConfigError
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.inference import Encoder
 from mlembed_jax.quantize import PRECISIONS, quantize, ranges
 

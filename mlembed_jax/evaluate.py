@@ -23,16 +23,15 @@ from absl import flags
 from tqdm import tqdm
 
 from mlembed_jax import __version__, cli, flops
-from mlembed_jax.config_fields import ConfigError
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid, report, summary
 from mlembed_jax.eval.grid import Axes, Record
 from mlembed_jax.eval.tasks import Task, load_folder
+from mlembed_jax.files import make_writable_folder, write_json
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.quantize import PRECISIONS
-from mlembed_jax.workdir import open_folder, write_json
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -224,7 +223,7 @@ def main() -> None:
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
   if pathlib.Path(OUT.value).resolve().is_relative_to(encoder.folder.resolve()):
     raise ConfigError(f"--out: {OUT.value} lies in the model's folder; choose another")
-  out = open_folder(OUT.value, "--out")
+  out = make_writable_folder(OUT.value, "--out")
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
   evaluation = evaluate(encoder, tasks, named, axes_of(encoder), out)

@@ -11,16 +11,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import HloError
 from mlembed_jax.tpu import Tpu
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8}
 START, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
-
-
-class HloError(ConfigError):
-  """A compiled module in a form that is not understood."""
 
 
 @dataclasses.dataclass(frozen=True)

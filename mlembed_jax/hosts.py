@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError, OtherProcessError
 
 LONGEST_WAIT_S = 24 * 3600  # one process prepares data or exports while the others wait
 SEEN_WITHIN_S = 10.0  # a new file on shared storage; nobody has asked for it before it is there
@@ -35,10 +35,6 @@ def _alone() -> bool:
 def is_first() -> bool:
   """Returns whether this process writes the files of the run."""
   return _alone() or jax.process_index() == 0
-
-
-class OtherProcessError(ConfigError):
-  """What another process raised; the message names it."""
 
 
 def gather(value: Any) -> list[Any]:

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors
-from mlembed_jax.hf.folder import LoadError, open_folder, read_model, read_positions, resolve
+from mlembed_jax.hf.folder import open_folder, read_model, read_positions, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.encoder import parameter_shapes

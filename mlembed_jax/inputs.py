@@ -7,18 +7,20 @@ import pathlib
 from typing import Any
 
 from mlembed_jax import hosts
-from mlembed_jax.config_fields import STORED, Config, ConfigError, DataConfig
+from mlembed_jax.config_fields import STORED, Config, DataConfig
 from mlembed_jax.data import catalog, loader, manifest, mixture, plan, prepare, quickstart
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.store import Split, open_split
-from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import tasks
+from mlembed_jax.files import write_json
 from mlembed_jax.hf.folder import check_folder, resolve
 from mlembed_jax.teacher import Teacher, check_stored, open_teacher
-from mlembed_jax.workdir import Run, write_json
+from mlembed_jax.workdir import Run
 
 PLAN = "plan.json"
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlembed_jax import hosts, optimizer, tpu, train_state, train_step
-from mlembed_jax.config_fields import Config, ConfigError
+from mlembed_jax.config_fields import Config
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.losses import Task
 from mlembed_jax.models import attention
 from mlembed_jax.sharding import abstract_batch, replicas, smallest_micro_batch

@@ -19,7 +19,8 @@ from mlembed_jax import chips, flops, hosts
 from mlembed_jax.chips import Chip
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.loader import Batch
-from mlembed_jax.workdir import write_json, write_text
+from mlembed_jax.errors import TrainingError
+from mlembed_jax.files import write_json, write_text
 
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
@@ -157,10 +158,6 @@ def write_scores(workdir: pathlib.Path, step: int, records: Sequence[dict[str, A
       if len(cut) < 2:
         tag = f"{record['task']}/{record['metric']}/{cut[0] if cut else 'full'}"
         board.add_scalar(tag, record["score"], step)
-
-
-class TrainingError(RuntimeError):
-  """A run that cannot go on; the message names step and file."""
 
 
 def _postfix(line: dict[str, Any]) -> str:

@@ -14,9 +14,10 @@ import jax
 from jax.experimental import topologies
 
 from mlembed_jax import flops, hlo, memory, optimizer, train_state, train_step
-from mlembed_jax.config_fields import Config, ConfigError
+from mlembed_jax.config_fields import Config
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
+from mlembed_jax.errors import ConfigError, HloError
 from mlembed_jax.gradcache import BLOCKS
 from mlembed_jax.sharding import logical_rules, make_mesh, replicas
 from mlembed_jax.tpu import TPUS, Tpu
@@ -273,7 +274,7 @@ class _Trips:
   def __call__(self, scope: str) -> float:
     found = re.findall(rf"{BLOCKS}(\d+)_(\d+)_(\d+)", scope)
     if not found:
-      raise hlo.HloError(f"a loop of unknown length: {scope}")
+      raise HloError(f"a loop of unknown length: {scope}")
     width, start, end = map(int, found[-1])
     return max(0, min(self.blocks[width], end) - start)
 

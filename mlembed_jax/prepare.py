@@ -13,7 +13,8 @@ from absl import flags
 from mlembed_jax import cli
 from mlembed_jax.data import manifest, prepare, report
 from mlembed_jax.data.catalog import Plan
-from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import DataError
 
 MANIFEST = flags.DEFINE_multi_string(
   "manifest",

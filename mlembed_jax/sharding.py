@@ -11,7 +11,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax.config_fields import Config, ConfigError, ModelConfig
+from mlembed_jax.config_fields import Config, ModelConfig
+from mlembed_jax.errors import ConfigError
 
 # Logical axis -> mesh axes; () leaves a dimension whole. fsdp splits every large weight once,
 # tensor splits heads and MLP.

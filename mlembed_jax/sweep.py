@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from mlembed_jax import memory, pod
-from mlembed_jax.config_fields import Config, ConfigError
+from mlembed_jax.config_fields import Config
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.sharding import make_mesh, smallest_micro_batch
 
 COPIES = (1, 4, 16)  # of the parameters, on each slice

@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlembed_jax import checkpoint, hosts
-from mlembed_jax.config_fields import STORED, Config, ConfigError, ModelConfig
+from mlembed_jax.config_fields import STORED, Config, ModelConfig
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.distillation import match_exits
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.hf.export import OURS
 from mlembed_jax.hf.folder import check_folder, read_model
 from mlembed_jax.hf.load import load_params

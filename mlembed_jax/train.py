@@ -35,7 +35,9 @@ from mlembed_jax.checkpoint import Checkpoints, check_same_run
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
+from mlembed_jax.errors import TrainingError
 from mlembed_jax.eval import grid
+from mlembed_jax.files import copy_file, make_writable_folder, write_json
 from mlembed_jax.hf.export import check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
@@ -46,15 +48,7 @@ from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, replicas, 
 from mlembed_jax.stop import StopSignals
 from mlembed_jax.teacher import Teacher
 from mlembed_jax.train_state import TrainState
-from mlembed_jax.workdir import (
-  Run,
-  copy_file,
-  evaluated,
-  evaluation_path,
-  open_folder,
-  read_evaluation,
-  write_json,
-)
+from mlembed_jax.workdir import Run, evaluated, evaluation_path, read_evaluation
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -288,7 +282,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       with metrics.Recorder(workdir, start, steps, every, config.model) as recorder:
         try:
           state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop, score)
-        except metrics.TrainingError:
+        except TrainingError:
           checkpoints.close()  # one may still be on its way to the disk
           raise
     checkpoints.close()
@@ -300,7 +294,7 @@ def main() -> None:
   """Reads the flags."""
   with distributed.joined(JOIN_TIMEOUT_S.value):
     with hosts.agreed():
-      config, workdir = cli.read_config(CONFIG), open_folder(WORKDIR.value, "--workdir")
+      config, workdir = cli.read_config(CONFIG), make_writable_folder(WORKDIR.value, "--workdir")
     hosts.check_shared(workdir)
     versions = {"jax": jax.__version__, "mlembed_jax": mlembed_jax.__version__}
     options = {"--accept_changed_data": ACCEPT_CHANGED_DATA.value}

@@ -1,4 +1,4 @@
-"""What stands in the folder of one run, and writing it so that no file is ever half written.
+"""What stands in the folder of one run.
 
 run.json          configuration, training files and what decides the rows of every step
 plan.json         files and languages as they will be read; plan.png shows it
@@ -11,18 +11,16 @@ data/             what `data.builder` wrote
 export/           the Hugging Face folder of `export.at_end`
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import Config, ConfigError
+from mlembed_jax.config_fields import Config
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,74 +55,6 @@ class Run:
       return cls(from_mapping(run["config"]), run["datasets"], run["plan"])
     except (ValueError, KeyError) as error:  # ConfigError and JSON errors are ValueErrors
       raise ConfigError(f"{path}: {error}") from error
-
-
-def open_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
-  """Returns the folder that a flag names, made if needed.
-
-  Raises:
-    ConfigError: it is a URL, or cannot be made or written to.
-  """
-  if "://" in str(path):  # it would be taken for a folder below this one
-    raise ConfigError(f"{flag}: {path} is not a path; mount the bucket, for example by gcsfuse")
-  workdir = pathlib.Path(path).absolute()
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".write_test_{os.getpid()}"
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    raise ConfigError(f"{flag}: {path} is not writable: {error.strerror}") from error
-  return workdir
-
-
-@contextlib.contextmanager
-def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary path that is renamed to `path` at the end, unless there is an error.
-
-  So readers see all of a file or nothing.
-  """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    yield temporary
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file the same way."""
-  with new_file(path) as new:
-    new.write_text(text, encoding="utf-8")
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON the same way."""
-  write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a file the same way; nothing where both are one file."""
-  if target.exists() and target.samefile(source):
-    return
-  with new_file(target) as new:
-    shutil.copyfile(source, new)
-
-
-def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
-  """Puts the complete folder `new` at `target`; what stood there is removed after that."""
-  old = new.with_name(new.name + ".old")
-  shutil.rmtree(old, ignore_errors=True)
-  if target.exists():
-    target.rename(old)
-  try:
-    new.rename(target)
-  except OSError:
-    if old.exists():
-      old.rename(target)
-    raise
-  shutil.rmtree(old, ignore_errors=True)
 
 
 def evaluation_path(workdir: pathlib.Path, step: int) -> pathlib.Path:

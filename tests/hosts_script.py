@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax import distributed, hosts
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.sharding import put_batch, rows_of
 
 

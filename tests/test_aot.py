@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax import flops, hlo, optimizer, pod, sweep, train_state
 from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.gradcache import BLOCKS
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.sharding import make_mesh

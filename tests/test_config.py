@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mlembed_jax.config import flatten, from_mapping, load_module
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_count
 from tests.material import CONFIGS, config_dict
 

@@ -10,9 +10,8 @@ import pytest
 
 from mlembed_jax import inputs, train
 from mlembed_jax.config import flatten, from_mapping
-from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.data import plan
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.sharding import make_mesh
 from tests.material import config_dict, entry, pairs, prepare_dataset, scored, write_files
 

@@ -9,8 +9,9 @@ import pytest
 
 from mlembed_jax import memory, pod, tpu
 from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import ConfigError, MeshConfig
+from mlembed_jax.config_fields import MeshConfig
 from mlembed_jax.data.batching import Kind
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.sharding import make_mesh
 from tests.material import config_dict, packed
 from tests.test_train_step import on_mesh, random_rows

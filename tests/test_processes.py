@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from mlembed_jax import distributed
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 from tests import test_train
 from tests.test_train import ENVIRONMENT, ROOT, arrays, lines, wait_for_step
 

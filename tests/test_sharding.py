@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlembed_jax import optimizer, sharding, train_state
 from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 from tests.material import config_dict, padded, random_batch
 
 

@@ -11,17 +11,17 @@ import pytest
 from mlembed_jax import optimizer, train_state, train_step
 from mlembed_jax.checkpoint import Checkpoints
 from mlembed_jax.config import from_mapping
-from mlembed_jax.config_fields import ConfigError
 from mlembed_jax.data import catalog
 from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import ConfigError, LoadError
+from mlembed_jax.files import copy_file
 from mlembed_jax.hf.export import export_folder
-from mlembed_jax.hf.folder import LoadError
 from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.sharding import make_mesh, put_batch
 from mlembed_jax.teacher import check_stored, open_teacher
-from mlembed_jax.workdir import Run, copy_file
+from mlembed_jax.workdir import Run
 from tests.material import (
   config_dict,
   entry,

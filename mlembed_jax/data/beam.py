@@ -27,8 +27,9 @@ from mlembed_jax.data.catalog import Plan
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.rows import Chunk
-from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.transforms import RowShard, Slice, Written
+from mlembed_jax.errors import DataError
 
 ChunkId = tuple[int, int]  # file, chunk of it
 # Of one partition's documents that a chunk refers to: partition, places in it, tokens.

@@ -19,9 +19,9 @@ from typing import Any
 
 from mlembed_jax.data import records
 from mlembed_jax.data.manifest import File, check_entry
-from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.data.transforms import RowShard, Run, Written, suffixes
-from mlembed_jax.workdir import write_json, write_text
+from mlembed_jax.errors import DataError
+from mlembed_jax.files import write_json, write_text
 
 VERSION = 1  # raise it when the same input would give other files
 FILE = "catalog.json"

@@ -14,7 +14,8 @@ from mlembed_jax.data.order import Order
 from mlembed_jax.data.packing import Layout, Sheets
 from mlembed_jax.data.records import Row, Text, decode, decode_text
 from mlembed_jax.data.store import Split
-from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import fsspec
 
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 
 SCORED = "scored_pairs"  # a query, a passage and how alike they are; no negatives
 TASK_TYPES = ("retrieval", "bitext", "clustering", "classification", SCORED)

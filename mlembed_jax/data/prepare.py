@@ -31,9 +31,10 @@ from mlembed_jax.data.manifest import File
 from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
 from mlembed_jax.data.report import FileCount
-from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.transforms import RowShard, Slice, Written
-from mlembed_jax.workdir import copy_file, new_file, write_json
+from mlembed_jax.errors import DataError
+from mlembed_jax.files import copy_file, new_file, write_json
 
 WORK = ".work"  # folder of what is not part of the result
 # Compressed input per documents file: 1,000 files for 60 GB. A process holds one at a time, which

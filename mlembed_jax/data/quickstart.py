@@ -34,8 +34,9 @@ from mlembed_jax.data.quickstart_sources import (
   read_utterances,
   seeded,
 )
-from mlembed_jax.data.tokenizer import DataError, with_instruction
-from mlembed_jax.workdir import replace_folder
+from mlembed_jax.data.tokenizer import with_instruction
+from mlembed_jax.errors import DataError
+from mlembed_jax.files import replace_folder
 
 VERSION = 1  # raise it when the same packages would give other files
 LICENCES = {

@@ -15,7 +15,7 @@ import grain
 
 from mlembed_jax.data.loader import Batch, Batches
 from mlembed_jax.data.processes import end_with_parent
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 
 PREFETCH = 2  # batches ready per worker
 STALLED_S = 300.0  # without a batch from a worker: it is ended, and another one reads the step

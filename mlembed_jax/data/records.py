@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int32, Int64, UInt32
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 
 # Its classes are made at import, where type checkers do not see them.
 proto: Any = tf_example_pb2

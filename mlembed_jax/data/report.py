@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
-from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.data.transforms import RowShard, Written
-from mlembed_jax.workdir import write_json
+from mlembed_jax.errors import DataError
+from mlembed_jax.files import write_json
 
 FILE = "prepare_report.json"
 

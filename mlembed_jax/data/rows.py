@@ -21,7 +21,8 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from mlembed_jax.data.manifest import SCORED, File, open_input
-from mlembed_jax.data.tokenizer import DataError, with_instruction
+from mlembed_jax.data.tokenizer import with_instruction
+from mlembed_jax.errors import DataError
 
 # Its functions are made at import, where type checkers do not see them.
 pc: Any = pyarrow.compute

@@ -12,8 +12,8 @@ from mlembed_jax.data import mixture, records
 from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.mixture import Unit
-from mlembed_jax.data.tokenizer import DataError
 from mlembed_jax.data.transforms import LENGTHS, VECTORS, RowShard
+from mlembed_jax.errors import DataError
 
 
 class Rows:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 
 import tokenizers
 
+from mlembed_jax.errors import DataError
+
 # A query is PREFIX + QUERY. A line break ends a token for every tokenizer that we accept, so the
 # ids of the two parts, one after the other, are those of the whole.
 PREFIX = "Instruct: {instruction}\n"
 QUERY = "Query: {text}"
-
-
-class DataError(ValueError):
-  """Data that cannot be used; the message names the file and what to do."""
 
 
 def with_instruction(instruction: str, text: str) -> str:

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from mlembed_jax.data.manifest import File
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 
 
 @functools.lru_cache(maxsize=64)

@@ -38,7 +38,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from mlembed_jax.hf.export import variant_name
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlembed_jax.eval import summary
 from mlembed_jax.eval.summary import Evaluation, Point, Size
-from mlembed_jax.workdir import write_text
+from mlembed_jax.files import write_text
 
 HERE = pathlib.Path(__file__).parent
 DIGITS = 6  # of a score; shown are three: rounding to four before changed the last one

@@ -24,7 +24,8 @@ from jaxtyping import Float
 
 from mlembed_jax.data.manifest import SCORED, File, read_manifest, select
 from mlembed_jax.data.rows import has_text, open_parquet
-from mlembed_jax.data.tokenizer import DataError, with_instruction
+from mlembed_jax.data.tokenizer import with_instruction
+from mlembed_jax.errors import DataError
 from mlembed_jax.eval import scores
 from mlembed_jax.eval.scores import Scores
 

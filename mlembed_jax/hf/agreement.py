@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import DataError, LoadError
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.folder import LoadError, read_model
+from mlembed_jax.hf.folder import read_model
 from mlembed_jax.hf.subject import AGAIN, ERROR, OK, OURS, Said, Subject
 
 EXACT = parity.TOLERANCE["float32"]

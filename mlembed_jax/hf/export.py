@@ -23,15 +23,17 @@ from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
+from mlembed_jax.errors import ExportError
+from mlembed_jax.files import replace_folder, write_json, write_text
 from mlembed_jax.hf import examination, files, names, parity
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.factors import FACTORS
-from mlembed_jax.hf.files import ExportError, Variant
+from mlembed_jax.hf.files import Variant
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
 from mlembed_jax.hf.subject import ERROR
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.workdir import Run, replace_folder, write_json, write_text
+from mlembed_jax.workdir import Run
 
 OURS = "mlembed.json"  # marks a folder as written here
 MAX_FILE_BYTES = 5_000_000_000

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import torch_file
-from mlembed_jax.hf.folder import Folder, LoadError, open_file
+from mlembed_jax.hf.folder import Folder, open_file
 from mlembed_jax.matryoshka import default_ranks, factorize
 
 FACTORS = "mlembed/uv.safetensors"  # of our own exports: tensors U [vocab, rank], V [rank, width]

@@ -12,6 +12,7 @@ from typing import Any
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
+from mlembed_jax.errors import ExportError
 from mlembed_jax.hf import names
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.workdir import Run
@@ -40,10 +41,6 @@ MTEB_TYPES = {
 # full: never factorised. merged: the product of the factors, which every program reads. uv: the
 # factors, a smaller file, which only transformers reads, with the code that stands beside it.
 FORMS = ("full", "merged", "uv")
-
-
-class ExportError(ValueError):
-  """A folder that cannot be written as asked; the message names the flag, file or tensor."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 
 from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import names
 
 WEIGHTS = "model.safetensors"
@@ -44,10 +45,6 @@ FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*
 FILES += ("mlembed/*", "mlembed.json", "U.pth", "V.pth")
 # An encoder without them would have no prompts, and cut texts elsewhere.
 FILES += ("config_sentence_transformers.json", "sentence_bert_config.json")
-
-
-class LoadError(ValueError):
-  """A folder that cannot be imported; the message names file, tensor, expected and found."""
 
 
 @dataclasses.dataclass(frozen=True)

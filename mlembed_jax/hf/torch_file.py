@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mlembed_jax.hf.folder import LoadError
+from mlembed_jax.errors import LoadError
 
 DTYPES = {
   "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, names
 from mlembed_jax.hf.folder import (
   DTYPES,
   WEIGHTS,
   Folder,
-  LoadError,
   Stored,
   open_file,
   open_folder,

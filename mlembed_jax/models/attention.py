@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from mlembed_jax import context
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 
 # Finite, so that a padding row, which may attend to nothing else, never becomes NaN.
 MASKED = -1e30

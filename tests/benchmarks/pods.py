@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import jax
 
 from mlembed_jax import pod
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 from tests.benchmarks import common
 
 SIZES = [common.CONFIGS / f"{name}.py" for name in ("0_6b", "1_7b", "4b", "8b")]

@@ -11,7 +11,7 @@ import tokenizers
 
 import mlembed_jax.data
 from mlembed_jax.data import batching, records
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from tests.material import (
   batches_of,
   entry,

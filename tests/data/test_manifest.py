@@ -8,7 +8,7 @@ import pytest
 
 from mlembed_jax.data import manifest
 from mlembed_jax.data.manifest import File
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from tests.material import entry
 
 BITEXT = entry("bitext", 4, "Translate.")

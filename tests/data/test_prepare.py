@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 import tokenizers
 
 from mlembed_jax.data import rows
-from mlembed_jax.data.tokenizer import DataError, Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import DataError
 from tests.material import (
   OTHERS,
   entry,

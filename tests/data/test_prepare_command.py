@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from mlembed_jax.data import prepare, rows
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from tests.material import entry, pairs, prepare_dataset, scored, train_tokenizer, write_files
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

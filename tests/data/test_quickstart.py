@@ -17,7 +17,7 @@ import tokenizers
 
 from mlembed_jax.data import intent_templates, quickstart, quickstart_sources
 from mlembed_jax.data.quickstart_sources import fold
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 
 VOCAB = 4096
 TRAIN = ["messages", "names", "intents", "name_kinds"]

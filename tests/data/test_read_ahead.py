@@ -13,7 +13,7 @@ import time
 import pytest
 
 from mlembed_jax.data import loader, read_ahead
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from tests.data.test_loader import same
 from tests.data.test_prepare_command import ENVIRONMENT, ROOT, alive, descendants, wait_until
 from tests.material import batches_of

@@ -12,7 +12,7 @@ import pytest
 
 from mlembed_jax.data import rows
 from mlembed_jax.data.manifest import File
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from tests.material import entry, pairs, with_positives, write_parquet
 
 BITEXT = entry("bitext", 2, "Translate.")

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlembed_jax.data import rows
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from tests.data.test_rows import dropped, read, write
 from tests.material import entry, scored
 

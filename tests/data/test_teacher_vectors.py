@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlembed_jax.data import batching, rows, vectors
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from tests.material import (
   batches_of,
   entry,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mlembed_jax.data.tokenizer import DataError, Tokenizer, with_instruction
+from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
+from mlembed_jax.errors import DataError
 from tests.material import train_tokenizer
 
 

@@ -18,7 +18,7 @@ import pytest
 import threadpoolctl
 from mteb.types import PromptType
 
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from mlembed_jax.eval import mteb as ours
 from mlembed_jax.eval import scores
 from mlembed_jax.eval.mteb import MTEBEncoder, evaluate, find_task, model_meta

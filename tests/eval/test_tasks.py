@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlembed_jax.data.manifest import File
-from mlembed_jax.data.tokenizer import DataError
+from mlembed_jax.errors import DataError
 from mlembed_jax.eval import tasks
 from tests.material import entry, write_parquet
 

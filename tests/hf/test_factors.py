@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, torch_file
-from mlembed_jax.hf.folder import LoadError, open_folder, read_model
+from mlembed_jax.hf.folder import open_folder, read_model
 from mlembed_jax.hf.load import load_params
 from tests.hf.test_families import theirs
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from mlembed_jax.config import from_mapping, load_module
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError, LoadError
 from mlembed_jax.hf import names
-from mlembed_jax.hf.folder import LoadError, read_model, resolve
+from mlembed_jax.hf.folder import read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.sharding import make_mesh, shardings

@@ -14,9 +14,9 @@ import transformers
 
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import names
 from mlembed_jax.hf.export import export_folder
-from mlembed_jax.hf.folder import LoadError
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_params
 from mlembed_jax.workdir import Run

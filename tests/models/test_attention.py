@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlembed_jax.config_fields import ConfigError
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.attention import (
   attention,
   choose,

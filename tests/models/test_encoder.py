@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mlembed_jax.config import CHOICES
-from mlembed_jax.config_fields import ConfigError, ModelConfig
+from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models import pooling
 from mlembed_jax.models.attention import quarter_turn, rotary, rotation

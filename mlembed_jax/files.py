@@ -1,0 +1,82 @@
+"""Writing files and folders so that none is ever half written. No jax."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from mlembed_jax.errors import ConfigError
+
+
+def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
+  """Returns the folder that a flag names, made if needed.
+
+  Raises:
+    ConfigError: it is a URL, or cannot be made or written to.
+  """
+  if "://" in str(path):  # it would be taken for a folder below this one
+    raise ConfigError(f"{flag}: {path} is not a path; mount the bucket, for example by gcsfuse")
+  workdir = pathlib.Path(path).absolute()
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".write_test_{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise ConfigError(f"{flag}: {path} is not writable: {error.strerror}") from error
+  return workdir
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary path that is renamed to `path` at the end, unless there is an error.
+
+  So readers see all of a file or nothing.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    yield temporary
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes UTF-8 text so that readers see all of the file or nothing, see `new_file`."""
+  with new_file(path) as new:
+    new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a value as JSON so that readers see all of the file or nothing, see `new_file`."""
+  write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a file so that readers of `target` see all of it or nothing.
+
+  Nothing is done where both paths are one file.
+  """
+  if target.exists() and target.samefile(source):
+    return
+  with new_file(target) as new:
+    shutil.copyfile(source, new)
+
+
+def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
+  """Puts the complete folder `new` at `target`; what stood there is removed after that."""
+  old = new.with_name(new.name + ".old")
+  shutil.rmtree(old, ignore_errors=True)
+  if target.exists():
+    target.rename(old)
+  try:
+    new.rename(target)
+  except OSError:
+    if old.exists():
+      old.rename(target)
+    raise
+  shutil.rmtree(old, ignore_errors=True)
