@@ -14,8 +14,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from mlembed_jax import cli, memory, pod, sweep
-from mlembed_jax.pod import Estimate
+from mlembed_jax import cli
+from mlembed_jax.estimate import pod, sweep
+from mlembed_jax.estimate.pod import Estimate
+from mlembed_jax.training import memory
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, FILE[:variant], as of mlembed_jax.train."

@@ -20,10 +20,20 @@ import jax
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.hf import agreement, examination, installed
-from mlembed_jax.hf.examination import Verdict
+from mlembed_jax.hf.checks import agreement, examination, installed
+from mlembed_jax.hf.checks.examination import Verdict
+from mlembed_jax.hf.checks.subject import (
+  ERROR,
+  OK,
+  OURS,
+  OWN,
+  ST,
+  TRANSFORMERS,
+  WARNING,
+  Check,
+  Finding,
+)
 from mlembed_jax.hf.parity import FILE as PARITY
-from mlembed_jax.hf.subject import ERROR, OK, OURS, OWN, ST, TRANSFORMERS, WARNING, Check, Finding
 
 TORCH = flags.DEFINE_bool(
   "torch", True, "Load the folder with sentence-transformers and transformers, if installed."

@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from mlembed_jax import __version__, cli, flops
+from mlembed_jax import __version__, cli
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid, report, summary
 from mlembed_jax.eval.grid import Axes, Record
@@ -30,6 +30,7 @@ from mlembed_jax.eval.tasks import Task, load_folder
 from mlembed_jax.files import make_writable_folder, write_json
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
+from mlembed_jax.models import flops
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.quantize import PRECISIONS
 

@@ -11,10 +11,10 @@ import pathlib
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.checkpoint import load_params
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.export import check_target, export_folder, parse_variant, plan_variant
 from mlembed_jax.matryoshka import Slice
+from mlembed_jax.training.checkpoint import load_params
 from mlembed_jax.workdir import Run, read_evaluation
 
 CHECKPOINT = flags.DEFINE_string(

@@ -30,8 +30,8 @@ from mlembed_jax.hf.folder import open_folder, read_model, read_positions, resol
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.encoder import parameter_shapes
+from mlembed_jax.models.states import states
 from mlembed_jax.quantize import quantize, unit
-from mlembed_jax.states import states
 
 # Widths of batches: a text is padded by a third at most. Rows follow from the tokens of a batch, so
 # there are as many programs.

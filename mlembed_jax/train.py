@@ -19,35 +19,27 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 import mlembed_jax
-from mlembed_jax import (
-  cli,
-  compiler,
-  distributed,
-  hosts,
-  inputs,
-  memory,
-  metrics,
-  optimizer,
-  train_state,
-  train_step,
-)
-from mlembed_jax.checkpoint import Checkpoints, check_same_run
+from mlembed_jax import cli
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
+from mlembed_jax.devices import compiler
 from mlembed_jax.errors import TrainingError
 from mlembed_jax.eval import grid
 from mlembed_jax.files import copy_file, make_writable_folder, write_json
 from mlembed_jax.hf.export import check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
-from mlembed_jax.inputs import Inputs
-from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
-from mlembed_jax.stop import StopSignals
-from mlembed_jax.teacher import Teacher
-from mlembed_jax.train_state import TrainState
+from mlembed_jax.objective.losses import Task
+from mlembed_jax.parallel import distributed, hosts
+from mlembed_jax.parallel.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
+from mlembed_jax.parallel.stop import StopSignals
+from mlembed_jax.training import inputs, memory, metrics, optimizer, train_state, train_step
+from mlembed_jax.training.checkpoint import Checkpoints, check_same_run
+from mlembed_jax.training.inputs import Inputs
+from mlembed_jax.training.teacher import Teacher
+from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import Run, evaluated, evaluation_path, read_evaluation
 
 CONFIG = config_flags.DEFINE_config_file(

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax import distributed, hosts
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.sharding import put_batch, rows_of
+from mlembed_jax.parallel import distributed, hosts
+from mlembed_jax.parallel.sharding import put_batch, rows_of
 
 
 def raised(act):

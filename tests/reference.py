@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from mlembed_jax import losses
 from mlembed_jax.config import from_mapping
 from mlembed_jax.matryoshka import Matryoshka, dim_weights
+from mlembed_jax.objective import losses
 from tests.material import FAST_COMPILE, config_dict
 
 NEVER = -torch.inf

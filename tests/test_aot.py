@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax import flops, hlo, optimizer, pod, sweep, train_state
 from mlembed_jax.config import from_mapping
+from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.gradcache import BLOCKS
+from mlembed_jax.estimate import hlo, pod, sweep
+from mlembed_jax.models import flops
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.sharding import make_mesh
-from mlembed_jax.tpu import TPUS
+from mlembed_jax.parallel.sharding import make_mesh
+from mlembed_jax.training import optimizer, train_state
+from mlembed_jax.training.gradcache import BLOCKS
 from tests.benchmarks.common import load_config
 from tests.material import CONFIGS, config_dict
 

@@ -11,13 +11,13 @@ import sentence_transformers
 import torch
 from sentence_transformers.util.quantization import quantize_embeddings
 
-from mlembed_jax import states
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.hf.folder import FILES
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
+from mlembed_jax.models import states
 from mlembed_jax.quantize import PRECISIONS, quantize, ranges
 from mlembed_jax.workdir import Run
 from tests.material import sentences

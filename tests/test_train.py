@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mlembed_jax.checkpoint import load_params
-from mlembed_jax.metrics import Writer
+from mlembed_jax.training.checkpoint import load_params
+from mlembed_jax.training.metrics import Writer
 from mlembed_jax.workdir import Run
 from tests.material import FAST_COMPILE
 

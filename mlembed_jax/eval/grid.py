@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from mlembed_jax import hosts
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval.tasks import ByLanguage, Task
 from mlembed_jax.matryoshka import Slice, plan, slice_config, slice_params
+from mlembed_jax.models.states import states
+from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel.sharding import batch_sharding
 from mlembed_jax.quantize import rounded, unit
-from mlembed_jax.sharding import batch_sharding
-from mlembed_jax.states import states
 
 Record = dict[str, Any]
 Ids = Sequence[Sequence[int]]

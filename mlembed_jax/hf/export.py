@@ -25,12 +25,13 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.errors import ExportError
 from mlembed_jax.files import replace_folder, write_json, write_text
-from mlembed_jax.hf import examination, files, names, parity
+from mlembed_jax.hf import files, names, parity
 from mlembed_jax.hf.card import card
+from mlembed_jax.hf.checks import examination
+from mlembed_jax.hf.checks.subject import ERROR
 from mlembed_jax.hf.factors import FACTORS
 from mlembed_jax.hf.files import Variant
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
-from mlembed_jax.hf.subject import ERROR
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.workdir import Run

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from mlembed_jax import hosts
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.hf import factors, names
 from mlembed_jax.hf.folder import Folder, open_folder, raise_all
 from mlembed_jax.models import encoder
+from mlembed_jax.parallel import hosts
 
 Params = dict[str, Any]
 

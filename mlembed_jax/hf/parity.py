@@ -14,7 +14,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.files import Variant
 from mlembed_jax.hf.load import load_params, on_device
-from mlembed_jax.states import states
+from mlembed_jax.models.states import states
 
 FILE = "parity.json"
 # What tokenizers and attention masks get wrong. None begins or ends with a blank, which

@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
-from mlembed_jax import context
 from mlembed_jax.errors import ConfigError
+from mlembed_jax.parallel import context
 
 # Finite, so that a padding row, which may attend to nothing else, never becomes NaN.
 MASKED = -1e30

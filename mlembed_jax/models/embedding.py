@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from mlembed_jax import context
+from mlembed_jax.parallel import context
 
 
 def look_up(table_VR: Float[Array, "V R"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T R"]:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mlembed_jax import context
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.models.attention import SAVED, Rotation, attention, rotary, rotation
 from mlembed_jax.models.embedding import look_up
 from mlembed_jax.models.pooling import last_tokens, packed
+from mlembed_jax.parallel import context
 
 _saved = jax.checkpoint_policies.save_only_these_names
 # What a layer keeps for its backward pass beside its input, which computes the rest again. "none"

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mlembed_jax import sharding
 from mlembed_jax.config import from_mapping, load_module
 from mlembed_jax.config_fields import Config
+from mlembed_jax.parallel import sharding
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 

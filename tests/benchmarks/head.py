@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, UInt32
 
-from mlembed_jax import losses
 from mlembed_jax.config_fields import Config
-from mlembed_jax.losses import Task, Teachers
 from mlembed_jax.matryoshka import Matryoshka, default_dims, default_exits, dim_weights
-from mlembed_jax.streaming import TILE_ROWS
+from mlembed_jax.objective import losses
+from mlembed_jax.objective.losses import Task, Teachers
+from mlembed_jax.objective.streaming import TILE_ROWS
 from tests.benchmarks import common
 
 TEMPERATURE = 0.05

@@ -25,12 +25,12 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from mlembed_jax import train_state
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.hf import names
 from mlembed_jax.hf.folder import INDEX
 from mlembed_jax.hf.load import load_params
-from mlembed_jax.sharding import logical_rules, make_mesh
+from mlembed_jax.parallel.sharding import logical_rules, make_mesh
+from mlembed_jax.training import train_state
 from tests.benchmarks import common
 
 SHARD_BYTES = 2e9

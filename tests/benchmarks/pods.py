@@ -6,7 +6,7 @@
 
 Needs the extra [tpu]. Each row is one compilation of the real update, of half a minute to four.
 512 rows are the setting of the second stage, 4,096 a large batch, of which not all activations can
-be kept. How the estimate is made: `mlembed_jax.pod`.
+be kept. How the estimate is made: `mlembed_jax.estimate.pod`.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 import jax
 
-from mlembed_jax import pod
 from mlembed_jax.errors import ConfigError
+from mlembed_jax.estimate import pod
 from tests.benchmarks import common
 
 SIZES = [common.CONFIGS / f"{name}.py" for name in ("0_6b", "1_7b", "4b", "8b")]

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlembed_jax import memory, optimizer, train_state, train_step
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
-from mlembed_jax.losses import Task
 from mlembed_jax.matryoshka import Matryoshka, plan
-from mlembed_jax.sharding import batch_sharding, make_mesh, put_batch, replicas
-from mlembed_jax.train_step import Batch
+from mlembed_jax.objective.losses import Task
+from mlembed_jax.parallel.sharding import batch_sharding, make_mesh, put_batch, replicas
+from mlembed_jax.training import memory, optimizer, train_state, train_step
+from mlembed_jax.training.train_step import Batch
 from tests.benchmarks import common
 from tests.benchmarks.head import head_flops, ours
 

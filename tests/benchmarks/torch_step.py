@@ -32,11 +32,12 @@ import numpy as np
 import torch
 import transformers
 
-from mlembed_jax import chips, flops
 from mlembed_jax.config_fields import Config, ModelConfig
+from mlembed_jax.devices import chips
 from mlembed_jax.hf import names
 from mlembed_jax.matryoshka import plan
-from mlembed_jax.sharding import make_mesh
+from mlembed_jax.models import flops
+from mlembed_jax.parallel.sharding import make_mesh
 from tests.benchmarks import common
 from tests.benchmarks.head import TEMPERATURE, masks
 from tests.benchmarks.step import Stepper, random_batch, random_ids

@@ -10,7 +10,7 @@ from mlembed_jax.data.manifest import select
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import grid, tasks
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
-from mlembed_jax.sharding import make_mesh
+from mlembed_jax.parallel.sharding import make_mesh
 from tests.material import padded
 
 

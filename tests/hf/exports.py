@@ -15,7 +15,7 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import parity
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params, truncate
-from mlembed_jax.states import states
+from mlembed_jax.models.states import states
 from mlembed_jax.workdir import Run
 from tests import material
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3Model
 
-from mlembed_jax.hf import agreement, checks, examination, installed, parity
-from mlembed_jax.hf.export import ExportError
-from mlembed_jax.hf.subject import (
+from mlembed_jax.hf import parity
+from mlembed_jax.hf.checks import agreement, examination, installed
+from mlembed_jax.hf.checks import small_files as checks
+from mlembed_jax.hf.checks.subject import (
   CONSUMERS,
   ERROR,
   LLAMA,
@@ -29,6 +30,7 @@ from mlembed_jax.hf.subject import (
   Finding,
   Subject,
 )
+from mlembed_jax.hf.export import ExportError
 from tests.hf.broken import (
   BROKEN,
   CONFIG,

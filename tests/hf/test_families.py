@@ -16,7 +16,7 @@ from mlembed_jax.hf import names
 from mlembed_jax.hf.folder import read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
-from mlembed_jax.sharding import make_mesh, shardings
+from mlembed_jax.parallel.sharding import make_mesh, shardings
 from tests import material
 
 SIZES = {

@@ -13,7 +13,7 @@ from mlembed_jax.models.attention import (
   einsum,
   splash_attention,
 )
-from mlembed_jax.sharding import logical_rules
+from mlembed_jax.parallel.sharding import logical_rules
 
 SEGMENTS = np.array([[1] * 100 + [2] * 30 + [3] * 70 + [0] * 56, [1] * 256])
 

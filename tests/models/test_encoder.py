@@ -21,8 +21,8 @@ from mlembed_jax.models.encoder import (
   abstract_params,
   parameter_shapes,
 )
-from mlembed_jax.residuals import Pull
-from mlembed_jax.sharding import RULES
+from mlembed_jax.parallel.sharding import RULES
+from mlembed_jax.training.residuals import Pull
 from tests.material import FAST_COMPILE, packed, padded, random_batch, random_params
 
 

@@ -1,0 +1,1 @@
+"""What chips, their links and their compilers can do."""

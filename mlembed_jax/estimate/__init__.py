@@ -1,0 +1,1 @@
+"""What a step would need on TPUs that are not here."""

@@ -1,0 +1,1 @@
+"""What each program would make of an exported folder."""

@@ -1,0 +1,158 @@
+"""Checks D12 and D13: what ends a text, and whether the converter of llama.cpp knows the rest."""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+from mlembed_jax.hf import names
+from mlembed_jax.hf.checks.subject import (
+  AGAIN,
+  CONSUMERS,
+  ERROR,
+  OURS,
+  OWN,
+  SKIPPED,
+  ST,
+  TRANSFORMERS,
+  VLLM,
+  WARNING,
+  Said,
+  Subject,
+)
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+SHORT = 4  # tokens that are left of a text
+LONG = "one two three four five six seven eight nine ten"
+QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+CLASSES = (*QWEN, "PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer")
+CLASSES += ("GPT2TokenizerFast", "LlamaTokenizerFast")
+# The converter of llama.cpp knows a tokenizer by the sha256 of str() of the ids of this text.
+CHECK_TEXT = (
+  "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis "
+  "concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
+  "កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български "
+  "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure "
+  "I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+HASHES = {  # of Qwen's vocabulary, by the token that ends a text
+  "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "<|endoftext|>",
+  "862f827721df956049dff5ca81a57f29e575280bc622e290d3bf4e35eca29015": "<|im_end|>",
+  "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": None,
+}
+
+
+def d12(s: Subject) -> Iterator[Said]:
+  """Every text ends in one pooled token, and all files mean the same by it."""
+  try:
+    tokenizer = _open(s)
+  except Exception as error:  # the library raises bare Exception
+    yield Said(ERROR, FILE, f"is not a tokenizer: {error}", AGAIN, CONSUMERS)
+    return
+  if s.pooled_id is None:
+    found = "neither mlembed.json nor eos_token_id says which token ends a text"
+    yield Said(ERROR, "config.json", found, "Write eos_token_id.")
+    return
+  yield from _endings(tokenizer, s.pooled_id)
+  yield from _names(s, tokenizer, s.pooled_id)
+  yield from _class(s.json(CONFIG))
+  size, rows = max(tokenizer.get_vocab().values()) + 1, s.config.get("vocab_size")
+  if isinstance(rows, int) and size > rows:
+    found = f"E106 tokenizer: {size} ids but the table has {rows} rows"
+    yield Said(ERROR, FILE, found, "Take the tokenizer.json of that model.", CONSUMERS)
+
+
+def _open(s: Subject) -> tokenizers.Tokenizer:
+  tokenizer = tokenizers.Tokenizer.from_file(str(s.path / FILE))
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  return tokenizer
+
+
+def _endings(tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Said]:
+  ids = {text: tokenizer.encode(text).ids for text in ("hello", "")}
+  tokenizer.enable_truncation(SHORT)
+  ids[f"a text cut to {SHORT} tokens"] = tokenizer.encode(LONG).ids
+  tokenizer.no_truncation()
+  for text, found in ids.items():
+    if found[-1:] != [pooled] or found.count(pooled) != 1:
+      said = f"{text!r} becomes {found}; expected one {pooled} at its end"
+      yield Said(ERROR, FILE, said, "Let post_processor append it: export the folder again.")
+      return
+
+
+def _names(s: Subject, tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Said]:
+  token = tokenizer.id_to_token(pooled)
+  if (eos := s.config.get("eos_token_id")) != pooled and isinstance(eos, int):
+    found = f"eos_token_id is {eos}, but texts end in {pooled}, {token}"
+    yield Said(ERROR, "config.json", found, f"Write {pooled}.")
+  stated = s.json(CONFIG).get("eos_token")
+  if (name := stated.get("content") if isinstance(stated, dict) else stated) != token:
+    found = f"eos_token is {name!r}, but texts end in {token!r}"
+    yield Said(ERROR, CONFIG, found, f"Write {token}.")
+  ours = s.ours.get("pooling", {}).get("token", token)
+  if ours != token:
+    found = f"pooling.token is {ours!r}, its token_id {pooled} is {token!r}"
+    yield Said(ERROR, OWN, found, AGAIN, (OURS,))
+
+
+def _class(config: Mapping[str, Any]) -> Iterator[Said]:
+  readers = (ST, TRANSFORMERS, VLLM)
+  if config.get("add_eos_token") is False:
+    found = "add_eos_token is false: transformers 5 then appends no token"
+    yield Said(ERROR, CONFIG, found, "Write true.", readers)
+  kind = config.get("tokenizer_class")
+  if kind == "TokenizersBackend":
+    found = f"tokenizer_class is {kind}, written by transformers 5; 4 does not know it"
+    yield Said(ERROR, CONFIG, found, "Write PreTrainedTokenizerFast.", readers)
+  elif kind not in CLASSES:
+    found = f"tokenizer_class is {kind}, which was never tried"
+    yield Said(WARNING, CONFIG, found, "Write PreTrainedTokenizerFast.", readers)
+
+
+def d13(s: Subject) -> Iterator[Said]:
+  """llama.cpp's converter knows the architecture, the tokenizer and the tensors."""
+  if s.is_remote or s.kind not in names.FAMILIES:
+    yield Said(SKIPPED, "config.json", "is of no architecture that llama.cpp reads")
+    return
+  wanted, stated = names.FAMILIES[s.kind].architecture, s.config.get("architectures")
+  if stated != [wanted]:
+    found = f"architectures is {stated}; older converters know {wanted} alone"
+    yield Said(WARNING, "config.json", found, f"Write {wanted}.")
+  yield from _hash(s)
+  if importlib.util.find_spec("gguf"):
+    yield from _gguf(s)
+  else:
+    yield Said(SKIPPED, "", "names of tensors were not compared: pip install gguf")
+
+
+def _hash(s: Subject) -> Iterator[Said]:
+  if s.json(CONFIG).get("tokenizer_class") not in QWEN:
+    found = "not Qwen's vocabulary; whether the converter knows this one was not checked"
+    yield Said(SKIPPED, FILE, found)
+    return
+  ids = _open(s).encode(CHECK_TEXT).ids
+  digest = hashlib.sha256(str(ids).encode()).hexdigest()
+  if digest not in HASHES:
+    # No error: a vocabulary of one's own is no fault, and the converter can be taught its hash.
+    found = f"the converter of llama.cpp does not know its hash, {digest[:12]}..., and stops"
+    yield Said(WARNING, FILE, found, "Take the tokenizer.json of Qwen3, or add the hash there.")
+  elif HASHES[digest] is None:
+    yield Said(ERROR, FILE, "is known to llama.cpp, but no token ends a text", AGAIN)
+
+
+def _gguf(s: Subject) -> Iterator[Said]:
+  import gguf  # beside the converter, in no requirement of ours
+
+  known = gguf.get_tensor_name_map(
+    gguf.MODEL_ARCH[s.kind.upper()], s.config.get("num_hidden_layers", 0)
+  )
+  unknown = [n for n in s.stored() if known.get_name(n, (".weight", ".bias")) is None]
+  if unknown:
+    yield Said(ERROR, "", f"gguf has no name for {len(unknown)} tensors, first {unknown[0]}", AGAIN)
+  special = gguf.SpecialVocab(s.path)
+  if special.add_special_token.get("eos") is not True:
+    found = "gguf does not see that a token is appended"
+    yield Said(ERROR, FILE, found, "Let post_processor and eos_token name the same token.")

@@ -1,0 +1,121 @@
+"""Learning from a teacher's states, or from the full model itself. Arrays only.
+
+Letters as in contrast.py.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mlembed_jax.matryoshka import truncate
+from mlembed_jax.objective import streaming
+from mlembed_jax.objective.contrast import Contrast
+from mlembed_jax.objective.streaming import SoftTargets
+
+
+def match_exits(
+  exits: Sequence[int], layers: int, teacher_exits: Sequence[int], teacher_layers: int, match: str
+) -> tuple[int, ...]:
+  """Returns the teacher exit that each student exit learns from.
+
+  `depth_fraction`: the nearest share of its depth, ties to the deeper one. `index`: by position
+  from the deepest, as the published code does, whose depths then differ.
+
+  Raises:
+    ValueError: by position, and the teacher has fewer exits.
+  """
+  if match == "index":
+    if len(teacher_exits) < len(exits):
+      raise ValueError(
+        f"kd.match: the teacher has {len(teacher_exits)} exits for the student's {len(exits)}; "
+        "use depth_fraction"
+      )
+    return tuple(teacher_exits[-len(exits) :])
+  # Compared as integers: |t / L_t - l / L| over a common denominator.
+  return tuple(
+    min(teacher_exits, key=lambda t: (abs(t * layers - e * teacher_layers), -t)) for e in exits
+  )
+
+
+def distillation(
+  student: Sequence[Array], teacher: Sequence[Array], space: str
+) -> Float[Array, ""]:
+  """Returns the distance of student states [..., d] to the teacher's first d columns.
+
+  `student` and `teacher` are matching lists (queries, positives, negatives); their terms are
+  added. Space `raw` is the mean squared error of un-normalised states, `unit` the mean squared
+  distance of the normalised ones, 2 - 2 * cosine.
+  """
+  total = jnp.zeros(())
+  for s, t in zip(student, teacher, strict=True):
+    s, t = s.astype(jnp.float32), t[..., : s.shape[-1]].astype(jnp.float32)
+    if space == "unit":
+      total += jnp.mean(jnp.sum((truncate(s, None) - truncate(t, None)) ** 2, axis=-1))
+    else:
+      total += jnp.mean((s - t) ** 2)
+  return total
+
+
+def from_teacher(
+  states_BCD: Float[Array, "B C D"], teacher_BCD: Float[Array, "B C D"], positives: int, space: str
+) -> Float[Array, ""]:
+  """Returns the distance of a batch's states at one exit to the teacher's.
+
+  The teacher may know fewer texts of a row than there are: those stand first.
+  """
+  known = states_BCD[:, : teacher_BCD.shape[1]]
+  student, teacher = (
+    [part for part in jnp.split(x, (1, 1 + positives), axis=1) if part.shape[1]]
+    for x in (known, jax.lax.stop_gradient(teacher_BCD))
+  )
+  return distillation(student, teacher, space)
+
+
+def _log_total(c: Contrast) -> Float[Array, "B M"]:
+  """Returns the log-sum over positives and negatives of both kinds."""
+  return jnp.logaddexp(jnp.logaddexp(jax.nn.logsumexp(c.own, axis=1), c.hard), c.inbatch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A model's choice among the candidates of each row: those of the contrastive terms together."""
+
+  own: Float[Array, "B P"]  # probabilities of the positives
+  stored: Float[Array, "B K"]
+  others: SoftTargets
+  entropy: Float[Array, "B"]
+
+
+def choice_of(full: Contrast) -> Choice:
+  """Returns the choice of a contrast at one dim."""
+  log_total = _log_total(full)[:, 0]
+  choice = Choice(
+    own=jnp.exp(full.own[..., 0] - log_total[:, None]),
+    stored=jnp.where(full.keep, jnp.exp(full.stored[..., 0] - log_total[:, None]), 0.0),
+    others=SoftTargets(full.views.query, full.met, log_total),
+    entropy=log_total,
+  )
+  return dataclasses.replace(choice, entropy=log_total - _expected(full, choice)[:, 0])
+
+
+def _expected(c: Contrast, choice: Choice) -> Float[Array, "B M"]:
+  """Returns the mean logit of a row's candidates under a choice."""
+  total = jnp.sum(choice.own[..., None] * c.own, axis=1)
+  total += jnp.sum(choice.stored[..., None] * c.stored, axis=1)
+  if c.keys:
+    total += streaming.expected_logits(c.views.query, c.met, *c.keys, choice.others)
+  return total
+
+
+def self_distillation(student: Contrast, full: Choice) -> Float[Array, "M"]:
+  """Returns KL(full model || each dim) of the choice of a candidate, mean over rows.
+
+  No gradient reaches the full model.
+  """
+  full = jax.lax.stop_gradient(full)
+  cross_entropy = _log_total(student) - _expected(student, full)
+  return jnp.mean(cross_entropy - full.entropy[:, None], axis=0)

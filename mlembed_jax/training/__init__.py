@@ -1,0 +1,1 @@
+"""One run: its inputs, one update, its state, checkpoints and metrics."""

@@ -1,0 +1,216 @@
+"""Everything a run reads, opened and checked before any long work, and the plan of its batches."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+from mlembed_jax.config_fields import STORED, Config, DataConfig
+from mlembed_jax.data import catalog, loader, manifest, mixture, plan, prepare, quickstart
+from mlembed_jax.data.batching import Kind
+from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.plan import Plan
+from mlembed_jax.data.records import TRAIN
+from mlembed_jax.data.store import Split, open_split
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import ConfigError, DataError
+from mlembed_jax.eval import tasks
+from mlembed_jax.files import write_json
+from mlembed_jax.hf.folder import check_folder, resolve
+from mlembed_jax.parallel import hosts
+from mlembed_jax.training.teacher import Teacher, check_stored, open_teacher
+from mlembed_jax.workdir import Run
+
+PLAN = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Everything a run reads."""
+
+  split: Split  # training rows
+  plan: Plan
+  options: loader.Options
+  tokenizer: Tokenizer
+  tasks: list[tasks.Task]
+  teacher: Teacher | None
+
+  @functools.cached_property
+  def _kinds(self) -> dict[str, Kind]:
+    return loader.kinds(self.split, self.tokenizer, self.options)
+
+  @property
+  def kinds(self) -> list[Kind]:
+    """The kinds of batches there are; one program is compiled for each."""
+    return list(dict.fromkeys(self._kinds.values()))
+
+  @property
+  def used_negatives(self) -> dict[str, float]:
+    """Share of the stored negatives that a step uses, by file."""
+    return {f.name: self._kinds[f.name].negatives / max(1, f.negatives) for f in self.split.files}
+
+  @property
+  def tokens_per_step(self) -> float:
+    """Mean over an epoch, without instructions and end tokens."""
+    files = plan.lines(self.plan, lambda unit: unit.file, 1.0, self.used_negatives)
+    return sum(line.tokens for line in files) / self.plan.order().steps_per_epoch
+
+
+def load(config: Config, workdir: pathlib.Path) -> Inputs:
+  """Returns the opened files, built first where `data.builder` says so.
+
+  Raises:
+    ConfigError, DataError: something cannot be used.
+  """
+  data = _built(config, workdir) if config.data.builder else config.data
+  opened = catalog.load(pathlib.Path(data.dataset))
+  tokenizer = Tokenizer(opened.tokenizer, data.pooled_token)
+  if tokenizer.size > config.model.vocab:
+    raise ConfigError(
+      f"model.vocab: {config.model.vocab} rows are fewer than the {tokenizer.size} tokens of "
+      f"{tokenizer.path}"
+    )
+  if config.train.init_from:
+    check_folder(resolve(config.train.init_from), config.model, tokenizer.size)
+  teacher = open_teacher(config, tokenizer)
+  opened = _instructed(opened, data.instructions)
+  chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)
+  split = open_split(opened, TRAIN, [name for name in opened.files if name in chosen])
+  _check_lengths(data.lengths, opened, split)
+  if config.kd.teacher == STORED:
+    check_stored(config, split)
+  heldout = manifest.select(data.manifest, data.heldout, "data.heldout") if data.heldout else []
+  return Inputs(
+    split=split,
+    plan=make_plan(config, split, opened.fingerprint),
+    options=_options(config),
+    tokenizer=tokenizer,
+    tasks=[tasks.load(file) for file in heldout],
+    teacher=teacher,
+  )
+
+
+def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
+  """Returns where the data lies that the builder wrote."""
+  folder = workdir / "data"
+  text = folder / "text" / "manifest.json"
+  hosts.on_first(lambda: _build(config, folder))
+  return dataclasses.replace(config.data, dataset=str(folder / "dataset"), manifest=str(text))
+
+
+def _build(config: Config, folder: pathlib.Path) -> None:
+  print(f"collecting the text of installed packages in {folder}", flush=True)
+  quickstart.build(folder / "text", vocab_size=config.model.vocab, seed=config.train.seed)
+  text = folder / "text" / "manifest.json"
+  files = manifest.select(str(text), ("train/*",), "data.train")
+  tokenizer = Tokenizer(folder / "text" / "tokenizer.json", config.data.pooled_token)
+  job = prepare.Job(
+    prepare.make_plan(files, tokenizer, max_tokens=config.data.lengths[-1]),
+    folder / "dataset",
+    tokenizer.path,
+    config.data.pooled_token,
+  )
+  prepare.run(job, processes=os.cpu_count() or 1, max_dropped_share=0.0)
+
+
+def _instructed(opened: Catalog, path: str) -> Catalog:
+  """Returns the catalog with the instructions of a JSON file, if there is one."""
+  if not path:
+    return opened
+  given, files = manifest.read_manifest(path), dict(opened.files)
+  for name, instruction in given.items():
+    if name not in files or not isinstance(instruction, str):
+      problem = "is no file of the dataset" if name not in files else "is given no text"
+      raise DataError(f"data.instructions: {path}: {name!r} {problem}")
+    entry = files[name].entry | {"instruction": instruction}
+    files[name] = dataclasses.replace(files[name], entry=entry)
+  return dataclasses.replace(opened, files=files)
+
+
+def _check_lengths(lengths: tuple[int, ...], opened: Catalog, split: Split) -> None:
+  longest = max(split.longest(file) for file in split.files)
+  if lengths[-1] - 1 > opened.max_tokens <= longest:
+    raise ConfigError(
+      f"data.lengths: {lengths[-1]} asks for more than the {opened.max_tokens} tokens that "
+      f"{opened.folder} holds of its longest texts; prepare it with --max_tokens {lengths[-1] - 1}"
+    )
+
+
+def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
+  """Returns which rows come how often.
+
+  Raises:
+    DataError: a file has fewer rows than one batch.
+  """
+  data = config.data
+  per_epoch = mixture.per_epoch(
+    split.units,
+    max_rows=data.max_rows,
+    size_exponent=data.size_exponent,
+    language_temperature=data.language_temperature,
+    max_repeats=data.max_repeats,
+  )
+  made = Plan(
+    split.files, split.units, per_epoch, data.global_batch, config.train.seed, fingerprint
+  )
+  if small := made.small_files():
+    raise DataError(
+      f"{small[0]}: an epoch has fewer of its rows than data.global_batch = {data.global_batch}; "
+      "lower it, or leave the file out of data.train"
+    )
+  return made
+
+
+def _options(config: Config) -> loader.Options:
+  data, contrastive = config.data, config.losses.contrastive_tasks()
+  return loader.Options(
+    negatives={kind: settings.negatives for kind, settings in contrastive.items()},
+    inbatch={kind: settings.inbatch for kind, settings in contrastive.items()},
+    query_instructions=data.query_instructions,
+    document_instructions=data.document_instructions,
+    teacher_vectors=config.kd.teacher == STORED,
+    lengths=data.lengths,
+    packing=data.packing,
+    batch_size=data.global_batch,
+    seed=config.train.seed,
+  )
+
+
+def steps(config: Config, inputs: Inputs) -> int:
+  """Returns the updates of the run.
+
+  Raises:
+    ConfigError: the warm-up is longer.
+  """
+  per_epoch = inputs.plan.order().steps_per_epoch
+  found = config.train.steps or max(1, round(config.train.epochs * per_epoch))
+  if config.optimizer.warmup_steps > found:
+    raise ConfigError(
+      f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is longer than the run, "
+      f"{found} steps"
+    )
+  return found
+
+
+def describe(config: Config, inputs: Inputs) -> Run:
+  """Returns what the workdir records of this run."""
+  entries = {file.name: file.entry for file in inputs.split.files}
+  teacher = inputs.teacher.version if inputs.teacher else ""
+  return Run(config, entries, inputs.plan.as_json() | {"teacher": teacher})
+
+
+def report(inputs: Inputs, total_steps: int, workdir: pathlib.Path) -> None:
+  """Prints what the run will read, and writes it to WORKDIR/plan.json and plan.png."""
+  epochs = total_steps / inputs.plan.order().steps_per_epoch
+  used = inputs.used_negatives
+  files = plan.lines(inputs.plan, lambda unit: unit.file, epochs, used)
+  languages = plan.lines(inputs.plan, lambda unit: unit.language, epochs, used)
+  print(f"\n{total_steps:,} steps, {epochs:.2f} epochs\n")
+  print(plan.table("file", files), "\n", plan.table("language", languages), "\n", sep="\n")
+  lines: dict[str, Any] = {
+    title: [dataclasses.asdict(line) for line in of]
+    for title, of in (("files", files), ("languages", languages))
+  }
+  write_json(workdir / PLAN, {"steps": total_steps, "epochs": epochs} | lines)
+  plan.picture(workdir / "plan.png", files, languages)

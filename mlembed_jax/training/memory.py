@@ -1,0 +1,262 @@
+"""How many tokens fit the devices at a time, by the compiler's own account of memory."""
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mlembed_jax.config_fields import Config
+from mlembed_jax.data import packing
+from mlembed_jax.data.batching import Kind
+from mlembed_jax.devices import tpu
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.models import attention
+from mlembed_jax.objective.losses import Task
+from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel.sharding import abstract_batch, replicas, smallest_micro_batch
+from mlembed_jax.training import optimizer, train_state, train_step
+from mlembed_jax.training.teacher import Teacher
+
+# Of a device's memory; the rest is for batches on their way, and for fragmentation.
+USABLE = 0.9
+PADDING = 0.02  # of a step's tokens
+# Tokens on a device whose products take as long as gathering their weights, where its links are not
+# known: H100s over NVLink, 989e12 FLOPs / 450e9 bytes per second. Over a slower network between
+# machines it would be more.
+GATHER_TOKENS = 2200
+VMEM = "memory space vmem"  # in an error: tiles of one operation, no matter of the step's size
+CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+def check_attention(config: Config, platform: str) -> None:
+  """Raises ConfigError where `model.attention` cannot compute sheets of `data.lengths`."""
+  m = config.model
+  for length in config.data.lengths:
+    attention.choose(m.attention, platform, length, m.head_dim, m.dtype)
+
+
+def device_bytes() -> int:
+  """Returns what one step may take on each device."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() if device.platform != "cpu" else None
+  if stats:
+    return int(USABLE * stats["bytes_limit"])
+  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if CGROUP.is_file() and (limit := CGROUP.read_text().strip()).isdigit():
+    total = min(total, int(limit))
+  return int(USABLE * total) // jax.local_device_count()
+
+
+def needed_bytes(compiled: Any) -> int:
+  """Returns the bytes of one device that a compiled program takes, with its code."""
+  m = compiled.memory_analysis()
+  donated = m.alias_size_in_bytes  # outputs in the place of inputs
+  held = m.argument_size_in_bytes + m.output_size_in_bytes - donated
+  return held + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+
+
+def gather_tokens(mesh: Mesh) -> float:
+  """Returns the tokens on a device whose products take as long as gathering their weights.
+
+  0 where every device holds all weights, and on CPU.
+  """
+  device, group = mesh.devices.flat[0], mesh.shape["fsdp"]
+  if group == 1 or device.platform == "cpu":
+    return 0.0
+  if found := tpu.find(device.device_kind):
+    return found.gather_tokens(tpu.torus([d.coords for d in mesh.devices.flat]), group)
+  return GATHER_TOKENS
+
+
+def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
+  """Returns the micro-batches to choose from, ascending: 1, 2, 3, 4, 6, 8, 12, ... smallest ones.
+
+  A step pads the last block of each width, by half of it on average. Blocks of T tokens on a device
+  may make this the share PADDING of its S tokens; where weights are gathered once per block, which
+  costs about h/2T of the time (h: `gather_tokens`), T/2S + h/2T is smallest at T = sqrt(hS)
+  (or S, if that is less).
+  """
+  smallest, parts = smallest_micro_batch(config, mesh.shape), replicas(mesh.shape)
+  tokens = tokens_per_step / parts / len(config.data.lengths)
+  gathered = min(tokens, math.sqrt(gather_tokens(mesh) * tokens))
+  largest = parts * max(2 * PADDING * tokens, gathered)
+  times = sorted({1, *(n * 2**i for n in (2, 3) for i in range(60))})
+  return [smallest * n for n in times if n == 1 or smallest * n <= largest]
+
+
+def _fits(needed: int | None, available: int) -> bool:
+  return needed is not None and needed <= available
+
+
+def largest_micro_batch(
+  sizes: list[int], needed: Callable[[int], int | None], available: int
+) -> int:
+  """Returns the largest of `sizes` (ascending) that fits; `needed` compiles, so few are tried.
+
+  `needed` may return None where the compiler itself gives up.
+
+  Raises:
+    ConfigError: even the smallest does not fit.
+  """
+
+  def fits(size: int) -> bool:
+    return _fits(needed(size), available)
+
+  if fits(sizes[-1]):
+    return sizes[-1]
+  low, high = 0, len(sizes) - 1  # sizes[high] does not fit
+  if high == 0 or not fits(sizes[0]):
+    raise ConfigError(
+      f"data.micro_batch: not even {sizes[0]:,} tokens at a time fit {available / 2**30:.1f} GiB "
+      "per device; use more devices, mesh.tensor, less data.kept_tokens, a model.remat that keeps "
+      "less, shorter data.lengths or fewer negatives"
+    )
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+  return sizes[low]
+
+
+def with_micro_batch(
+  config: Config,
+  chosen: int,
+  kinds: Sequence[Kind],
+  tokens_per_step: float,
+  steps: int,
+  mesh: Mesh,
+  teacher: Teacher | None,
+) -> Config:
+  """Returns the configuration with `data.micro_batch` chosen where it is 0.
+
+  The largest of `sizes` with which every kind of batch fits. `chosen` is the choice of the run that
+  is continued, 0 for a new one; it stays while it fits and the mesh can split it.
+
+  Raises:
+    ConfigError: not even one sheet per device fits, or what the configuration gives does not.
+  """
+  given = config.data.micro_batch
+  if not given and chosen >= smallest_micro_batch(config, mesh.shape):
+    given = chosen
+  if given and not has_own_memory(mesh):
+    return sized(config, given)
+  # All processes must compile the same programs, and choose the same.
+  available, kind = min(hosts.gather(device_bytes())), widest(config, kinds)
+
+  @functools.cache
+  def needed(size: int) -> int | None:
+    with hosts.agreed():
+      own = _step_bytes(sized(config, size), kind, steps, mesh, teacher)
+    found = hosts.gather(own)
+    return None if None in found else max(found)
+
+  # The margin is for a new choice; what a run began with may use all there is.
+  size = given if given and _fits(needed(given), int(available / USABLE)) else 0
+  if config.data.micro_batch and not size:
+    raise _too_large(config, needed(given), int(available / USABLE))
+  if given and not size:
+    print(f"data.micro_batch: {given:,} of the checkpoint do not fit any more", flush=True)
+  size = size or largest_micro_batch(sizes(config, tokens_per_step, mesh), needed, available)
+  print(
+    f"data.micro_batch: {size:,} tokens at a time, with which a step takes "
+    f"{(needed(size) or 0) / 2**30:.1f} GiB per device; {available / 2**30:.1f} are for it",
+    flush=True,
+  )
+  return sized(config, size)
+
+
+def has_own_memory(mesh: Mesh) -> bool:
+  """Returns whether a device's memory is a limit of its own, worth a compilation to check.
+
+  A CPU swaps, and keeps no compiled programs: each would be compiled again when it runs.
+  """
+  return mesh.devices.flat[0].platform != "cpu"
+
+
+def _too_large(config: Config, needed: int | None, available: int) -> ConfigError:
+  found = f"{needed / 2**30:.1f} GiB" if needed else "more memory than the compiler finds"
+  return ConfigError(
+    f"data.micro_batch: with {config.data.micro_batch:,} tokens at a time and data.kept_tokens = "
+    f"{config.data.kept_tokens:,} a step takes {found} per device, which has "
+    f"{available / 2**30:.1f} GiB; make one of them smaller (data.micro_batch = 0: "
+    "chosen), or let model.remat keep less"
+  )
+
+
+def sized(config: Config, micro_batch: int) -> Config:
+  """Returns `config` with this `data.micro_batch`."""
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
+
+
+def widest(config: Config, kinds: Sequence[Kind]) -> Kind:
+  """Returns a kind that needs as much as any of `kinds`.
+
+  Of those with most texts per row the one with most beside them (other rows, both directions, a
+  teacher's vectors), with the longest texts of all kinds.
+  """
+
+  def demand(kind: Kind) -> tuple[int, bool, bool, int]:
+    task = config.losses.task(kind.task_type)
+    width = kind.vectors[1] if kind.vectors else 0
+    return kind.texts, bool(task and task.inbatch), bool(task and task.symmetric), width
+
+  longest = max(kind.longest for kind in kinds)
+  return dataclasses.replace(max(kinds, key=demand), longest=longest)
+
+
+def kind_layout(config: Config, kind: Kind, shards: int) -> packing.Layout:
+  """Returns the shapes of the sheets of this kind's batches."""
+  return packing.layout(
+    rows=config.data.global_batch,
+    texts_per_row=kind.texts,
+    longest=kind.longest,
+    widths=config.data.lengths,
+    block_tokens=config.data.micro_batch,
+    shards=shards,
+    packed=config.data.packing,
+  )
+
+
+def batch_shapes(config: Config, kind: Kind, shards: int) -> dict[str, Any]:
+  """Returns this kind's batches as shapes."""
+  rows = config.data.global_batch
+  sheets = kind_layout(config, kind, shards).shapes()
+  shapes: dict[str, Any] = {
+    "sheets": tuple({k: jax.ShapeDtypeStruct(v, jnp.int32) for k, v in s.items()} for s in sheets),
+    "hashes": jax.ShapeDtypeStruct((rows, kind.texts, 2), jnp.uint32),
+  }
+  if not config.losses.task(kind.task_type):
+    shapes["scores"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+  if kind.vectors:
+    shapes["teacher"] = jax.ShapeDtypeStruct((rows, *kind.vectors), jnp.float32)
+  return shapes
+
+
+def lowered_step(
+  config: Config, kind: Kind, steps: int, mesh: Mesh, teacher: Teacher | None = None
+) -> Any:
+  """Returns the update for batches of this kind, ready to be compiled."""
+  state = train_state.abstract(config, optimizer.make(config.optimizer, steps), mesh)
+  step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
+  batch = abstract_batch(batch_shapes(config, kind, replicas(mesh.shape)), mesh)
+  params = teacher.abstract(mesh) if teacher else None
+  return step.lower(state, batch, params, task=Task(kind.task_type, kind.positives))
+
+
+def _step_bytes(
+  config: Config, kind: Kind, steps: int, mesh: Mesh, teacher: Teacher | None
+) -> int | None:
+  """Returns what the update takes per device; None where the compiler runs out of memory."""
+  lowered = lowered_step(config, kind, steps, mesh, teacher)
+  try:
+    return needed_bytes(lowered.compile())
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error) or VMEM in str(error):
+      raise
+    return None

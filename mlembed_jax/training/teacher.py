@@ -1,0 +1,205 @@
+"""The online teacher: any encoder of this project, frozen, its parameters on the same mesh."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mlembed_jax.config_fields import STORED, Config, ModelConfig
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.store import Split
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.hf.export import OURS
+from mlembed_jax.hf.folder import check_folder, read_model
+from mlembed_jax.hf.load import load_params
+from mlembed_jax.matryoshka import plan
+from mlembed_jax.models.encoder import abstract_params, parameter_shapes
+from mlembed_jax.objective.distillation import match_exits
+from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel.sharding import shardings
+from mlembed_jax.training import checkpoint
+from mlembed_jax.training.train_step import TeacherShape
+from mlembed_jax.workdir import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """An opened teacher; its weights are not read yet."""
+
+  path: pathlib.Path
+  shape: TeacherShape
+  is_workdir: bool
+  version: str  # of the weights: another one is another run
+
+  def abstract(self, mesh: Mesh) -> Any:
+    """Returns the weights as shapes with shardings.
+
+    They are held in the compute dtype, for they are never updated, and split like any others.
+
+    Raises:
+      ConfigError: the mesh cannot split them.
+    """
+    model = self.shape.model
+    try:
+      layout = shardings(abstract_params(model), mesh)
+    except ValueError as error:  # a size that the mesh cannot split
+      raise ConfigError(f"kd.teacher: {self.path}: {error}") from error
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s),
+      parameter_shapes(model),
+      layout,
+    )
+
+  def params(self, mesh: Mesh) -> Any:
+    """Returns the weights, read from the folder."""
+    model = self.shape.model
+    abstract = self.abstract(mesh)
+    if not self.is_workdir:
+      return load_params(self.path, model, abstract)
+    _, params = checkpoint.load_params(self.path, model)
+    cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
+    return hosts.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
+
+
+def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
+  """Returns the online teacher of `kd.teacher`, None where there is none.
+
+  Raises:
+    ConfigError: it is no encoder, narrower than the student, of another vocabulary or pooled token,
+      or its exits do not fit.
+    LoadError: a folder that cannot be imported.
+  """
+  if config.kd.teacher in ("", STORED):
+    return None
+  path = pathlib.Path(config.kd.teacher)
+  if not path.is_dir():
+    raise ConfigError(
+      f"kd.teacher: {path} is no folder; give a workdir, an exported folder, or {STORED!r}"
+    )
+  is_workdir = (path / "run.json").is_file()
+  if not is_workdir and not (path / "config.json").is_file():
+    raise ConfigError(
+      f"kd.teacher: {path} is neither a workdir (no run.json) nor an exported folder "
+      "(no config.json)"
+    )
+  found = _from_workdir(path) if is_workdir else _from_folder(path)
+  model = dataclasses.replace(found.model, dtype=config.model.dtype, attention="auto", remat="none")
+  _check_width(config, model.width, config.kd.teacher)
+  _check_tokenizer(path, found, tokenizer)
+  if not is_workdir:
+    check_folder(path, model, tokenizer.size)
+  shape = TeacherShape(model, _matched(config, model, found.exits))
+  return Teacher(path, shape, is_workdir, found.version)
+
+
+def check_stored(config: Config, split: Split) -> None:
+  """Raises ConfigError where the vectors beside the data cannot be the teacher of this run."""
+  if not any(file.vectors for file in split.files):
+    raise ConfigError(f"kd.teacher: {STORED!r}, but no training file has teacher_vectors")
+  for file in split.files:
+    _check_judged(config, file)
+    if not (shape := split.vectors_shape(file)):
+      print(f"{file.name}: no teacher_vectors; it is trained without a teacher", flush=True)
+      continue
+    _check_width(config, shape[1], file.name)
+    _check_norms(config, split, file)
+
+
+def _check_judged(config: Config, file: File) -> None:
+  task, needed = config.losses.task(file.entry["task_type"]), {"query", "passage"}
+  if config.losses.false_negative_score != "teacher" or not task or not task.inbatch:
+    return
+  if config.losses.inbatch_negatives and min(file.negatives, task.negatives):
+    needed.add("negatives")
+  if absent := sorted(needed - set(file.vectors)):
+    raise ConfigError(
+      f"losses.false_negative_score: the teacher judges the texts of {file.name}, whose "
+      f"teacher_vectors lack {', '.join(absent)}; store them, or set it to 'own'"
+    )
+
+
+def _check_norms(config: Config, split: Split, file: File) -> None:
+  """Final-norm states have coordinates of about 1; unit vectors would shrink the student's."""
+  queries = split.first_vectors(file, 100)[:, 0].astype(np.float32)
+  norms = np.linalg.norm(queries, axis=-1)
+  if config.kd.space == "raw" and config.kd.weight and np.all(np.abs(norms - 1) < 0.01):
+    raise ConfigError(
+      f"kd.space: the teacher_vectors of {file.name} are unit vectors, not states; use 'unit'"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """What a teacher's folder says of it."""
+
+  model: ModelConfig
+  exits: tuple[int, ...]
+  pooled_token: str | None  # None: no embedding model
+  version: str
+
+
+def _from_workdir(path: pathlib.Path) -> _Found:
+  config, step = Run.load(path).config, checkpoint.latest_step(path)
+  exits = plan(config.model, config.matryoshka).exits
+  return _Found(config.model, exits, config.data.pooled_token, f"step {step}")
+
+
+def _from_folder(path: pathlib.Path) -> _Found:
+  model, version = read_model(path), _weights_version(path)
+  if not (path / OURS).is_file():
+    return _Found(model, (model.layers,), None, version)
+  ours = json.loads((path / OURS).read_text(encoding="utf-8"))
+  trained = tuple(e for e in ours["exits"]["trained"] if e <= model.layers)
+  return _Found(model, trained or (model.layers,), ours["pooling"]["token"], version)
+
+
+def _weights_version(path: pathlib.Path) -> str:
+  """Returns names and sizes of the weights: hashing gigabytes at each start would take minutes."""
+  files = sorted(path.glob("*.safetensors"))
+  return ", ".join(f"{file.name} {file.stat().st_size}" for file in files)
+
+
+def _check_width(config: Config, width: int, name: str) -> None:
+  if width < config.model.width:
+    raise ConfigError(
+      f"kd.teacher: {name} gives {width} dims, fewer than model.width = "
+      f"{config.model.width}; take a teacher that is at least as wide"
+    )
+
+
+def _check_tokenizer(path: pathlib.Path, found: _Found, tokenizer: Tokenizer) -> None:
+  """The teacher reads the student's ids, and is pooled at the student's pooled token."""
+  other = path / "tokenizer.json"
+  if not other.is_file():
+    raise ConfigError(f"kd.teacher: {path} has no tokenizer.json to compare with the student's")
+  if found.pooled_token not in (None, tokenizer.pooled_token):
+    raise ConfigError(
+      f"kd.teacher: {path} was trained with the pooled token {found.pooled_token}, the student has "
+      f"data.pooled_token = {tokenizer.pooled_token}; the two must be the same"
+    )
+  if Tokenizer(other, tokenizer.pooled_token).vocabulary != tokenizer.vocabulary:
+    raise ConfigError(
+      f"kd.teacher: {other} is another vocabulary than {tokenizer.path}; an online teacher reads "
+      f"the student's token ids. Encode the data with it and set kd.teacher to {STORED!r}"
+    )
+  if found.model.vocab < tokenizer.size:
+    raise ConfigError(
+      f"kd.teacher: {path} has {found.model.vocab} token rows, fewer than the {tokenizer.size} "
+      f"tokens of {tokenizer.path}"
+    )
+
+
+def _matched(config: Config, model: ModelConfig, trained: tuple[int, ...]) -> tuple[int, ...]:
+  exits = config.kd.exits or trained
+  if exits[-1] > model.layers:
+    raise ConfigError(f"kd.exits: {exits[-1]} is beyond the teacher's {model.layers} layers")
+  student = plan(config.model, config.matryoshka).exits
+  try:
+    return match_exits(student, config.model.layers, exits, model.layers, config.kd.match)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error

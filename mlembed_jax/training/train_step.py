@@ -1,0 +1,193 @@
+"""One update: encode every text of the batch at every exit, the 3-D objective, AdamW."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, LossesConfig, ModelConfig
+from mlembed_jax.devices import compiler
+from mlembed_jax.matryoshka import Matryoshka, plan
+from mlembed_jax.models.encoder import Encoder
+from mlembed_jax.objective import losses
+from mlembed_jax.objective.losses import Task, Teachers
+from mlembed_jax.training import gradcache, optimizer, train_state
+from mlembed_jax.training.gradcache import Sheets
+from mlembed_jax.training.train_state import TrainState
+
+Batch = dict[str, Any]  # sheets (gradcache), hashes [B, C, 2]; scores [B], teacher [B, C2, D2]
+Metrics = dict[str, jax.Array]
+
+RANK_STREAM = 0x52414E4B  # separates the draw of ranks from every other use of the seed
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherShape:
+  """What is static of an online teacher."""
+
+  model: ModelConfig
+  exits: tuple[int, ...]  # one per exit of the student
+
+
+def draw_rank(axes: Matryoshka, seed: int, step: Any) -> jax.Array:
+  """Returns the embedding rank of one step, a pure function of (seed, step) on every device."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RANK_STREAM), step)
+  chance = jnp.log(jnp.array(axes.rank_probabilities))
+  return jnp.array(axes.ranks)[jax.random.categorical(key, chance)]
+
+
+def rank_mask(rank: jax.Array, full: int) -> jax.Array:
+  """Returns 1 for the leading `rank` columns of the token table, 0 for the rest, [full]."""
+  return (jnp.arange(full) < rank).astype(jnp.float32)
+
+
+def temperature_at(
+  config: LossesConfig, kind: str, log_temperature: dict[str, Any], progress: Any
+) -> Any:
+  """Returns the temperature of a task type after a share of the run (0 to 1)."""
+  if config.learn_temperature:
+    return jnp.exp(log_temperature[kind])
+  settings = getattr(config, kind)
+  return settings.temperature + progress * (settings.final_temperature - settings.temperature)
+
+
+def at_least_lowest(log_temperature: dict[str, Any]) -> dict[str, Any]:
+  """Returns learned temperatures clipped after an update, as in CLIP: from there they can rise."""
+  return jax.tree.map(lambda x: jnp.maximum(x, math.log(LOWEST_TEMPERATURE)), log_temperature)
+
+
+def encode(
+  model: ModelConfig, exits: tuple[int, ...], params: Any, sheets: Sheets, mask: Any = None
+) -> Float[Array, "E S K D"]:
+  """Returns the states of a block's texts (tokens [S, T], ends [S, K]) at the exits."""
+  encoder = Encoder(model, exits)
+  states: Any = encoder.apply({"params": params}, sheets["tokens"], sheets["ends"], mask)
+  return states
+
+
+def value_and_grad(
+  config: Config,
+  params: Any,
+  log_temperature: dict[str, Any],
+  batch: Batch,
+  *,
+  task: Task,
+  rank: Any,
+  progress: Any,
+  teacher: TeacherShape | None = None,
+  teacher_params: Any = None,
+) -> tuple[losses.Objective, tuple[Any, Any]]:
+  """Returns the objective of a batch and its gradients to `params` and `log_temperature`.
+
+  `rank` None: a full token table.
+  """
+  axes = plan(config.model, config.matryoshka)
+  mask = None if rank is None else rank_mask(rank, config.model.rank)
+
+  def watch(block: Sheets) -> Teachers:
+    exits = full = None
+    if teacher:
+      exits = encode(teacher.model, teacher.exits, teacher_params, block)[..., : config.model.width]
+    # At full rank the states of the batch are the full model's already.
+    if config.losses.self_distillation and config.losses.task(task.kind) and len(axes.ranks) > 1:
+      full = encode(config.model, axes.exits[-1:], params, block)
+    return jax.lax.stop_gradient(Teachers(exits, full))
+
+  def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
+    if "teacher" in batch:
+      teachers = dataclasses.replace(teachers, exits=batch["teacher"][None])
+    temperature = temperature_at(config.losses, task.kind, logs, progress)
+    result = losses.objective(
+      states,
+      batch,
+      task=task,
+      axes=axes,
+      config=config.losses,
+      kd=config.kd,
+      temperature=temperature,
+      teachers=teachers,
+    )
+    return result.loss, result
+
+  (_, result), grads = gradcache.value_and_grad(
+    lambda p, block: encode(config.model, axes.exits, p, block, mask),
+    watch,
+    loss,
+    params,
+    log_temperature,
+    batch["sheets"],
+    batch["hashes"].shape[:2],
+    config.data.kept_tokens,
+  )
+  return result, grads
+
+
+def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
+  """Returns the bytes of activations, over all devices, that wait for the backward pass."""
+  axes = plan(config.model, config.matryoshka)
+  mask = jax.ShapeDtypeStruct((config.model.rank,), jnp.float32) if config.model.rank else None
+  run = lambda p, block: encode(config.model, axes.exits, p[0], block, p[1])  # noqa: E731
+  return gradcache.kept_bytes(run, (params, mask), sheets, config.data.kept_tokens)
+
+
+def make(
+  config: Config, steps: int, mesh: Mesh, teacher: TeacherShape | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns `step(state, batch, teacher_params, task=...)`, jitted; the old state is reused."""
+  axes = plan(config.model, config.matryoshka)
+  tx = optimizer.make(config.optimizer, steps)
+  rate = optimizer.schedule(config.optimizer, steps)
+  layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config, tx, mesh))
+  whole = NamedSharding(mesh, PartitionSpec())  # every host reads the metrics
+
+  @functools.partial(
+    jax.jit,
+    donate_argnames="state",
+    static_argnames="task",
+    out_shardings=(layout, whole),
+    compiler_options=compiler.options(mesh.devices.flat[0]),
+  )
+  def step(
+    state: TrainState, batch: Batch, teacher_params: Any, task: Task
+  ) -> tuple[TrainState, Metrics]:
+    rank = draw_rank(axes, config.train.seed, state.step) if axes.ranks else None
+    progress = state.step / steps
+    result, grads = value_and_grad(
+      config,
+      state.params,
+      state.log_temperature,
+      batch,
+      task=task,
+      rank=rank,
+      progress=progress,
+      teacher=teacher,
+      teacher_params=teacher_params,
+    )
+    trained = train_state.trained(state.params, state.log_temperature)
+    grads = train_state.trained(*grads)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    trained: Any = optax.apply_updates(trained, updates)
+    trained |= {"log_temperature": at_least_lowest(trained["log_temperature"])}
+    metrics = {
+      "loss": result.loss,
+      **{f"{name}_loss": jnp.mean(term) for name, term in result.terms.items()},
+      "gradient_norm": optax.tree.norm(grads),
+      "learning_rate": rate(state.step),
+      "rank": jnp.zeros((), jnp.int32) if rank is None else rank,
+      "temperature": jnp.asarray(
+        temperature_at(config.losses, task.kind, state.log_temperature, progress)
+      ),
+      "negatives": result.negatives,
+      "empty_rows": result.empty_rows,
+      **gradcache.work(batch["sheets"]),
+    }
+    return TrainState(step=state.step + 1, opt_state=opt_state, **trained), metrics
+
+  return step

@@ -1,0 +1,48 @@
+"""Batched encoding gives each text its own vector, in order, from few programs."""
+
+import jax
+import numpy as np
+import pytest
+
+from mlembed_jax.models import states as module
+from mlembed_jax.models.states import states
+from mlembed_jax.parallel.sharding import batch_sharding, make_mesh
+from tests.material import padded
+
+
+@pytest.fixture(scope="module")
+def ids():
+  generator = np.random.default_rng(0)
+  sizes = generator.permutation(range(1, 64, 3))
+  return [generator.integers(0, 600, size).tolist() for size in sizes]
+
+
+def run(tiny, params, ids, **options):
+  options = {"exits": (1, 3), "lengths": (32, 64), "rows": lambda _: 8} | options
+  return states(tiny.model, params, ids, **options)
+
+
+def test_each_text_alone_gives_the_same_vectors(tiny, params, ids):
+  apply = jax.jit(padded(tiny.model))
+  result = run(tiny, params, ids)
+  assert result.shape == (2, 21, tiny.model.width)
+  for i, row in enumerate(ids):
+    tokens = np.array([row + [0] * (64 - len(row))])
+    alone = np.asarray(apply({"params": params}, tokens, np.array([len(row)])))
+    np.testing.assert_allclose(result[:, i], alone[[0, 2], 0], atol=5e-6)
+
+
+def test_a_mesh_changes_nothing(tiny, params, ids):
+  sharded = run(tiny, params, ids, sharding=batch_sharding(make_mesh(tiny)))
+  np.testing.assert_allclose(sharded, run(tiny, params, ids), atol=5e-6)
+
+
+def test_one_program_per_length(tiny, params, ids):
+  module._program.cache_clear()
+  run(tiny, params, ids)
+  run(tiny, params, ids[:13])
+  assert module._program(tiny.model, (1, 3), None)._cache_size() == 2
+
+
+def test_no_texts_give_no_vectors(tiny, params):
+  assert run(tiny, params, []).shape == (2, 0, tiny.model.width)

@@ -1,0 +1,135 @@
+"""Where arrays live, and what is refused instead of being replicated in silence."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mlembed_jax.config import from_mapping
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.parallel import sharding
+from mlembed_jax.training import optimizer, train_state
+from tests.material import config_dict, padded, random_batch
+
+
+def sized(**sizes):
+  return from_mapping(config_dict(**{f"mesh.{axis}": size for axis, size in sizes.items()}))
+
+
+def test_mesh_takes_what_is_left():
+  assert sharding.mesh_shape(sized(data=1, fsdp=-1, tensor=2), 8) == {
+    "data": 1,
+    "fsdp": 4,
+    "tensor": 2,
+  }
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"data": 3, "fsdp": 1, "tensor": 1}, "mesh: data 3 x"),
+    ({"data": 3, "fsdp": -1, "tensor": 1}, "does not cover 8 devices"),
+    ({"data": -1, "fsdp": -1, "tensor": 1}, "at most one -1"),
+    ({"data": 1, "fsdp": 2, "tensor": 4}, "model.kv_heads: 2 is not a multiple of mesh.tensor = 4"),
+  ],
+)
+def test_impossible_meshes_are_refused(sizes, message):
+  with pytest.raises(ConfigError) as error:
+    sharding.mesh_shape(sized(**sizes), 8)
+  assert message in str(error.value)
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused():
+  config = from_mapping(config_dict(**{"data.global_batch": 12, "data.micro_batch": 12}))
+  with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):
+    sharding.mesh_shape(config, 8)
+
+
+def test_a_micro_batch_without_a_sheet_for_each_device_is_refused():
+  config = from_mapping(config_dict(**{"data.micro_batch": 511}))  # sheets of up to 64 tokens
+  with pytest.raises(ConfigError, match=r"data.micro_batch: 511 tokens .* parts, 512"):
+    sharding.mesh_shape(config, 8)
+  assert sharding.mesh_shape(config, 4)["fsdp"] == 4
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(from_mapping(config_dict(**{"mesh.tensor": 2})))
+
+
+def test_mesh_axes(mesh):
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+  ("shape", "axes", "message"),
+  [
+    ((8, 8), ("embed", "weird"), r"x: no rule for logical axes \['weird'\]"),
+    ((8, 8), ("embed", "rank"), "x: .* puts two dimensions on one mesh axis"),
+    ((6, 8), ("embed", "ffn"), "x: 6 is not a multiple of mesh axes"),
+  ],
+)
+def test_impossible_shardings_are_refused(mesh, shape, axes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.partition_spec("x", shape, axes, mesh)
+
+
+def test_state_is_created_where_it_lives(tiny, mesh):
+  tx = optimizer.make(tiny.optimizer, 10)
+  state = train_state.create(tiny, tx, mesh)
+  assert state.params["layers"]["mlp"]["gate"].sharding.spec == P(None, "fsdp", "tensor")
+  assert state.params["table"].sharding.spec == P(None, "fsdp")
+  moments = state.opt_state[1][0]
+  for tree in (moments.mu["params"], moments.nu["params"]):
+    assert jax.tree.map(lambda x: x.sharding, tree) == jax.tree.map(
+      lambda x: x.sharding, state.params
+    )
+
+
+def test_only_small_arrays_stay_whole(tiny, mesh):
+  """A weight that no rule splits would cost every device its full size."""
+  abstract = train_state.abstract(tiny, optimizer.make(tiny.optimizer, 10), mesh)
+  whole = [x.shape for x in jax.tree.leaves(abstract) if x.sharding.is_fully_replicated]
+  assert all(
+    len(shape) < 2 or shape[-1] in (tiny.model.width, tiny.model.head_dim) for shape in whole
+  )
+
+
+def test_initial_state_does_not_depend_on_the_mesh(tiny, mesh):
+  one = sharding.make_mesh(tiny, jax.devices()[:1])
+  tx = optimizer.make(tiny.optimizer, 10)
+  states = [train_state.create(tiny, tx, m) for m in (one, mesh)]
+  for a, b in zip(*(jax.tree.leaves(jax.device_get(s)) for s in states), strict=True):
+    assert (a == b).all()
+
+
+def test_sheets_are_split_within_their_blocks_and_all_else_by_rows(mesh):
+  arrays = {
+    "sheets": ({"tokens": np.zeros((3, 8, 32), np.int32)},),
+    "hashes": np.zeros((16, 2, 2), np.uint32),
+  }
+  abstract = sharding.abstract_batch(arrays, mesh)
+  for batch in (sharding.put_batch(arrays, mesh), abstract):
+    assert batch["sheets"][0]["tokens"].sharding.spec == P(None, ("data", "fsdp"))
+    assert batch["hashes"].sharding.spec == P(("data", "fsdp"))
+  assert jax.tree.map(np.shape, abstract) == jax.tree.map(np.shape, arrays)
+
+
+def test_the_residual_stream_is_constrained(tiny, mesh, params):
+  """Without mesh and rules in the context Flax drops the constraint without a word."""
+
+  batch = random_batch(tiny.model.vocab, 8, 32)
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.logical_rules()):
+    text = jax.jit(padded(tiny.model)).lower({"params": params}, *batch).as_text()
+  assert "sharding_constraint" in text
+
+
+def test_a_large_array_without_a_split_is_refused(mesh):
+  whole = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((2048, 1024), "float32"), (None, None))
+  with pytest.raises(
+    ValueError, match=r"'table'\]: 8,388,608 bytes would be whole on every device"
+  ):
+    sharding.shardings({"table": whole}, mesh)
+  split = nn.LogicallyPartitioned(whole.value, ("embed", None))
+  assert sharding.shardings({"table": split}, mesh)["table"].spec == P("fsdp", None)

@@ -1,0 +1,280 @@
+"""Teachers: opened from what a run wrote, matched exit by exit, refused where they cannot teach."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from mlembed_jax.config import from_mapping
+from mlembed_jax.data import catalog
+from mlembed_jax.data.store import open_split
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import ConfigError, LoadError
+from mlembed_jax.files import copy_file
+from mlembed_jax.hf.export import export_folder
+from mlembed_jax.matryoshka import Slice
+from mlembed_jax.objective.losses import Task
+from mlembed_jax.parallel.sharding import make_mesh, put_batch
+from mlembed_jax.training import optimizer, train_state, train_step
+from mlembed_jax.training.checkpoint import Checkpoints
+from mlembed_jax.training.teacher import check_stored, open_teacher
+from mlembed_jax.workdir import Run
+from tests.material import (
+  config_dict,
+  entry,
+  pairs,
+  prepare_dataset,
+  scored,
+  train_tokenizer,
+  write_files,
+  write_vectors,
+)
+from tests.training.test_train_step import batch_of, on_mesh
+
+WIDE = {"model.layers": 4, "model.width": 64, "matryoshka.dims": (64,)}
+WIDE |= {"matryoshka.exits": (1, 2, 4), "kd.teacher": ""}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+  return Tokenizer(data / "tokenizer.json", "<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def workdir(data, tokenizer, tmp_path_factory):
+  """What a run of a deeper and wider encoder leaves."""
+  folder = tmp_path_factory.mktemp("teacher")
+  config = from_mapping(config_dict(data, **WIDE))
+  mesh = make_mesh(config)
+  with on_mesh(mesh):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(7, train_state.create(config, optimizer.make(config.optimizer, 20), mesh))
+    checkpoints.close()
+  Run(config, {}, {"dataset": "fingerprint", "units": {}}).save(folder)
+  copy_file(tokenizer.path, folder / "tokenizer.json")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tokenizer, tmp_path_factory):
+  config = Run.load(workdir).config
+  mesh = make_mesh(config)
+  with on_mesh(mesh):
+    teacher = open_teacher(student(workdir, **WIDE_STUDENT), tokenizer)
+    params = jax.device_get(teacher.params(mesh))
+  return export_folder(
+    tmp_path_factory.mktemp("exported") / "folder",
+    run=Run.load(workdir),
+    params=params,
+    tokenizer=tokenizer,
+    step=7,
+    cut=Slice(depth=2),
+    evaluation=None,
+  )
+
+
+WIDE_STUDENT = {name: value for name, value in WIDE.items() if name != "kd.teacher"}
+
+
+def student(teacher, **fields):
+  return from_mapping(config_dict(**{"kd.teacher": str(teacher), **fields}))
+
+
+def test_exits_of_a_workdir_are_matched_by_depth(workdir, tokenizer):
+  assert open_teacher(student(workdir), tokenizer).shape.exits == (1, 2, 4)
+  by_position = student(workdir, **{"kd.match": "index", "matryoshka.exits": (1, 3)})
+  assert open_teacher(by_position, tokenizer).shape.exits == (2, 4)
+  chosen = student(workdir, **{"kd.exits": (4,)})
+  assert open_teacher(chosen, tokenizer).shape.exits == (4, 4, 4)
+
+
+def test_an_exported_cut_teaches_with_the_exits_it_still_has(exported, tokenizer):
+  teacher = open_teacher(student(exported), tokenizer)
+  assert teacher.shape.model.layers == 2 and teacher.shape.model.rank == 0
+  assert teacher.shape.exits == (1, 1, 2)  # 1/3, 2/3, 3/3 of the depth; 2/3 is nearest to 1/2
+
+
+def test_a_folder_of_others_teaches_with_its_last_layer(exported, tokenizer):
+  (exported / "mlembed.json").rename(exported / "moved")
+  try:
+    assert open_teacher(student(exported), tokenizer).shape.exits == (2, 2, 2)
+  finally:
+    (exported / "moved").rename(exported / "mlembed.json")
+
+
+def distillation_of(config, teacher, params, mesh):
+  def run(params, batch, teacher_params):
+    result, _ = train_step.value_and_grad(
+      config,
+      params,
+      {},
+      batch,
+      task=Task("retrieval"),
+      rank=np.int32(24),
+      progress=0.0,
+      teacher=teacher.shape,
+      teacher_params=teacher_params,
+    )
+    return result.terms["distillation"]
+
+  with on_mesh(mesh):
+    return jax.jit(run)(params, put_batch(batch_of(), mesh), teacher.params(mesh))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_encoder_has_nothing_to_learn_from_itself(workdir, exported, tokenizer, cut):
+  fields = WIDE_STUDENT | ({"model.layers": 2, "matryoshka.exits": (1, 2)} if cut else {})
+  config = student(exported if cut else workdir, **fields)
+  teacher = open_teacher(config, tokenizer)
+  mesh = make_mesh(config)
+  with on_mesh(mesh):
+    own = open_teacher(student(workdir, **WIDE_STUDENT), tokenizer).params(mesh)
+  own["layers"] = jax.tree.map(lambda x: x[: config.model.layers], own["layers"])
+  assert np.all(distillation_of(config, teacher, own, mesh) < 1e-10)
+  other = jax.tree.map(lambda x: x * 1.1, own)
+  assert np.all(distillation_of(config, teacher, other, mesh) > 1e-6)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"kd.teacher": "/absent"}, "kd.teacher: /absent is no folder"),
+    ({"model.width": 96, "matryoshka.dims": (96,)}, "gives 64 dims, fewer than model.width = 96"),
+    ({"kd.exits": (2, 5)}, "kd.exits: 5 is beyond the teacher's 4 layers"),
+    ({"kd.exits": (4,), "kd.match": "index"}, "has 1 exits for the student's 3"),
+  ],
+)
+def test_teachers_that_cannot_teach_are_refused(workdir, tokenizer, fields, message):
+  with pytest.raises(ConfigError, match=message):
+    open_teacher(student(workdir, **fields), tokenizer)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(workdir, tmp_path):
+  other = train_tokenizer(400)
+  other.save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(ConfigError, match="is another vocabulary than"):
+    open_teacher(student(workdir), Tokenizer(tmp_path / "tokenizer.json", "<|endoftext|>"))
+
+
+def test_a_folder_that_is_no_encoder_is_refused(tmp_path, tokenizer):
+  for stated, message in (
+    ({"hidden_size": 64}, r"config.json: model_type is None; only 'qwen3'"),
+    ({"hidden_size": 64, "model_type": "qwen3"}, r"config.json has no vocab_size"),
+  ):
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=message):
+      open_teacher(student(tmp_path), tokenizer)
+
+
+@pytest.fixture
+def prepared(tokenizer, tmp_path):
+  """Returns what prepares files {name: (columns, entry)} and opens their training rows."""
+
+  def prepare(files, out="dataset"):
+    write_files(tmp_path, files)
+    dataset = prepare_dataset(tmp_path, "*", tokenizer.path, out=out)
+    return open_split(catalog.load(dataset), "train", list(files))
+
+  return prepare
+
+
+def stored(folder, width, unit=False):
+  """Returns a file of 16 scored pairs with vectors."""
+  shapes = {"query": (16, width), "passage": (16, width)}
+  names = write_vectors(folder, f"{width}", shapes)
+  if unit:
+    vectors = np.load(folder / names["query"])
+    np.save(folder / names["query"], vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+  return {"pairs.parquet": (scored(16), entry("scored_pairs", 0, "") | {"teacher_vectors": names})}
+
+
+def test_stored_vectors_must_be_there_and_wide_enough(tmp_path, prepared):
+  config = student("stored")
+  check_stored(config, prepared(stored(tmp_path, 48)))
+  with pytest.raises(
+    ConfigError, match=r"pairs\.parquet gives 40 dims, fewer than model.width = 48"
+  ):
+    check_stored(config, prepared(stored(tmp_path, 40), "narrow"))
+  with pytest.raises(ConfigError, match="no training file has teacher_vectors"):
+    check_stored(config, prepared({"a.parquet": (scored(16), entry("scored_pairs", 0, ""))}, "no"))
+
+
+def test_unit_vectors_are_no_states(tmp_path, prepared):
+  found = prepared(stored(tmp_path, 48, unit=True))
+  with pytest.raises(ConfigError, match=r"kd.space: the teacher_vectors of pairs.parquet are unit"):
+    check_stored(student("stored"), found)
+  check_stored(student("stored", **{"kd.space": "unit"}), found)
+
+
+JUDGE = {"losses.false_negative_score": "teacher", "losses.false_negative_margin": 0.1}
+
+
+@pytest.mark.parametrize(
+  ("keys", "fields", "lacking"),
+  [
+    (("query", "passage"), {}, None),
+    ((), {}, "passage, query"),
+    (("query", "passage"), {"losses.inbatch_negatives": True}, "negatives"),
+    (("query", "passage", "negatives"), {"losses.inbatch_negatives": True}, None),
+  ],
+)
+def test_a_teacher_that_judges_must_know_the_texts(
+  tmp_path, prepared, capsys, keys, fields, lacking
+):
+  shapes = {"query": (16, 48), "passage": (16, 48), "negatives": (16, 2, 48)}
+  names = write_vectors(tmp_path, "a", shapes)
+  described = entry("retrieval", 2, "")
+  all_of_it = described | {"teacher_vectors": names}
+  some = described | ({"teacher_vectors": {key: names[key] for key in keys}} if keys else {})
+  judge, bystander = student("stored", **JUDGE, **fields), student("stored", **fields)
+  found = prepared({"b.parquet": (pairs(16, 2), all_of_it), "a.parquet": (pairs(16, 2), some)})
+  if lacking:
+    with pytest.raises(ConfigError, match=f"of a.parquet, whose teacher_vectors lack {lacking};"):
+      check_stored(judge, found)
+  else:
+    check_stored(judge, found)
+  check_stored(bystander, found)
+  assert ("a.parquet: no teacher_vectors" in capsys.readouterr().out) == (not keys)
+
+
+def test_a_teacher_must_be_pooled_at_the_same_token(workdir, exported, tokenizer):
+  other = Tokenizer(tokenizer.path, "<|im_end|>")
+  for folder in (workdir, exported):
+    with pytest.raises(ConfigError, match=r"pooled token <\|endoftext\|>, the student has"):
+      open_teacher(student(folder), other)
+
+
+def test_a_teacher_without_a_tokenizer_or_a_checkpoint_is_refused(workdir, tmp_path, tokenizer):
+  for name, message in (
+    ("tokenizer.json", "has no tokenizer.json"),
+    ("checkpoints", "no finished"),
+  ):
+    folder = tmp_path / name
+    shutil.copytree(workdir, folder, ignore=shutil.ignore_patterns(name))
+    with pytest.raises(ConfigError, match=message):
+      open_teacher(student(folder), tokenizer)
+
+
+def test_a_folder_of_something_else_is_no_teacher(workdir, tokenizer):
+  with pytest.raises(ConfigError, match=r"checkpoints is neither a workdir \(no run.json\) nor an"):
+    open_teacher(student(workdir / "checkpoints"), tokenizer)
+
+
+def test_a_folder_that_cannot_be_imported_is_refused_at_once(exported, tmp_path, tokenizer):
+  folder = tmp_path / "cut"
+  shutil.copytree(exported, folder)
+  weights = folder / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-100])
+  with pytest.raises(LoadError, match=r"model.safetensors"):
+    open_teacher(student(folder), tokenizer)
+
+
+def test_a_teacher_that_the_mesh_cannot_split_is_refused(workdir, tokenizer):
+  teacher = open_teacher(student(workdir), tokenizer)
+  odd = dataclasses.replace(teacher.shape.model, width=66)
+  teacher = dataclasses.replace(teacher, shape=dataclasses.replace(teacher.shape, model=odd))
+  with pytest.raises(ConfigError, match=r"kd.teacher: .*66 is not a multiple of mesh axes"):
+    teacher.abstract(make_mesh(student(workdir)))
