@@ -4,6 +4,7 @@ Values and the meaning of each field stand in configs/base.py, names and types i
 config_fields.py.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -14,7 +15,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mlembed_jax.config_fields import LOWEST_TEMPERATURE, NO_LIMIT, STORED, Config, ModelConfig
+from mlembed_jax.config_fields import (
+  LOWEST_TEMPERATURE,
+  NO_LIMIT,
+  OLDER,
+  STORED,
+  Config,
+  ModelConfig,
+)
 from mlembed_jax.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -85,6 +93,18 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   _check_kept(config)
   _check_data_and_length(config)
   return config
+
+
+def with_older_values(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a copy of a stored run's configuration with the fields that it lacks, by `OLDER`."""
+  filled = copy.deepcopy(dict(values))
+  for name, value in OLDER.items():
+    *groups, field = name.split(".")
+    group = filled
+    for key in groups:
+      group = group.setdefault(key, {})
+    group.setdefault(field, value)
+  return filled
 
 
 def _dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:

@@ -200,6 +200,18 @@ NO_LIMIT = 2.0  # losses.false_negative_margin: no two cosines are further apart
 STORED = "stored"  # kd.teacher: vectors beside the data, read with each batch
 LOWEST_TEMPERATURE = 0.01  # of learned ones, as in CLIP: below it training becomes unstable
 
+# Fields that joined the configuration later, each with its value in runs that were started before:
+# what the code did then. Without a line here, a new field makes every earlier workdir unreadable.
+OLDER = {
+  "model.qk_norm": True,
+  "model.qkv_bias": False,
+  "model.attention": "auto",
+  "data.instructions": "",
+  "data.kept_tokens": 0,
+  "optimizer.moments": "float32",
+  "eval.every": 0,
+}
+
 # Switches of the objective with the values of the published recipe (ML-Embed, F2LLM-v2). In the
 # first five our default departs from it: on several devices its code passes no gradient to in-batch
 # passages, and it knows nothing of repeated texts.

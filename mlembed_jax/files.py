@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from mlembed_jax.errors import ConfigError
+from mlembed_jax.errors import ConfigError, MlembedError
 
 
 def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
@@ -28,6 +28,25 @@ def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Pat
   except OSError as error:
     raise ConfigError(f"{flag}: {path} is not writable: {error.strerror}") from error
   return workdir
+
+
+def check_format(
+  path: pathlib.Path, found: Any, newest: int, error: type[MlembedError] = ConfigError
+) -> None:
+  """Raises `error` where a file has a `format_version` that this code does not know.
+
+  Args:
+    path: the file that is read.
+    found: its `format_version`; None in files that were written before there was one.
+    newest: the newest version that this code reads.
+    error: the class of the error, that of the reader.
+  """
+  if found is None or (type(found) is int and 1 <= found <= newest):
+    return
+  raise error(
+    f"{path}: format_version {found!r} is none that this mlembed_jax reads (1 to {newest}); if a "
+    "newer one wrote the file, upgrade mlembed_jax"
+  )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
-from mlembed_jax.hf import factors
+from mlembed_jax.hf import factors, own_file
 from mlembed_jax.hf.folder import open_folder, read_model, read_positions, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
@@ -91,7 +91,7 @@ class Encoder:
     model = dataclasses.replace(read_model(folder), dtype=dtype or DTYPES[platform])
     open_folder(folder, model)  # what is wrong with it is said now
     _keep_programs()
-    ours = _json(folder / "mlembed.json")
+    ours = own_file.read(folder)
     token = pooled_token or ours.get("pooling", {}).get("token") or _appended(folder)
     st = _json(folder / "config_sentence_transformers.json")
     bert = _json(folder / "sentence_bert_config.json")

@@ -17,10 +17,12 @@ import json
 import pathlib
 from typing import Any
 
-from mlembed_jax.config import from_mapping
+from mlembed_jax.config import from_mapping, with_older_values
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.files import write_json
+from mlembed_jax.files import check_format, write_json
+
+FORMAT = 1  # of run.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +40,33 @@ class Run:
 
   def save(self, workdir: pathlib.Path) -> None:
     """Writes run.json."""
-    write_json(workdir / "run.json", dataclasses.asdict(self))
+    write_json(workdir / "run.json", {"format_version": FORMAT} | dataclasses.asdict(self))
 
   @classmethod
   def load(cls, workdir: pathlib.Path) -> "Run":
-    """Returns the run of a workdir.
+    """Returns the run of a workdir; fields that joined the configuration later are filled in.
 
     Raises:
-      ConfigError: there is none, or another version of the package wrote it.
+      ConfigError: there is none, it is damaged, or a newer version of the package wrote it.
     """
     path = workdir / "run.json"
     if not path.is_file():
       raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
     try:
       run = json.loads(path.read_text(encoding="utf-8"))
-      return cls(from_mapping(run["config"]), run["datasets"], run["plan"])
-    except (ValueError, KeyError) as error:  # ConfigError and JSON errors are ValueErrors
+      version = run.get("format_version")
+    except (ValueError, AttributeError) as error:
+      raise ConfigError(f"{path}: {error}") from error
+    check_format(path, version, FORMAT)
+    try:
+      config = from_mapping(with_older_values(run["config"]))
+      return cls(config, run["datasets"], run["plan"])
+    except (
+      ValueError,
+      KeyError,
+      TypeError,
+      AttributeError,
+    ) as error:  # ConfigErrors are ValueErrors
       raise ConfigError(f"{path}: {error}") from error
 
 

@@ -25,7 +25,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.errors import ExportError
 from mlembed_jax.files import replace_folder, write_json, write_text
-from mlembed_jax.hf import files, names, parity
+from mlembed_jax.hf import files, names, own_file, parity
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.checks import examination
 from mlembed_jax.hf.checks.subject import ERROR
@@ -36,7 +36,6 @@ from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.workdir import Run
 
-OURS = "mlembed.json"  # marks a folder as written here
 MAX_FILE_BYTES = 5_000_000_000
 DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
 
@@ -151,7 +150,7 @@ def check_target(out: pathlib.Path) -> None:
       raise PermissionError(f"{out.parent} is not writable")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
       return
-    ours = {OURS, *json.loads((out / OURS).read_text(encoding="utf-8"))["files"]}
+    ours = {own_file.NAME, *json.loads((out / own_file.NAME).read_text(encoding="utf-8"))["files"]}
   except FileNotFoundError as error:
     raise ExportError(f"{out} exists and is not an export of ours; choose another") from error
   except (OSError, ValueError, KeyError) as error:
@@ -189,7 +188,7 @@ def _write(
     write_json(folder / path, value)
   write_json(folder / parity.FILE, parity.items(folder, variant, tokenizer, prompts["query"]))
   write_text(folder / "README.md", card(variant, tokenizer.pooled_token, prompts, evaluation))
-  write_json(folder / OURS, _ours(folder, variant, tokenizer))
+  write_json(folder / own_file.NAME, _ours(folder, variant, tokenizer))
 
 
 def _check(folder: pathlib.Path) -> None:
@@ -274,7 +273,7 @@ def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[
   """Returns mlembed.json; to be called when every other file is written."""
   config, axes, body = variant.run.config, variant.axes, variant.body
   return {
-    "format_version": 1,
+    "format_version": own_file.FORMAT,
     "name": variant.name,
     "library": {"name": "mlembed_jax", "version": __version__},
     "base_model": {"id": pathlib.PurePath(config.train.init_from).name or None},

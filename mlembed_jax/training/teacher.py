@@ -1,7 +1,6 @@
 """The online teacher: any encoder of this project, frozen, its parameters on the same mesh."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -14,7 +13,7 @@ from mlembed_jax.data.manifest import File
 from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.hf.export import OURS
+from mlembed_jax.hf import own_file
 from mlembed_jax.hf.folder import check_folder, read_model
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import plan
@@ -151,9 +150,8 @@ def _from_workdir(path: pathlib.Path) -> _Found:
 
 def _from_folder(path: pathlib.Path) -> _Found:
   model, version = read_model(path), _weights_version(path)
-  if not (path / OURS).is_file():
+  if not (ours := own_file.read(path)):
     return _Found(model, (model.layers,), None, version)
-  ours = json.loads((path / OURS).read_text(encoding="utf-8"))
   trained = tuple(e for e in ours["exits"]["trained"] if e <= model.layers)
   return _Found(model, trained or (model.layers,), ours["pooling"]["token"], version)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from mlembed_jax.hf import names
+from mlembed_jax.hf import names, own_file
 
 OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
 OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
@@ -18,7 +18,7 @@ OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
 )
 EMBEDDERS = (OURS, ST, TEI, VLLM, LLAMA)  # read more than the body
 SERVERS = (TEI, VLLM, LLAMA)
-OWN = "mlembed.json"
+OWN = own_file.NAME
 AGAIN = "Take the folder as it was exported."
 
 

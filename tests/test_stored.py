@@ -1,0 +1,114 @@
+"""A workdir that version 0.1.0 wrote: it is resumed, exported and used as a teacher.
+
+stored/run_0_1_0.tar.gz holds the prepared text, the workdir after 2 of 4 steps, and the metrics of
+all 4 steps. Never write it anew: it stands for the workdirs that users have.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+
+from mlembed_jax.config import flatten
+from mlembed_jax.config_fields import OLDER
+from mlembed_jax.data import catalog
+from mlembed_jax.errors import ConfigError, DataError, LoadError
+from mlembed_jax.files import write_json
+from mlembed_jax.hf import own_file
+from mlembed_jax.inference import Encoder
+from mlembed_jax.workdir import Run
+from tests.test_train import ENVIRONMENT, ROOT, lines
+
+STORED = pathlib.Path(__file__).parent / "stored/run_0_1_0.tar.gz"
+# Another machine rounds in another way; the losses of a forgotten state differ by more than 0.1.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture
+def stored(tmp_path):
+  with tarfile.open(STORED) as archive:
+    archive.extractall(tmp_path, filter="data")
+  return tmp_path / "run_0_1_0"
+
+
+def call(module, *flags):
+  command = [sys.executable, "-m", f"mlembed_jax.{module}", *map(str, flags)]
+  result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  return result
+
+
+def flags_of(run, dataset):
+  """Returns the command line that gives the configuration of a stored run."""
+  values = flatten(run.config) | {"data.dataset": str(dataset)}
+  return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def test_it_goes_on_to_the_losses_it_would_have_had(stored):
+  run = Run.load(stored / "workdir")
+  flags = flags_of(run, stored / "dataset")
+  call("train", "--config", ROOT / "configs/base.py", "--workdir", stored / "workdir", *flags)
+  expected = [json.loads(line) for line in (stored / "metrics_of_all_steps.jsonl").open()]
+  found = lines(stored / "workdir")
+  assert [line["step"] for line in found] == [1, 2, 3, 4]
+  losses = [[line["loss"] for line in of] for of in (found, expected)]
+  np.testing.assert_allclose(*losses, rtol=TOLERANCE)
+
+
+def test_it_is_exported_and_encodes(stored, tmp_path):
+  call("export", "--checkpoint", stored / "workdir", "--out", tmp_path / "out")
+  vectors = Encoder.load(tmp_path / "out").encode(["one two", "eins zwei"])
+  np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+
+def test_it_teaches(stored, tmp_path):
+  flags = [
+    *flags_of(Run.load(stored / "workdir"), stored / "dataset"),
+    f"--config.kd.teacher={stored / 'workdir'}",
+    "--config.train.steps=2",
+  ]
+  call("train", "--config", ROOT / "configs/base.py", "--workdir", tmp_path / "student", *flags)
+  assert all(line["distillation_loss"] > 0 for line in lines(tmp_path / "student"))
+
+
+def test_fields_that_joined_later_have_their_older_values(stored):
+  path = stored / "workdir/run.json"
+  value = json.loads(path.read_text())
+  assert "format_version" not in value  # the stored one is older than it
+  for name in OLDER:
+    group, field = name.split(".")
+    del value["config"][group][field]
+  write_json(path, value)
+  loaded = flatten(Run.load(stored / "workdir").config)
+  assert {name: loaded[name] for name in OLDER} == OLDER
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", True])
+def test_run_json_of_another_format_is_refused(stored, version):
+  path = stored / "workdir/run.json"
+  write_json(path, json.loads(path.read_text()) | {"format_version": version})
+  with pytest.raises(ConfigError, match=rf"run.json: format_version {version!r} .*upgrade"):
+    Run.load(stored / "workdir")
+
+
+def test_catalog_of_another_format_is_refused(stored):
+  path = stored / "dataset/catalog.json"
+  value = json.loads(path.read_text())
+  value["plan"]["version"] += 1
+  write_json(path, value)
+  with pytest.raises(DataError, match="prepared by another version"):
+    catalog.load(stored / "dataset")
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [('{"format_version": 2}', "format_version 2"), ("[]", "no JSON object"), ("{", "again")],
+)
+def test_mlembed_json_that_cannot_be_meant_is_refused(tmp_path, text, message):
+  (tmp_path / own_file.NAME).write_text(text)
+  with pytest.raises(LoadError, match=rf"mlembed.json.*{message}"):
+    own_file.read(tmp_path)
