@@ -77,6 +77,25 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
   return module
 
 
+def load_config(path: str, changes: Mapping[str, Any] | None = None) -> Config:
+  """Returns the checked configuration of a file, as `--config` and `--config.FIELD` give it.
+
+  Args:
+    path: a configuration file, FILE or FILE:variant, e.g. configs/8b.py:v5p.
+    changes: values by dotted field name, e.g. {"train.steps": 100}.
+
+  Raises:
+    ConfigError: the file does not exist, or a field or value cannot be meant.
+  """
+  file, _, variant = path.partition(":")
+  try:
+    config = load_module(file).get_config(variant)
+    config.update_from_flattened_dict(changes or {})
+  except (OSError, LookupError, TypeError) as error:
+    raise ConfigError(f"{path}: {error}") from error
+  return from_mapping(config)
+
+
 def from_mapping(values: Mapping[str, Any]) -> Config:
   """Returns the checked configuration of a (nested) mapping such as an ml_collections ConfigDict.
 

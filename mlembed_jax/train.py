@@ -1,46 +1,17 @@
 """Trains an encoder: python -m mlembed_jax.train --config configs/8b.py --workdir DIR.
 
 The same command with the same workdir goes on from the newest checkpoint, bit for bit as if the
-run had never stopped. SIGTERM and Ctrl-C during training save a checkpoint first.
+run had never stopped. SIGTERM and Ctrl-C during training save a checkpoint first. From Python:
+`mlembed_jax.training.loop.train`.
 """
 
-import dataclasses
-import functools
-import pathlib
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import flax.linen as nn
-import jax
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import config_flags
 
 import mlembed_jax
 from mlembed_jax import cli
 from mlembed_jax.config import flatten
-from mlembed_jax.config_fields import Config
-from mlembed_jax.data import loader, read_ahead
-from mlembed_jax.devices import compiler
-from mlembed_jax.errors import TrainingError
-from mlembed_jax.eval import grid
-from mlembed_jax.files import copy_file, make_writable_folder, write_json
-from mlembed_jax.hf.export import check_target, export_folder
-from mlembed_jax.hf.folder import resolve
-from mlembed_jax.hf.load import load_params
-from mlembed_jax.matryoshka import Slice
-from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel import distributed, hosts
-from mlembed_jax.parallel.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
-from mlembed_jax.parallel.stop import StopSignals
-from mlembed_jax.training import inputs, memory, metrics, optimizer, train_state, train_step
-from mlembed_jax.training.checkpoint import Checkpoints, check_same_run
-from mlembed_jax.training.inputs import Inputs
-from mlembed_jax.training.teacher import Teacher
-from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import Run, evaluated, evaluation_path, read_evaluation
+from mlembed_jax.files import make_writable_folder
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -68,222 +39,14 @@ JOIN_TIMEOUT_S = flags.DEFINE_integer(
 )
 
 
-def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
-  """Returns this process's part of every batch of the run."""
-  part, parts = rows_of(jax.process_index(), mesh)
-  placement = loader.Placement(config.data.micro_batch, replicas(mesh.shape), part, parts)
-  order = inputs.plan.order()
-  return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
-
-
-def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
-  """Returns the state to go on from: newest checkpoint, else `train.init_from`, else random."""
-  tx = optimizer.make(config.optimizer, steps)
-  if (latest := checkpoints.latest()) is not None:
-    return checkpoints.restore(latest, train_state.abstract(config, tx, mesh))
-  state = train_state.create(config, tx, mesh)
-  if config.train.init_from:
-    like = train_state.abstract(config, tx, mesh).params
-    state = state.replace(params=None)  # their memory is needed
-    state = state.replace(params=load_params(resolve(config.train.init_from), config.model, like))
-  return state
-
-
-def make_step(
-  config: Config, steps: int, mesh: Mesh, teacher: Teacher | None
-) -> Callable[..., Any]:
-  """Returns `step(state, batch, task=...)`; a teacher's weights are read here."""
-  step = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
-  return functools.partial(step, teacher_params=teacher.params(mesh) if teacher else None)
-
-
-def timed(batches: Iterator[loader.Batch]) -> Iterator[tuple[loader.Batch, float]]:
-  """Yields each batch and the seconds it was waited for."""
-  start = time.perf_counter()
-  for batch in batches:
-    yield batch, time.perf_counter() - start
-    start = time.perf_counter()
-
-
-def fit(
-  config: Config,
-  step: Callable[..., Any],
-  state: TrainState,
-  batches: loader.Batches,
-  mesh: Mesh,
-  checkpoints: Checkpoints,
-  recorder: metrics.Recorder,
-  stop: StopSignals,
-  evaluate: Callable[[TrainState], None],
-) -> TrainState:
-  """Returns the state after the last step.
-
-  A stop signal ends the program after its step (status 128 + signal). Both states are saved.
-
-  The device is never waited for: the numbers of a step are read while the next one runs, and so
-  is its batch fetched and sent to the device.
-  """
-  pending, start = None, int(state.step)
-  with jax.transfer_guard("disallow"):
-    for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers)):
-      task = Task(batch.task_type, batch.positives)
-      # To jax, parts of global arrays are implicit transfers.
-      with jax.transfer_guard_host_to_device("allow"):
-        arrays, signals = put_batch(batch.arrays(), mesh), stop.exchange()
-      state, values = step(state, arrays, task=task)
-      if pending:
-        recorder.record(*pending)
-      pending = batch, values, waited_s
-      done, stopping = batch.step + 1, stop.agreed(signals)
-      last = done == len(batches)
-      # A machine that is taken away has seconds left; the next start evaluates. One that is taken
-      # away while it evaluates finds this step saved.
-      scored = evaluated_at(config, done) and not last and not stopping
-      if done % config.train.checkpoint_every == 0 or last or stopping or scored:
-        recorder.record(*pending)  # a diverged state is noticed here, before it is saved
-        pending = None
-        checkpoints.save(done, state)
-      if scored:
-        with recorder.paused(), jax.transfer_guard("allow"):
-          evaluate(state)
-      if stopping:
-        checkpoints.close()
-        stop.leave(stopping, f"step {done} is saved")
-  return state
-
-
-def evaluated_at(config: Config, step: int) -> bool:
-  """Returns whether held-out scores of a step are wanted, before training and on the way."""
-  return step == 0 or (config.eval.every > 0 and step % config.eval.every == 0)
-
-
-def evaluate(
-  config: Config, read: Inputs, mesh: Mesh, workdir: pathlib.Path, state: TrainState
-) -> None:
-  """Writes the held-out scores of every slice at this step, unless they are there."""
-  step = int(state.step)
-  wanted = {task.name: task.digest for task in read.tasks}
-  if hosts.gather(evaluated(workdir, step) != wanted)[0]:
-    print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
-    scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
-    record = {"step": step, "tasks": wanted, "scores": scores}
-    hosts.on_first(lambda: _write_scores(workdir, step, record))
-
-
-def _write_scores(workdir: pathlib.Path, step: int, record: dict[str, Any]) -> None:
-  write_json(evaluation_path(workdir, step), record)
-  metrics.write_scores(workdir, step, record["scores"])
-
-
-def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
-  """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
-  params = hosts.fetch(state.params) if config.export.at_end else None
-  hosts.on_first(lambda: _report(config, read, int(state.step), params, workdir))
-
-
-def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathlib.Path) -> None:
-  after = read_evaluation(workdir, step)
-  before = read_evaluation(workdir, 0)
-  for task in read.tasks:
-    print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
-    print(grid.table(before, after, task.name))
-  if config.export.at_end:
-    run = Run.load(workdir)
-    folder = export_folder(
-      export_path(config, workdir),
-      run=run,
-      params=params,
-      tokenizer=read.tokenizer,
-      step=step,
-      cut=Slice(),
-      evaluation={"step": step, "scores": after} if after else None,
-    )
-    print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
-
-
-def export_path(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-  """Returns the folder of `export.at_end`."""
-  return workdir / "export" / config.export.name
-
-
-def usage(folder: pathlib.Path) -> str:
-  """Returns the lines that use an exported folder."""
-  return (
-    "  from sentence_transformers import SentenceTransformer\n"
-    f'  model = SentenceTransformer("{folder}")\n'
-    '  vectors = model.encode(["How are you?", "¿Cómo estás?"], prompt_name="query")\n'
-  )
-
-
-def chosen_before(run: Run, workdir: pathlib.Path, checkpoints: Checkpoints) -> int:
-  """Returns the micro-batch of the run that the workdir holds, 0 for a new run.
-
-  Another size would fit other memory as well, but round in another way.
-
-  Raises:
-    ConfigError: the workdir holds a checkpoint of another run.
-  """
-  if checkpoints.latest() is None:
-    # Scores of a run that was stopped before its first checkpoint.
-    hosts.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
-    return 0
-  with hosts.agreed():
-    stored = Run.load(workdir)
-    check_same_run(stored, run, workdir, ACCEPT_CHANGED_DATA.value)
-  return hosts.gather(stored.config.data.micro_batch)[0]
-
-
-def train(config: Config, workdir: pathlib.Path) -> None:
-  """Runs or continues one training run, with evaluation before and after, and the export.
-
-  Raises:
-    ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
-    SystemExit: after SIGTERM (143) or Ctrl-C (130); the checkpoint is written.
-  """
-  with hosts.agreed():
-    mesh = make_mesh(config)
-    platform = mesh.devices.flat[0].platform
-    memory.check_attention(config, platform)
-    compiler.cache(workdir / "compiled", platform)
-    compiler.check_known(mesh.devices.flat[0])
-    rows_of(jax.process_index(), mesh)  # refused here, before any work
-    read = inputs.load(config, workdir)
-    run, steps = inputs.describe(config, read), inputs.steps(config, read)
-    if config.export.at_end:
-      check_target(export_path(config, workdir))
-  hosts.check_same(run.plan)
-  checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-  chosen = chosen_before(run, workdir, checkpoints)
-  hosts.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
-  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    with StopSignals(mesh) as stop:
-      hosts.on_first(lambda: inputs.report(read, steps, workdir))
-      config = memory.with_micro_batch(
-        config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
-      )
-      sized = dataclasses.replace(run, config=config)
-      hosts.on_first(lambda: sized.save(workdir))
-      step = make_step(config, steps, mesh, read.teacher)
-      batches = make_batches(config, read, mesh, steps)
-      state = initial_state(config, steps, mesh, checkpoints)
-      score = functools.partial(evaluate, config, read, mesh, workdir)
-      if evaluated_at(config, int(state.step)):
-        score(state)
-      stop.leave_if_received("no step is lost")
-      start, every = int(state.step), config.train.log_every
-      with metrics.Recorder(workdir, start, steps, every, config.model) as recorder:
-        try:
-          state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop, score)
-        except TrainingError:
-          checkpoints.close()  # one may still be on its way to the disk
-          raise
-    checkpoints.close()
-    score(state)
-  report(config, read, state, workdir)
-
-
 def main() -> None:
-  """Reads the flags."""
+  """Joins the processes of the run, checks that they agree, and trains."""
+  # Imported here, jax and orbax do not slow down --help.
+  import jax
+
+  from mlembed_jax.parallel import distributed, hosts
+  from mlembed_jax.training.loop import train
+
   with distributed.joined(JOIN_TIMEOUT_S.value):
     with hosts.agreed():
       config, workdir = cli.read_config(CONFIG), make_writable_folder(WORKDIR.value, "--workdir")
@@ -291,7 +54,7 @@ def main() -> None:
     versions = {"jax": jax.__version__, "mlembed_jax": mlembed_jax.__version__}
     options = {"--accept_changed_data": ACCEPT_CHANGED_DATA.value}
     hosts.check_same(versions | options | flatten(config))
-    train(config, workdir)
+    train(config, workdir, accept_changed_data=ACCEPT_CHANGED_DATA.value)
 
 
 if __name__ == "__main__":

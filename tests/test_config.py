@@ -1,11 +1,14 @@
 """Every config file loads and has the published size; what cannot be meant is refused by name."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
 
-from mlembed_jax.config import flatten, from_mapping, load_module
+import mlembed_jax
+from mlembed_jax.config import flatten, from_mapping, load_config, load_module
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_count
 from tests.material import CONFIGS, config_dict
@@ -218,3 +221,30 @@ def test_learned_temperatures_have_no_schedule():
   fields = {"losses.learn_temperature": True, "losses.bitext.final_temperature": 0.02}
   with pytest.raises(ConfigError, match=r"losses.bitext.final_temperature: learned temperatures"):
     from_mapping(config_dict(**fields))
+
+
+def test_load_config_reads_files_as_the_flag_does():
+  changes = {"train.steps": 7, "train.epochs": 0.0, "data.dataset": "/d"}
+  config = load_config(str(CONFIGS / "8b.py:v5p"), changes)
+  assert (config.train.steps, config.model.remat) == (7, "context")
+
+
+@pytest.mark.parametrize(
+  ("path", "changes", "message"),
+  [
+    ("absent.py", {}, "absent.py"),
+    ("8b.py:v9", {}, "unknown variant 'v9'"),
+    ("8b.py", {"train.stepz": 7}, "stepz"),
+  ],
+)
+def test_load_config_names_what_it_cannot_read(path, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    load_config(str(CONFIGS / path), changes)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+  code = "import sys, mlembed_jax; print(*{'jax', 'numpy', 'flax'} & set(sys.modules))"
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert not result.stdout.strip()
+  assert set(mlembed_jax.__all__) == {"Encoder", "load_config"}
+  assert all(callable(getattr(mlembed_jax, name)) for name in mlembed_jax.__all__)

@@ -16,10 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto import event_pb2
 
+from mlembed_jax.config import from_mapping
 from mlembed_jax.training.checkpoint import load_params
+from mlembed_jax.training.loop import train
 from mlembed_jax.training.metrics import Writer
 from mlembed_jax.workdir import Run
-from tests.material import FAST_COMPILE
+from tests.material import FAST_COMPILE, config_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {
@@ -414,3 +416,18 @@ def test_training_starts_from_an_exported_folder(data, twenty, tmp_path):
   (_, expected), (step, found) = (load_params(w, model) for w in (twenty, tmp_path / "work"))
   assert step == 1
   jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_python_calls_it_twice_in_one_process(data, tmp_path):
+  overrides = {
+    "data.heldout": (),
+    "data.manifest": "",
+    "train.steps": 2,
+    "optimizer.warmup_steps": 1,
+  }
+  config = from_mapping(config_dict(data, **overrides))
+  for name in ("a", "b"):
+    train(config, tmp_path / name)
+  assert_same_state(tmp_path / "a", tmp_path / "b", 2)
+  train(config, tmp_path / "a")  # a finished run has nothing left to do
+  assert len(lines(tmp_path / "a")) == 2

@@ -8,12 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from mlembed_jax import train
 from mlembed_jax.config import flatten, from_mapping
 from mlembed_jax.data import plan
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.parallel.sharding import make_mesh
-from mlembed_jax.training import inputs
+from mlembed_jax.training import inputs, loop
 from tests.material import config_dict, entry, pairs, prepare_dataset, scored, write_files
 
 STEPS = 12
@@ -59,7 +58,7 @@ def opened(folder, **fields):
 def read(folder, **fields):
   """Returns everything that the first steps send to the devices."""
   config, found = opened(folder, **fields)
-  batches = train.make_batches(config, found, make_mesh(config), STEPS)
+  batches = loop.make_batches(config, found, make_mesh(config), STEPS)
   made = []
   for step in range(STEPS):
     arrays = batches[step].arrays()
