@@ -9,19 +9,19 @@ is checked, without them. Nothing is written or downloaded. Ends with status 0 w
 where there are warnings, 2 where there are errors.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.hf.checks import agreement, examination, installed
-from mlembed_jax.hf.checks.examination import Verdict
 from mlembed_jax.hf.checks.subject import (
   ERROR,
   OK,
@@ -33,18 +33,26 @@ from mlembed_jax.hf.checks.subject import (
   Check,
   Finding,
 )
-from mlembed_jax.hf.parity import FILE as PARITY
+
+# What imports jax is imported in the functions, so that --help does not wait for it.
+if TYPE_CHECKING:
+  from mlembed_jax.hf.checks.examination import Verdict
 
 TORCH = flags.DEFINE_bool(
   "torch", True, "Load the folder with sentence-transformers and transformers, if installed."
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
 
+
 STATUS = {OK: 0, WARNING: 1, ERROR: 2}
 
 
 def main(directory: str) -> None:
   """Examines a folder; ends with the status."""
+  import jax
+
+  from mlembed_jax.hf.checks import examination
+
   path = pathlib.Path(directory).absolute()
   if not (path / "config.json").is_file():
     print(f"error: {directory} is no model folder: it has no config.json", file=sys.stderr)
@@ -58,6 +66,9 @@ def main(directory: str) -> None:
 
 
 def _of_vectors() -> list[Check]:
+  from mlembed_jax.hf.checks import agreement, installed
+  from mlembed_jax.hf.parity import FILE as PARITY
+
   checks = [Check("D16", agreement.d16, (OURS,), (PARITY, OWN))]
   if TORCH.value:
     checks.append(Check("D16", installed.sentence_transformers, (ST,)))
@@ -77,6 +88,8 @@ def _line(finding: Finding) -> str:
 
 
 def _json(path: pathlib.Path, findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
+  from mlembed_jax.hf.checks import examination
+
   level = examination.worst(findings)
   report = {
     "folder": str(path),

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from mlembed_jax import cli
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.inference import Encoder
 from mlembed_jax.quantize import PRECISIONS, quantize, ranges
 
 MODEL = flags.DEFINE_string(
@@ -201,7 +200,10 @@ def check_out(out: pathlib.Path) -> None:
 
 
 def main() -> None:
-  """Reads the flags."""
+  """Reads the flags, encodes part by part, and joins the parts."""
+  # Imported here, jax does not slow down --help.
+  from mlembed_jax.inference import Encoder
+
   out = pathlib.Path(OUT.value).absolute()
   check_out(out)
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)

@@ -6,16 +6,18 @@
 The second command writes DIR, DIR-d256-l8, DIR-d64-l2-r128 and DIR-uv.
 """
 
+from __future__ import annotations
+
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.hf.export import check_target, export_folder, parse_variant, plan_variant
-from mlembed_jax.matryoshka import Slice
-from mlembed_jax.training.checkpoint import load_params
-from mlembed_jax.workdir import Run, read_evaluation
+
+# What imports jax is imported in the functions, so that --help does not wait for it.
+if TYPE_CHECKING:
+  from mlembed_jax.matryoshka import Slice
 
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -41,12 +43,20 @@ FORCE = flags.DEFINE_bool("force", False, "Allow sizes that were not trained; th
 
 def _wanted() -> dict[str, tuple[Slice, bool]]:
   """Returns {end of the folder's name: (cut, whether the table stays factorised)}."""
+  from mlembed_jax.hf.export import parse_variant
+  from mlembed_jax.matryoshka import Slice
+
   found = {"": (Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value), False)}
   return found | {f"-{variant}": parse_variant(variant) for variant in VARIANTS.value}
 
 
 def main() -> None:
-  """Reads the flags."""
+  """Reads the flags and writes the folders."""
+  from mlembed_jax.data.tokenizer import Tokenizer
+  from mlembed_jax.hf.export import check_target, export_folder, plan_variant
+  from mlembed_jax.training.checkpoint import load_params
+  from mlembed_jax.workdir import Run, read_evaluation
+
   workdir = pathlib.Path(CHECKPOINT.value).absolute()
   run, wanted = Run.load(workdir), _wanted()
   out = pathlib.Path(OUT.value).absolute()

@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 
-from mlembed_jax import evaluate
 from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.eval import scoring
 from mlembed_jax.eval.grid import Axes
 from mlembed_jax.eval.tasks import Task, load_folder
 from mlembed_jax.hf.export import export_folder
@@ -54,7 +54,7 @@ def seconds(encoder: Encoder, tasks: list[Task], axes: Axes) -> float:
   for _ in range(2):
     start = time.perf_counter()
     for task in tasks:
-      evaluate.score(encoder, task, axes)
+      scoring.score(encoder, task, axes)
     best = time.perf_counter() - start
   return best
 
