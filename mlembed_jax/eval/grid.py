@@ -15,7 +15,7 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval.tasks import ByLanguage, Task
 from mlembed_jax.matryoshka import Slice, plan, slice_config, slice_params
 from mlembed_jax.models.states import states
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import batch_sharding
 from mlembed_jax.quantize import rounded, unit
 
@@ -71,7 +71,7 @@ def score(
   for rank in axes.ranks:
     states_END = encode(ids, rank)
     slices = list(itertools.product(range(len(axes.exits)), axes.dims, axes.precisions))
-    records += hosts.shared(
+    records += processes.shared(
       slices, lambda s, rank=rank, states=states_END: _record(task, axes, rank, states, *s)
     )
   return records

@@ -18,7 +18,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.hf import factors, names
 from mlembed_jax.hf.folder import Folder, open_folder, raise_all
 from mlembed_jax.models import encoder
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 
 Params = dict[str, Any]
 
@@ -106,11 +106,11 @@ def _factorised(folder: Folder, model: ModelConfig, like: Params) -> Params:
   """Returns table [vocab, rank] and up [rank, width]; process 0 computes them for all."""
   shapes = {name: like[name] for name in ("table", "up")}
   found = {name: np.zeros(x.shape, np.float32) for name, x in shapes.items()}
-  with hosts.agreed():
-    if hosts.is_first():
+  with processes.agreed():
+    if processes.is_first():
       found["table"][: folder.rows], found["up"][:] = factors.of_folder(folder, model.rank)
   # A factorisation may round in another way on another machine; parts of two do not fit.
-  found = hosts.from_first(found)
+  found = processes.from_first(found)
   return {name: _placed(found[name], shapes[name]) for name in shapes}
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.batching import bucket, pad
 from mlembed_jax.models.encoder import Encoder
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,7 +52,7 @@ def states(
   before: tuple[np.ndarray, Any] | None = None
   for chosen, inputs in _batches(ids, lengths, rows):
     if sharding:
-      inputs = hosts.place(inputs, (sharding, sharding))
+      inputs = processes.place(inputs, (sharding, sharding))
     found = chosen, program(params, *inputs)
     # The device has its next batch before the states of the last one are fetched.
     if before:

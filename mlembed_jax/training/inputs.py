@@ -18,7 +18,7 @@ from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import tasks
 from mlembed_jax.files import write_json
 from mlembed_jax.hf.folder import check_folder, resolve
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.training.teacher import Teacher, check_stored, open_teacher
 from mlembed_jax.workdir import Run
 
@@ -95,7 +95,7 @@ def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
   """Returns where the data lies that the builder wrote."""
   folder = workdir / "data"
   text = folder / "text" / "manifest.json"
-  hosts.on_first(lambda: _build(config, folder))
+  processes.on_first(lambda: _build(config, folder))
   return dataclasses.replace(config.data, dataset=str(folder / "dataset"), manifest=str(text))
 
 

@@ -28,7 +28,7 @@ from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
 from mlembed_jax.parallel.stop import StopSignals
 from mlembed_jax.training import inputs, memory, metrics, optimizer, train_state, train_step
@@ -134,11 +134,11 @@ def evaluate(
   """Writes the held-out scores of every slice at this step, unless they are there."""
   step = int(state.step)
   wanted = {task.name: task.digest for task in read.tasks}
-  if hosts.gather(evaluated(workdir, step) != wanted)[0]:
+  if processes.gather(evaluated(workdir, step) != wanted)[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
     scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
     record = {"step": step, "tasks": wanted, "scores": scores}
-    hosts.on_first(lambda: _write_scores(workdir, step, record))
+    processes.on_first(lambda: _write_scores(workdir, step, record))
 
 
 def _write_scores(workdir: pathlib.Path, step: int, record: dict[str, Any]) -> None:
@@ -148,8 +148,8 @@ def _write_scores(workdir: pathlib.Path, step: int, record: dict[str, Any]) -> N
 
 def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
-  params = hosts.fetch(state.params) if config.export.at_end else None
-  hosts.on_first(lambda: _report(config, read, int(state.step), params, workdir))
+  params = processes.fetch(state.params) if config.export.at_end else None
+  processes.on_first(lambda: _report(config, read, int(state.step), params, workdir))
 
 
 def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathlib.Path) -> None:
@@ -198,12 +198,12 @@ def chosen_before(
   """
   if checkpoints.latest() is None:
     # Scores of a run that was stopped before its first checkpoint.
-    hosts.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
+    processes.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
     return 0
-  with hosts.agreed():
+  with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, accept_changed_data)
-  return hosts.gather(stored.config.data.micro_batch)[0]
+  return processes.gather(stored.config.data.micro_batch)[0]
 
 
 def train(
@@ -222,7 +222,7 @@ def train(
     ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
     SystemExit: after SIGTERM (143) or Ctrl-C (130); the checkpoint is written.
   """
-  with hosts.agreed():
+  with processes.agreed():
     workdir = make_writable_folder(workdir, "workdir")
     mesh = make_mesh(config)
     platform = mesh.devices.flat[0].platform
@@ -234,18 +234,18 @@ def train(
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
     if config.export.at_end:
       check_target(export_path(config, workdir))
-  hosts.check_same(run.plan)
+  processes.check_same(run.plan)
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
   chosen = chosen_before(run, workdir, checkpoints, accept_changed_data)
-  hosts.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
+  processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     with StopSignals(mesh) as stop:
-      hosts.on_first(lambda: inputs.report(read, steps, workdir))
+      processes.on_first(lambda: inputs.report(read, steps, workdir))
       config = memory.with_micro_batch(
         config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
       )
       sized = dataclasses.replace(run, config=config)
-      hosts.on_first(lambda: sized.save(workdir))
+      processes.on_first(lambda: sized.save(workdir))
       step = make_step(config, steps, mesh, read.teacher)
       batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)

@@ -19,7 +19,7 @@ from mlembed_jax.devices import tpu
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models import attention
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import abstract_batch, replicas, smallest_micro_batch
 from mlembed_jax.training import optimizer, train_state, train_step
 from mlembed_jax.training.teacher import Teacher
@@ -147,13 +147,13 @@ def with_micro_batch(
   if given and not has_own_memory(mesh):
     return sized(config, given)
   # All processes must compile the same programs, and choose the same.
-  available, kind = min(hosts.gather(device_bytes())), widest(config, kinds)
+  available, kind = min(processes.gather(device_bytes())), widest(config, kinds)
 
   @functools.cache
   def needed(size: int) -> int | None:
-    with hosts.agreed():
+    with processes.agreed():
       own = _step_bytes(sized(config, size), kind, steps, mesh, teacher)
-    found = hosts.gather(own)
+    found = processes.gather(own)
     return None if None in found else max(found)
 
   # The margin is for a new choice; what a run began with may use all there is.

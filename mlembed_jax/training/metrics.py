@@ -22,7 +22,7 @@ from mlembed_jax.devices.chips import Chip
 from mlembed_jax.errors import TrainingError
 from mlembed_jax.files import write_json, write_text
 from mlembed_jax.models import flops
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
@@ -179,7 +179,7 @@ class Recorder:
     self._workdir, self._warned = workdir, False
     chip = chips.find(jax.devices()[0].device_kind)
     # Every process reads the numbers, and so notices a diverged loss; the first one writes them.
-    self._writer = Writer(workdir, start) if hosts.is_first() else None
+    self._writer = Writer(workdir, start) if processes.is_first() else None
     self._window = Window(model, jax.device_count(), chip)
     self._total, self._every = total, every
     self._bar = tqdm.tqdm(
@@ -188,7 +188,7 @@ class Recorder:
       desc="training",
       unit="step",
       dynamic_ncols=True,
-      disable=not hosts.is_first(),
+      disable=not processes.is_first(),
       mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )
 
@@ -226,9 +226,9 @@ class Recorder:
 
   def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
     # Processes that share replicas have the same rows.
-    rows = list(dict.fromkeys(itertools.chain(*hosts.gather(batch.rows.tolist()))))
+    rows = list(dict.fromkeys(itertools.chain(*processes.gather(batch.rows.tolist()))))
     path = self._workdir / "diverged.json"
-    if hosts.is_first():
+    if processes.is_first():
       write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
     shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (" ..." if len(rows) > ROWS_SHOWN else "")
     return (
@@ -239,7 +239,7 @@ class Recorder:
 
   def _without_negatives(self, batch: Batch) -> None:
     """Warns of the first such step; the others are counted in `empty_rows`."""
-    if not self._warned and hosts.is_first():
+    if not self._warned and processes.is_first():
       self._bar.write(
         f"warning: step {batch.step + 1} ({batch.dataset}) had nothing to compare: every negative "
         "of every row has the text of its query or positive, or all scores are equal. "

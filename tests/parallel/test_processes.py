@@ -145,7 +145,7 @@ def test_one_process_prints_and_writes(alone, continued):
 
 
 def test_what_processes_do_together(tmp_path):
-  status, output, errors = finish(start(*launcher(2, 2, "-m", "tests.hosts_script", tmp_path)))
+  status, output, errors = finish(start(*launcher(2, 2, "-m", "tests.processes_script", tmp_path)))
   assert status == 0, errors
   assert "[0] all is well" in output
 
