@@ -44,10 +44,10 @@ def main() -> None:
   # Imported here, jax and orbax do not slow down --help.
   import jax
 
-  from mlembed_jax.parallel import distributed, processes
+  from mlembed_jax.parallel import join, processes
   from mlembed_jax.training.loop import train
 
-  with distributed.joined(JOIN_TIMEOUT_S.value):
+  with join.joined(JOIN_TIMEOUT_S.value):
     with processes.agreed():
       config, workdir = cli.read_config(CONFIG), make_writable_folder(WORKDIR.value, "--workdir")
     processes.check_shared(workdir)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.parallel import distributed, processes
+from mlembed_jax.parallel import join, processes
 from mlembed_jax.parallel.sharding import put_batch, rows_of
 
 
@@ -93,7 +93,7 @@ def check_rows(me):
 
 
 def main():
-  with distributed.joined(60):
+  with join.joined(60):
     me = int(os.environ["JAX_PROCESS_ID"])
     check_exchange(me, pathlib.Path(sys.argv[1]))
     check_arrays(me)

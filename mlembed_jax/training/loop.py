@@ -211,7 +211,7 @@ def train(
 ) -> None:
   """Runs or continues one training run, with evaluation before and after, and the export.
 
-  On several machines every process calls it, inside `distributed.joined`.
+  On several machines every process calls it, inside `join.joined`.
 
   Args:
     config: a checked configuration, see `mlembed_jax.config.from_mapping`.
