@@ -12,7 +12,7 @@ from mlembed_jax.config_fields import MeshConfig
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.devices import tpu
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.estimate import pod
+from mlembed_jax.estimate.estimate import Target
 from mlembed_jax.parallel.sharding import make_mesh
 from mlembed_jax.training import memory
 from tests.material import config_dict, packed
@@ -52,7 +52,7 @@ def test_sizes_start_at_a_sheet_per_device_and_end_where_padding_would_be_too_mu
 
 def test_chips_that_gather_weights_get_larger_blocks():
   config = from_mapping(config_dict(**{"mesh.data": 4, "data.lengths": (64,)}))
-  split = make_mesh(config, pod.Target.parse("v5e:4x4", 1).devices())
+  split = make_mesh(config, Target.parse("v5e:4x4", 1).devices())
   copies = dataclasses.replace(config, mesh=MeshConfig(data=16, fsdp=1, tensor=1))
   whole = make_mesh(copies, list(split.devices.flat))
   assert memory.sizes(config, 200_000, whole)[-1] == 6 * 1024  # of 16 sheets of 64; 2 percent
@@ -64,7 +64,7 @@ def test_chips_that_gather_weights_get_larger_blocks():
 
 def test_a_torus_is_read_from_its_chips():
   for name, found in (("v5p:2x2x4", (2, 2, 4)), ("v6e:4x8", (4, 8, 1))):
-    devices = pod.Target.parse(name, 1).devices()
+    devices = Target.parse(name, 1).devices()
     assert tpu.torus([d.coords for d in devices]) == found
     assert tpu.find(devices[0].device_kind) == tpu.TPUS[name[:3]]
   assert tpu.find("TPU v5p") == tpu.TPUS["v5p"] and tpu.find("NVIDIA H200") is None

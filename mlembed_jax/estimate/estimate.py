@@ -145,7 +145,7 @@ class Estimate:
     return 1 - self.hbm_bytes_per_device / self.hbm_capacity
 
 
-def estimate(config: Config, target: Target, step: Step) -> Estimate:
+def estimate_step(config: Config, target: Target, step: Step) -> Estimate:
   """Returns what the update of a step needs on the chips of `target`.
 
   Where `data.micro_batch` is 0, with the largest one that training would try and that fits.
