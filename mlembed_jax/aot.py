@@ -43,7 +43,7 @@ def main() -> None:
   from mlembed_jax.estimate import sweep
   from mlembed_jax.estimate import text as estimate_text
   from mlembed_jax.estimate.estimate import Step, Target, estimate_step, gib
-  from mlembed_jax.training import memory
+  from mlembed_jax.training import micro_batch
 
   jax.config.update("jax_platforms", "cpu")  # the compiler is asked, not a device
   config = cli.read_config(CONFIG, {"data.builder": "", "data.dataset": "nothing is read"})
@@ -60,7 +60,7 @@ def main() -> None:
     needed, there = gib(estimate.hbm_bytes_per_device), gib(estimate.hbm_capacity)
     sys.exit(
       f"error: the step needs {needed} GiB per chip, {target.name} has {there}, of which "
-      f"{memory.USABLE:.0%} may be used; use more chips, a smaller data.micro_batch or "
+      f"{micro_batch.USABLE:.0%} may be used; use more chips, a smaller data.micro_batch or "
       "data.kept_tokens, or model.remat that keeps less (--sweep finds them)"
     )
 

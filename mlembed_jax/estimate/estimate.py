@@ -21,7 +21,7 @@ from mlembed_jax.errors import ConfigError, HloError
 from mlembed_jax.estimate import hlo
 from mlembed_jax.models import flops
 from mlembed_jax.parallel.sharding import logical_rules, make_mesh, replicas
-from mlembed_jax.training import memory, optimizer, train_state, train_step
+from mlembed_jax.training import lowering, micro_batch, optimizer, train_state, train_step
 from mlembed_jax.training.gradcache import BLOCKS
 
 
@@ -94,7 +94,7 @@ class Step:
       known = ", ".join(tasks)
       raise ConfigError(f"--task: {self.task!r} is not one of those that are estimated: {known}")
     kinds = {name: Kind(name, 1, task.negatives, longest, None) for name, task in tasks.items()}
-    return kinds[self.task] if self.task else memory.widest(config, list(kinds.values()))
+    return kinds[self.task] if self.task else micro_batch.widest(config, list(kinds.values()))
 
   def tokens(self, config: Config) -> int:
     """Returns the tokens of each text; ConfigError if none can have so many."""
@@ -157,12 +157,12 @@ def estimate_step(config: Config, target: Target, step: Step) -> Estimate:
     raise ConfigError("kd.teacher: a teacher is not part of the estimate; set it to ''")
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
-  memory.check_attention(config, "tpu")
+  lowering.check_attention(config, "tpu")
   tokens = config.data.global_batch * kind.texts * length
   given = config.data.micro_batch
-  sizes = [given] if given else memory.sizes(config, tokens, mesh)
+  sizes = [given] if given else micro_batch.sizes(config, tokens, mesh)
   while True:
-    found = _compiled(memory.sized(config, sizes.pop()), target, mesh, kind, length)
+    found = _compiled(micro_batch.sized(config, sizes.pop()), target, mesh, kind, length)
     if found.fits or not sizes:
       return found
 
@@ -170,7 +170,7 @@ def estimate_step(config: Config, target: Target, step: Step) -> Estimate:
 def _compiled(config: Config, target: Target, mesh: Any, kind: Kind, length: int) -> Estimate:
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
-    lowered = memory.lowered_step(config, kind, 1000, mesh)
+    lowered = lowering.lowered_step(config, kind, 1000, mesh)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -178,7 +178,7 @@ def _compiled(config: Config, target: Target, mesh: Any, kind: Kind, length: int
     seconds = time.perf_counter() - started
     by_kind = _memory(config, kind, mesh, compiled)
   module = hlo.Module(compiled.as_text())
-  trips = _Trips(memory.kind_layout(config, kind, replicas(mesh.shape)), length)
+  trips = _Trips(lowering.kind_layout(config, kind, replicas(mesh.shape)), length)
   spent = module.seconds(target.tpu, target.torus, trips)
   return _estimate(
     config, target, mesh, kind, length, by_kind, spent, _listed(module, trips), seconds
@@ -213,7 +213,7 @@ def _estimate(
     hbm_bytes_per_device=needed,
     hbm_capacity=capacity,
     hbm_by_kind=by_kind,
-    fits=needed <= memory.USABLE * capacity and spent.total > 0,
+    fits=needed <= micro_batch.USABLE * capacity and spent.total > 0,
     sequences=texts,
     text_tokens=length,
     model_flops_per_step=work,
@@ -231,7 +231,7 @@ def _too_large(
   config: Config, target: Target, mesh: Any, kind: Kind, length: int, message: str
 ) -> Estimate:
   """Returns the estimate of a program that the compiler gave up for its memory."""
-  if memory.VMEM in message:
+  if lowering.VMEM in message:
     raise ConfigError(f"the compiler finds no room for the tiles of an operation: {message[:2000]}")
   used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([GM])", message)
   if not used:
@@ -243,7 +243,7 @@ def _too_large(
 def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, int]:
   """Returns the bytes of one chip by what they hold."""
   state = train_state.abstract(config, optimizer.make(config.optimizer, 1000), mesh)
-  batch = memory.batch_shapes(config, kind, replicas(mesh.shape))
+  batch = lowering.batch_shapes(config, kind, replicas(mesh.shape))
 
   def held(tree: Any) -> int:
     return sum(
@@ -256,7 +256,7 @@ def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, i
   return {
     "parameters": parameters,
     "optimizer": moments,
-    "batch and code": memory.needed_bytes(compiled) - temporary - parameters - moments,
+    "batch and code": lowering.needed_bytes(compiled) - temporary - parameters - moments,
     "kept activations": kept,
     "temporaries": temporary - kept,
   }

@@ -8,7 +8,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.estimate.estimate import Estimate, Step, Target, estimate_step, gib
 from mlembed_jax.parallel.sharding import make_mesh, smallest_micro_batch
-from mlembed_jax.training import memory
+from mlembed_jax.training import micro_batch
 
 COPIES = (1, 4, 16)  # of the parameters, on each slice
 REMAT = ("full", "context", "products")
@@ -76,12 +76,12 @@ def _meshes(config: Config, target: Target, step: Step) -> Iterator[Config]:
       mesh = dataclasses.replace(config.mesh, data=copies * target.slices, fsdp=-1)
       changed = dataclasses.replace(config, mesh=mesh)
       chosen = config.data.micro_batch or _sizes(changed, target, step)[-1]
-      yield memory.sized(changed, chosen)
+      yield micro_batch.sized(changed, chosen)
 
 
 def _sizes(config: Config, target: Target, step: Step) -> list[int]:
   tokens = config.data.global_batch * step.kind(config).texts * step.tokens(config)
-  return memory.sizes(config, tokens, make_mesh(config, target.devices()))
+  return micro_batch.sizes(config, tokens, make_mesh(config, target.devices()))
 
 
 def _blocks(config: Config, target: Target, step: Step) -> Iterator[Config]:
@@ -90,7 +90,7 @@ def _blocks(config: Config, target: Target, step: Step) -> Iterator[Config]:
   texts = config.data.global_batch * step.kind(config).texts
   whole, chosen = texts * config.data.lengths[-1], config.data.micro_batch
   for size in sorted({max(smallest, chosen // 2), chosen, min(whole, 2 * chosen), whole}):
-    yield memory.sized(config, size)
+    yield micro_batch.sized(config, size)
 
 
 def _kept(config: Config, _: Target, step: Step) -> Iterator[Config]:

@@ -31,7 +31,15 @@ from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
 from mlembed_jax.parallel.stop import StopSignals
-from mlembed_jax.training import inputs, memory, metrics, optimizer, train_state, train_step
+from mlembed_jax.training import (
+  inputs,
+  lowering,
+  metrics,
+  micro_batch,
+  optimizer,
+  train_state,
+  train_step,
+)
 from mlembed_jax.training.checkpoint import Checkpoints, check_same_run
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.teacher import Teacher
@@ -226,7 +234,7 @@ def train(
     workdir = make_writable_folder(workdir, "workdir")
     mesh = make_mesh(config)
     platform = mesh.devices.flat[0].platform
-    memory.check_attention(config, platform)
+    lowering.check_attention(config, platform)
     compiler.cache(workdir / "compiled", platform)
     compiler.check_known(mesh.devices.flat[0])
     rows_of(jax.process_index(), mesh)  # refused here, before any work
@@ -241,7 +249,7 @@ def train(
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     with StopSignals(mesh) as stop:
       processes.on_first(lambda: inputs.report(read, steps, workdir))
-      config = memory.with_micro_batch(
+      config = micro_batch.with_micro_batch(
         config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
       )
       sized = dataclasses.replace(run, config=config)

@@ -14,7 +14,7 @@ from mlembed_jax.data.batching import Kind
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel.sharding import make_mesh, put_batch, replicas, shardings
-from mlembed_jax.training import gradcache, memory, train_state, train_step
+from mlembed_jax.training import gradcache, lowering, train_state, train_step
 from mlembed_jax.training.train_step import TeacherShape
 from tests.material import FAST_COMPILE, config_dict, random_params
 from tests.training.test_train_step import batch_of, batch_on, on_mesh
@@ -215,8 +215,8 @@ def test_what_is_kept_is_split_over_the_devices():
     mesh = make_mesh(config)
     kind = Kind("retrieval", 1, 2, 64, None)
     with on_mesh(mesh):
-      compiled = memory.lowered_step(config, kind, 10, mesh).compile(FAST_COMPILE)
-      sheets = memory.batch_shapes(config, kind, replicas(mesh.shape))["sheets"]
+      compiled = lowering.lowered_step(config, kind, 10, mesh).compile(FAST_COMPILE)
+      sheets = lowering.batch_shapes(config, kind, replicas(mesh.shape))["sheets"]
       params = parameter_shapes(config.model)
       kept = train_step.kept_bytes(config, params, sheets)
     return compiled.memory_analysis().temp_size_in_bytes, kept // replicas(mesh.shape)
