@@ -263,7 +263,7 @@ def packed(
     longest=size,
     widths=widths,
     block_tokens=block_tokens,
-    shards=shards,
+    batch_shards=shards,
     packed=share,
   )
   flat = zip(tokens.reshape(-1, size), lengths.reshape(-1), strict=True)

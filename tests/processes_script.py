@@ -73,9 +73,9 @@ def check_rows(me):
   """Each row of a batch is read once, wherever the mesh puts the devices of a process."""
   for order, shape, expected in (
     (range(4), (1, 4, 1), (me, 2)),
-    ([2, 0, 3, 1], (1, 4, 1), (1 - me, 2)),  # replicas 0 and 2 on process 1
+    ([2, 0, 3, 1], (1, 4, 1), (1 - me, 2)),  # shards 0 and 2 on process 1
     (range(4), (1, 2, 2), (me, 2)),
-    ([0, 2, 1, 3], (1, 2, 2), (0, 1)),  # both processes hold half of each replica
+    ([0, 2, 1, 3], (1, 2, 2), (0, 1)),  # both processes hold half of each shard
   ):
     mesh = mesh_of(order, shape)
     part, parts = rows_of(me, mesh)

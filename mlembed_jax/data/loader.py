@@ -71,7 +71,7 @@ class Placement:
   """Where batches go."""
 
   block_tokens: int  # encoded at a time over all hosts
-  shards: int  # data-parallel devices over all hosts
+  batch_shards: int  # data-parallel devices over all hosts
   host: int = 0
   hosts: int = 1  # that read different rows
 
@@ -107,7 +107,7 @@ class Batches:
       longest=kind.longest,
       widths=options.lengths,
       block_tokens=placement.block_tokens // placement.hosts,
-      shards=placement.shards // placement.hosts,
+      batch_shards=placement.batch_shards // placement.hosts,
       packed=options.packing,
     )
 
@@ -126,7 +126,7 @@ class Batches:
       for i, (_, texts) in zip(mine, read, strict=True)
     ]
     layout = self._layouts[kind]
-    shards = [[text for row in part for text in row] for part in _split(ids, layout.shards)]
+    shards = [[text for row in part for text in row] for part in _split(ids, layout.batch_shards)]
     rows = [row for row, _ in read]
     scored = file.entry["task_type"] == SCORED
     return Batch(
@@ -168,13 +168,13 @@ class Batches:
     """
     placement = self._placement
     order = np.arange(len(places))
-    if placement.shards > 1:
+    if placement.batch_shards > 1:
       counts = np.array(
         [self._split.lengths.row(*self._split.queries.place(int(p)))[columns] for p in places]
       )
       longest = self._options.lengths[-1]
       tokens = np.minimum(counts + prefix * instructed + 1, longest).sum(axis=1)
-      order = packing.balance(tokens, placement.shards)
+      order = packing.balance(tokens, placement.batch_shards)
     return np.split(order, placement.hosts)[placement.host]
 
   def _read(self, place: int, columns: np.ndarray) -> tuple[Row, list[Text]]:

@@ -20,7 +20,7 @@ from mlembed_jax.devices.tpu import TPUS, Tpu
 from mlembed_jax.errors import ConfigError, HloError
 from mlembed_jax.estimate import hlo
 from mlembed_jax.models import flops
-from mlembed_jax.parallel.sharding import logical_rules, make_mesh, replicas
+from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh
 from mlembed_jax.training import lowering, micro_batch, optimizer, train_state, train_step
 from mlembed_jax.training.gradcache import BLOCKS
 
@@ -114,7 +114,7 @@ class Estimate:
   topology: str
   devices: int
   mesh: str
-  replicas: int
+  batch_shards: int
   remat: str
   micro_batch: int
   kept_tokens: int
@@ -137,7 +137,7 @@ class Estimate:
   @property
   def block(self) -> int:
     """Tokens encoded at a time on a chip, or on the chips of `mesh.tensor` together."""
-    return self.micro_batch // self.replicas
+    return self.micro_batch // self.batch_shards
 
   @property
   def free(self) -> float:
@@ -178,7 +178,7 @@ def _compiled(config: Config, target: Target, mesh: Any, kind: Kind, length: int
     seconds = time.perf_counter() - started
     by_kind = _memory(config, kind, mesh, compiled)
   module = hlo.Module(compiled.as_text())
-  trips = _Trips(lowering.kind_layout(config, kind, replicas(mesh.shape)), length)
+  trips = _Trips(lowering.kind_layout(config, kind, batch_shards(mesh.shape)), length)
   spent = module.seconds(target.tpu, target.torus, trips)
   return _estimate(
     config, target, mesh, kind, length, by_kind, spent, _listed(module, trips), seconds
@@ -205,7 +205,7 @@ def _estimate(
     topology=target.name + (f" x {target.slices}" if target.slices > 1 else ""),
     devices=mesh.size,
     mesh=" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-    replicas=replicas(mesh.shape),
+    batch_shards=batch_shards(mesh.shape),
     remat=config.model.remat,
     micro_batch=config.data.micro_batch,
     kept_tokens=config.data.kept_tokens,
@@ -243,7 +243,7 @@ def _too_large(
 def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, int]:
   """Returns the bytes of one chip by what they hold."""
   state = train_state.abstract(config, optimizer.make(config.optimizer, 1000), mesh)
-  batch = lowering.batch_shapes(config, kind, replicas(mesh.shape))
+  batch = lowering.batch_shapes(config, kind, batch_shards(mesh.shape))
 
   def held(tree: Any) -> int:
     return sum(
@@ -252,7 +252,7 @@ def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, i
 
   parameters, moments = held(state.params), held(state.opt_state)
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // replicas(mesh.shape)
+  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // batch_shards(mesh.shape)
   return {
     "parameters": parameters,
     "optimizer": moments,
@@ -271,7 +271,7 @@ class _Trips:
       below = layout.widths[i - 1] if i else 0
       per_sheet = min(width // length, layout.slots(width)) if layout.packed else 1
       sheets = math.ceil(layout.texts / per_sheet) if below < length <= width else 0
-      self.blocks[width] = math.ceil(sheets * layout.shards / layout.sheets[i])
+      self.blocks[width] = math.ceil(sheets * layout.batch_shards / layout.sheets[i])
 
   def __call__(self, scope: str) -> float:
     found = re.findall(rf"{BLOCKS}(\d+)_(\d+)_(\d+)", scope)

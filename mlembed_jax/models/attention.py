@@ -134,7 +134,7 @@ def _splash_kernel(size: int, heads: int, interpret: bool) -> Any:
     block_kv_dkv=block,
     use_fused_bwd_kernel=True,
   )
-  local_heads = heads // mesh_context.parts("heads")
+  local_heads = heads // mesh_context.shards("heads")
   mask = splash.MultiHeadMask([splash.CausalMask((size, size))] * local_heads)
   return splash.make_splash_mha(
     mask,

@@ -15,7 +15,8 @@ def look_up(table_VR: Float[Array, "V R"], tokens_BT: Int[Array, "B T"]) -> Floa
   vocabulary may have any size.
   """
   columns, rows = mesh_context.mesh_axes("rank"), mesh_context.spec("batch", "token")
-  if not columns or table_VR.shape[1] % mesh_context.parts("rank"):  # a table cut below its devices
+  # A table that is cut below its devices is not split.
+  if not columns or table_VR.shape[1] % mesh_context.shards("rank"):
     return table_VR[tokens_BT]
 
   def local(table: Array, tokens: Array) -> Array:

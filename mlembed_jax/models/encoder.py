@@ -250,7 +250,7 @@ class Encoder(nn.Module):
 
 def init(config: ModelConfig, key: Array) -> Any:
   """Returns new parameters, boxed with their logical axis names."""
-  rows = mesh_context.parts("batch")  # what the mesh splits must divide
+  rows = mesh_context.shards("batch")  # what the mesh splits must divide
   tokens, ends = jnp.zeros((rows, 2), jnp.int32), jnp.ones((rows, 1), jnp.int32)
   # Parameters do not depend on the kernel, which may refuse texts as short as these.
   config = dataclasses.replace(config, attention="einsum")

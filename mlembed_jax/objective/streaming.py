@@ -148,7 +148,7 @@ def _cotangent(d: tuple[list[Array], Array], like: Texts) -> Texts:
 def _devices() -> _Devices:
   """Returns the devices that the rows of the batch are split over, from the mesh of the context."""
   axes = mesh_context.mesh_axes("batch")
-  return _Devices(axes, mesh_context.parts("batch"), mesh_context.platform())
+  return _Devices(axes, mesh_context.shards("batch"), mesh_context.platform())
 
 
 def _on_devices(function: Callable[..., Any], *args: Any) -> Any:

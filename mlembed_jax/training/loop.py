@@ -29,7 +29,7 @@ from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel import processes
-from mlembed_jax.parallel.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
+from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh, put_batch, rows_of
 from mlembed_jax.parallel.stop import StopSignals
 from mlembed_jax.training import (
   inputs,
@@ -50,7 +50,7 @@ from mlembed_jax.workdir import Run, evaluated, evaluation_path, read_evaluation
 def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
   """Returns this process's part of every batch of the run."""
   part, parts = rows_of(jax.process_index(), mesh)
-  placement = loader.Placement(config.data.micro_batch, replicas(mesh.shape), part, parts)
+  placement = loader.Placement(config.data.micro_batch, batch_shards(mesh.shape), part, parts)
   order = inputs.plan.order()
   return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 

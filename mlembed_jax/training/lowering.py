@@ -11,7 +11,7 @@ from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.models import attention
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel.sharding import abstract_batch, replicas
+from mlembed_jax.parallel.sharding import abstract_batch, batch_shards
 from mlembed_jax.training import optimizer, train_state, train_step
 from mlembed_jax.training.teacher import Teacher
 
@@ -25,7 +25,7 @@ def check_attention(config: Config, platform: str) -> None:
     attention.choose(m.attention, platform, length, m.head_dim, m.dtype)
 
 
-def kind_layout(config: Config, kind: Kind, shards: int) -> packing.Layout:
+def kind_layout(config: Config, kind: Kind, batch_shards: int) -> packing.Layout:
   """Returns the shapes of the sheets of this kind's batches."""
   return packing.layout(
     rows=config.data.global_batch,
@@ -33,15 +33,15 @@ def kind_layout(config: Config, kind: Kind, shards: int) -> packing.Layout:
     longest=kind.longest,
     widths=config.data.lengths,
     block_tokens=config.data.micro_batch,
-    shards=shards,
+    batch_shards=batch_shards,
     packed=config.data.packing,
   )
 
 
-def batch_shapes(config: Config, kind: Kind, shards: int) -> dict[str, Any]:
+def batch_shapes(config: Config, kind: Kind, batch_shards: int) -> dict[str, Any]:
   """Returns this kind's batches as shapes."""
   rows = config.data.global_batch
-  sheets = kind_layout(config, kind, shards).shapes()
+  sheets = kind_layout(config, kind, batch_shards).shapes()
   shapes: dict[str, Any] = {
     "sheets": tuple({k: jax.ShapeDtypeStruct(v, jnp.int32) for k, v in s.items()} for s in sheets),
     "hashes": jax.ShapeDtypeStruct((rows, kind.texts, 2), jnp.uint32),
@@ -59,7 +59,7 @@ def lowered_step(
   """Returns the update for batches of this kind, ready to be compiled."""
   state = train_state.abstract(config, optimizer.make(config.optimizer, steps), mesh)
   step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
-  batch = abstract_batch(batch_shapes(config, kind, replicas(mesh.shape)), mesh)
+  batch = abstract_batch(batch_shapes(config, kind, batch_shards(mesh.shape)), mesh)
   params = teacher.abstract(mesh) if teacher else None
   return step.lower(state, batch, params, task=Task(kind.task_type, kind.positives))
 

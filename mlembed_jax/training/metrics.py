@@ -225,7 +225,7 @@ class Recorder:
     return self._window.paused()
 
   def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
-    # Processes that share replicas have the same rows.
+    # Processes that share shards of the batch have the same rows.
     rows = list(dict.fromkeys(itertools.chain(*processes.gather(batch.rows.tolist()))))
     path = self._workdir / "diverged.json"
     if processes.is_first():

@@ -15,7 +15,7 @@ from mlembed_jax.data.batching import Kind
 from mlembed_jax.devices import tpu
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.parallel import processes
-from mlembed_jax.parallel.sharding import replicas, smallest_micro_batch
+from mlembed_jax.parallel.sharding import batch_shards, smallest_micro_batch
 from mlembed_jax.training import lowering
 from mlembed_jax.training.teacher import Teacher
 
@@ -62,10 +62,10 @@ def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
   costs about h/2T of the time (h: `gather_tokens`), T/2S + h/2T is smallest at T = sqrt(hS)
   (or S, if that is less).
   """
-  smallest, parts = smallest_micro_batch(config, mesh.shape), replicas(mesh.shape)
-  tokens = tokens_per_step / parts / len(config.data.lengths)
+  smallest, shards = smallest_micro_batch(config, mesh.shape), batch_shards(mesh.shape)
+  tokens = tokens_per_step / shards / len(config.data.lengths)
   gathered = min(tokens, math.sqrt(gather_tokens(mesh) * tokens))
-  largest = parts * max(2 * PADDING * tokens, gathered)
+  largest = shards * max(2 * PADDING * tokens, gathered)
   times = sorted({1, *(n * 2**i for n in (2, 3) for i in range(60))})
   return [smallest * n for n in times if n == 1 or smallest * n <= largest]
 

@@ -28,7 +28,7 @@ from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel.sharding import batch_sharding, make_mesh, put_batch, replicas
+from mlembed_jax.parallel.sharding import batch_sharding, batch_shards, make_mesh, put_batch
 from mlembed_jax.training import lowering, optimizer, train_state, train_step
 from mlembed_jax.training.train_step import Batch
 from tests.benchmarks import common
@@ -58,7 +58,7 @@ def random_ids(config: Config, texts: int) -> np.ndarray:
 
 
 def random_batch(config: Config, texts: int, mesh: Mesh) -> Batch:
-  shards, rows, tokens = replicas(mesh.shape), config.data.global_batch, config.data.lengths[-1]
+  shards, rows, tokens = batch_shards(mesh.shape), config.data.global_batch, config.data.lengths[-1]
   layout = lowering.kind_layout(config, Kind("retrieval", 1, texts - 2, tokens, None), shards)
   ids: Any = random_ids(config, texts).reshape(shards, layout.texts, tokens)
   sheets = packing.whole(packing.pack(ids, layout), layout)

@@ -64,7 +64,7 @@ def texts_of(batch):
   """Returns the token ids of each text of each row, read from the sheets alone."""
   layout, found = batch.layout, {}
   for sheets, width in zip(batch.sheets, layout.widths, strict=True):
-    per_shard = sheets.tokens.shape[1] // layout.shards
+    per_shard = sheets.tokens.shape[1] // layout.batch_shards
     for block, sheet in np.ndindex(sheets.tokens.shape[:2]):
       start = 0
       for end, text in zip(sheets.ends[block, sheet], sheets.texts[block, sheet], strict=True):
@@ -209,7 +209,7 @@ def test_any_number_of_hosts_reads_the_same_rows_in_the_same_order(dataset):
       np.testing.assert_array_equal(np.concatenate([p.rows for p in parts]), whole.rows)
       np.testing.assert_array_equal(np.concatenate([p.hashes for p in parts]), whole.hashes)
       assert [row for part in parts for row in texts_of(part)] == expected
-      assert {p.layout.shards for p in parts} == {4 // hosts}
+      assert {p.layout.batch_shards for p in parts} == {4 // hosts}
       assert sum(part.real_tokens for part in parts) == whole.real_tokens
 
 
