@@ -141,8 +141,8 @@ def batches_of(
   dataset: pathlib.Path,
   files: Sequence[str] = (),
   *,
-  host: int = 0,
-  hosts: int = 1,
+  process: int = 0,
+  processes: int = 1,
   shards: int = 1,
   block_tokens: int = 4096,
   steps: int = 100_000,
@@ -165,7 +165,7 @@ def batches_of(
   chosen = loader.Options(**settings)
   per_epoch = np.array([unit.rows for unit in split.units])
   made = plan.Plan(split.files, split.units, per_epoch, chosen.batch_size, chosen.seed, "")
-  placement = loader.Placement(block_tokens, shards, host, hosts)
+  placement = loader.Placement(block_tokens, shards, process, processes)
   tokenizer = Tokenizer(opened.tokenizer, "<|endoftext|>")
   return loader.Batches(split, made.order(), tokenizer, chosen, placement, steps)
 
