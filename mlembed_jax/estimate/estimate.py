@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import packing
@@ -23,6 +24,9 @@ from mlembed_jax.models import flops
 from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh
 from mlembed_jax.training import lowering, micro_batch, optimizer, train_state, train_step
 from mlembed_jax.training.gradcache import BLOCKS
+
+# Updates of the run that the step belongs to. The schedule holds it as one number, so any will do.
+RUN_STEPS = 1000
 
 
 def gib(size: float) -> str:
@@ -162,88 +166,102 @@ def estimate_step(config: Config, target: Target, step: Step) -> Estimate:
   given = config.data.micro_batch
   sizes = [given] if given else micro_batch.sizes(config, tokens, mesh)
   while True:
-    found = _compiled(micro_batch.sized(config, sizes.pop()), target, mesh, kind, length)
+    sized = micro_batch.sized(config, sizes.pop())
+    case = _Case(sized, target, mesh, kind, length)
+    found = _estimate(case, _compile(case))
     if found.fits or not sizes:
       return found
 
 
-def _compiled(config: Config, target: Target, mesh: Any, kind: Kind, length: int) -> Estimate:
-  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+@dataclasses.dataclass(frozen=True)
+class _Case:
+  """One update to compile."""
+
+  config: Config
+  target: Target
+  mesh: Mesh
+  kind: Kind
+  length: int  # tokens of every text
+
+  @property
+  def batch_shards(self) -> int:
+    return batch_shards(self.mesh.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Account:
+  """What the compiler says of an update; where it gave up, nothing but the memory."""
+
+  by_kind: dict[str, int]  # bytes of one chip by what they hold
+  spent: hlo.Seconds = dataclasses.field(default_factory=hlo.Seconds)
+  collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  seconds: float = 0.0  # that compiling took
+
+
+def _compile(case: _Case) -> _Account:
+  with jax.set_mesh(case.mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
-    lowered = lowering.lowered_step(config, kind, 1000, mesh)
+    lowered = lowering.lowered_step(case.config, case.kind, RUN_STEPS, case.mesh)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-      return _too_large(config, target, mesh, kind, length, str(error))
+      return _Account({"all": _refused_bytes(str(error))})
     seconds = time.perf_counter() - started
-    by_kind = _memory(config, kind, mesh, compiled)
+    by_kind = _memory(case, compiled)
   module = hlo.Module(compiled.as_text())
-  trips = _Trips(lowering.kind_layout(config, kind, batch_shards(mesh.shape)), length)
-  spent = module.seconds(target.tpu, target.torus, trips)
-  return _estimate(
-    config, target, mesh, kind, length, by_kind, spent, _listed(module, trips), seconds
-  )
+  trips = _Trips(lowering.kind_layout(case.config, case.kind, case.batch_shards), case.length)
+  spent = module.seconds(case.target.tpu, case.target.torus, trips)
+  return _Account(by_kind, spent, _listed(module, trips), seconds)
 
 
-def _estimate(
-  config: Config,
-  target: Target,
-  mesh: Any,
-  kind: Kind,
-  length: int,
-  by_kind: dict[str, int],
-  spent: hlo.Seconds,
-  collectives: list[dict[str, Any]],
-  compile_seconds: float,
-) -> Estimate:
-  needed, capacity = sum(by_kind.values()), target.tpu.chip.hbm_bytes
-  texts = config.data.global_batch * kind.texts
+def _estimate(case: _Case, account: _Account) -> Estimate:
+  config, target, mesh, length = case.config, case.target, case.mesh, case.length
+  needed, capacity = sum(account.by_kind.values()), target.tpu.chip.hbm_bytes
+  texts = config.data.global_batch * case.kind.texts
   work = flops.step_flops(config.model, texts * length, texts * length * (length + 1))
-  total = spent.total
+  total = account.spent.total
   rate = 1 / total / mesh.size if total else 0.0
   return Estimate(
     topology=target.name + (f" x {target.slices}" if target.slices > 1 else ""),
     devices=mesh.size,
     mesh=" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-    batch_shards=batch_shards(mesh.shape),
+    batch_shards=case.batch_shards,
     remat=config.model.remat,
     micro_batch=config.data.micro_batch,
     kept_tokens=config.data.kept_tokens,
-    task=kind.task_type,
+    task=case.kind.task_type,
     hbm_bytes_per_device=needed,
     hbm_capacity=capacity,
-    hbm_by_kind=by_kind,
-    fits=needed <= micro_batch.USABLE * capacity and spent.total > 0,
+    hbm_by_kind=account.by_kind,
+    fits=needed <= micro_batch.USABLE * capacity and total > 0,
     sequences=texts,
     text_tokens=length,
     model_flops_per_step=work,
     estimated_step_seconds=total,
-    seconds_by_kind=dataclasses.asdict(spent),
+    seconds_by_kind=dataclasses.asdict(account.spent),
     estimated_mfu=work * rate / target.tpu.peak_flops,
     tokens_per_second_per_chip=texts * length * rate,
     sequences_per_second_per_chip=texts * rate,
-    collectives=collectives,
-    compile_seconds=compile_seconds,
+    collectives=account.collectives,
+    compile_seconds=account.seconds,
   )
 
 
-def _too_large(
-  config: Config, target: Target, mesh: Any, kind: Kind, length: int, message: str
-) -> Estimate:
-  """Returns the estimate of a program that the compiler gave up for its memory."""
+def _refused_bytes(message: str) -> int:
+  """Returns what a program needs that the compiler gave up for its memory."""
   if lowering.VMEM in message:
     raise ConfigError(f"the compiler finds no room for the tiles of an operation: {message[:2000]}")
   used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([GM])", message)
   if not used:
     raise ConfigError(f"the compiler refuses the update: {message[:2000]}")
-  needed = int(float(used.group(1)) * 2 ** (30 if used.group(2) == "G" else 20))
-  return _estimate(config, target, mesh, kind, length, {"all": needed}, hlo.Seconds(), [], 0.0)
+  return int(float(used.group(1)) * 2 ** (30 if used.group(2) == "G" else 20))
 
 
-def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, int]:
+def _memory(case: _Case, compiled: Any) -> dict[str, int]:
   """Returns the bytes of one chip by what they hold."""
-  state = train_state.abstract(config, optimizer.make(config.optimizer, 1000), mesh)
-  batch = lowering.batch_shapes(config, kind, batch_shards(mesh.shape))
+  config, shards = case.config, case.batch_shards
+  state = train_state.abstract(config, optimizer.make(config.optimizer, RUN_STEPS), case.mesh)
+  batch = lowering.batch_shapes(config, case.kind, shards)
 
   def held(tree: Any) -> int:
     return sum(
@@ -252,7 +270,7 @@ def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, i
 
   parameters, moments = held(state.params), held(state.opt_state)
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // batch_shards(mesh.shape)
+  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // shards
   return {
     "parameters": parameters,
     "optimizer": moments,
