@@ -49,8 +49,11 @@ class Target:
     kind, _, shape = name.partition(":")
     tpu = TPUS.get(kind)
     axes = tuple(int(n) for n in shape.split("x")) if re.fullmatch(r"\d+(x\d+)+", shape) else ()
+    if tpu and tpu.not_estimated:
+      raise ConfigError(f"--topology: {kind} has no estimate, as {tpu.not_estimated}")
     if tpu is None or len(axes) != len(tpu.largest) or not all(axes):
-      known = ", ".join(f"{k}:{'x'.join('ABC'[: len(t.largest)])}" for k, t in TPUS.items())
+      estimated = {k: t.largest for k, t in TPUS.items() if not t.not_estimated}
+      known = ", ".join(f"{k}:{'x'.join('ABC'[: len(axes)])}" for k, axes in estimated.items())
       raise ConfigError(
         f"--topology: {name!r} is none that is known: {known}, with chips along each axis of the "
         "torus, e.g. v5e:16x16, v5p:4x4x4"
@@ -73,7 +76,8 @@ class Target:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     # One process at a time may hold a TPU; there is none to hold.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options = {"num_slices": self.slices} if self.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+    options["chip_config_name"] = self.tpu.chip_config
     try:
       found = topologies.get_topology_desc(self.name, "tpu", **options)
     except (RuntimeError, NotImplementedError) as error:
@@ -216,7 +220,7 @@ def _compile(case: _Case) -> _Account:
 
 def _estimate(case: _Case, account: _Account) -> Estimate:
   config, target, mesh, length = case.config, case.target, case.mesh, case.length
-  needed, capacity = sum(account.by_kind.values()), target.tpu.chip.hbm_bytes
+  needed, capacity = sum(account.by_kind.values()), target.tpu.hbm_bytes
   texts = config.data.global_batch * case.kind.texts
   work = flops.step_flops(config.model, texts * length, texts * length * (length + 1))
   total = account.spent.total

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 
 import jax
 
+from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.estimate.estimate import Step, Target, estimate_step, gib
 from tests.benchmarks import common
 
 SIZES = [common.CONFIGS / f"{name}.py" for name in ("0_6b", "1_7b", "4b", "8b")]
-TOPOLOGIES = ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"]
+TOPOLOGIES = [f"{name}:{'x'.join(map(str, tpu.pod))}" for name, tpu in TPUS.items() if tpu.pod]
 HEADER = (
   *("config", "topology", "rows", "mesh", "remat", "block", "GiB", "free"),
   *("s", "MFU", "tokens/s/chip", "compiled in s"),
