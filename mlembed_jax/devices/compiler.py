@@ -22,7 +22,7 @@ def cache(folder: pathlib.Path, platform: str) -> None:
 
 
 def check_known(device: Any) -> None:
-  """Says so where the options for a kind of TPU are not known."""
+  """Prints a warning for a kind of TPU whose options are not known."""
   if device.platform == "tpu" and not options(device) and jax.process_index() == 0:
     print(f"no compiler options are known for {device.device_kind}: exchanges may not be hidden")
 

@@ -71,7 +71,7 @@ class Target:
       raise ConfigError('the compiler for TPUs is missing; pip install -e ".[tpu]"')
     # Without a TPU the library would wait for the metadata server of Google's cloud.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Nor need it say that it finds none.
+    # With these two it does not warn that it found no TPU.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     # One process at a time may hold a TPU; there is none to hold.

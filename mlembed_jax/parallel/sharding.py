@@ -217,7 +217,7 @@ def _with_sharding(one: Callable[[NamedSharding, Any], Any], batch: Any, mesh: M
 
 
 def put_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-  """Returns global arrays from this host's: its sheets of every block, and its rows."""
+  """Returns global arrays from this process's: its sheets of every block, and its rows."""
   return _with_sharding(jax.make_array_from_process_local_data, arrays, mesh)
 
 
