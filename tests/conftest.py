@@ -24,7 +24,6 @@ from mlembed_jax.matryoshka import Slice  # noqa: E402
 from mlembed_jax.workdir import Run  # noqa: E402
 from tests import material  # noqa: E402
 
-
 # Files and folders of tests that import torch, or what brings it.
 NEED_TORCH = (
   "eval/test_mteb.py",
