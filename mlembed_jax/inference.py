@@ -26,7 +26,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file
-from mlembed_jax.hf.folder import open_folder, read_model, read_positions, resolve
+from mlembed_jax.hf.folder import open_model_folder, read_model, read_positions, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.encoder import parameter_shapes
@@ -89,7 +89,7 @@ class Encoder:
     folder = resolve(os.fspath(path))
     platform = jax.local_devices()[0].platform
     model = dataclasses.replace(read_model(folder), dtype=dtype or DTYPES[platform])
-    open_folder(folder, model)  # what is wrong with it is said now
+    open_model_folder(folder, model)  # what is wrong with it is said now
     _keep_programs()
     ours = own_file.read(folder)
     token = pooled_token or ours.get("pooling", {}).get("token") or _appended(folder)

@@ -6,9 +6,9 @@ TEI, vLLM and llama.cpp are not run: what they require was read in their source.
 from collections.abc import Iterator
 from typing import Any
 
-from mlembed_jax.hf import files, names
+from mlembed_jax.hf import config_files, param_mapping
 from mlembed_jax.hf.card import HEADINGS, TAGS
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   CONSUMERS,
   ERROR,
@@ -45,7 +45,7 @@ MAX_LENGTH_RATIO = 8  # of the length that is allowed to the one that was traine
 
 Types = dict[str, tuple[type, ...]]
 NUMBER, COUNT, FLAG, TEXT = (int, float), (int,), (bool,), (str,)
-SHAPE: Types = {key: COUNT for key in names.CONFIG_KEYS.values() if key != "head_dim"}
+SHAPE: Types = {key: COUNT for key in param_mapping.CONFIG_KEYS.values() if key != "head_dim"}
 SHAPE |= {"rms_norm_eps": NUMBER, "max_position_embeddings": COUNT, "model_type": TEXT}
 SHAPE |= {"architectures": (list,), "hidden_act": TEXT, "use_sliding_window": FLAG}
 OF_QWEN3: Types = {"head_dim": COUNT, "attention_bias": FLAG}  # others leave them out
@@ -107,7 +107,7 @@ def _types(s: Subject, file: str, types: Types) -> Iterator[Said]:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
       wanted = " or ".join(kind.__name__ for kind in kinds)
       # Others have defaults; a size is needed by all.
-      readers = CONSUMERS if key in names.CONFIG_KEYS.values() else (TEI, VLLM)
+      readers = CONSUMERS if key in param_mapping.CONFIG_KEYS.values() else (TEI, VLLM)
       yield Said(ERROR, file, f"{key} is {value!r}, expected {wanted}", AGAIN, readers)
 
 
@@ -129,8 +129,8 @@ def d05(s: Subject) -> Iterator[Said]:
 def d06(s: Subject) -> Iterator[Said]:
   """The architecture is known, and nothing says more than an encoder has."""
   file, config = "config.json", s.config
-  if s.kind not in names.FAMILIES:
-    known = ", ".join(names.FAMILIES)
+  if s.kind not in param_mapping.FAMILIES:
+    known = ", ".join(param_mapping.FAMILIES)
     found = f"model_type is {s.kind!r}; known are {known}"
     yield Said(ERROR, file, found, "Examine it with its own tools.", (OURS,))
   eos = config.get("eos_token_id")
@@ -170,7 +170,9 @@ def foreign_code(s: Subject) -> list[str]:
 
   Loaders that trust a folder also run code below it, of other repositories, of any package.
   """
-  known = files.remote_code(s.kind) if s.is_remote and s.kind in names.FAMILIES else {}
+  known = (
+    config_files.remote_code(s.kind) if s.is_remote and s.kind in param_mapping.FAMILIES else {}
+  )
   found = sorted(path.relative_to(s.path).as_posix() for path in s.path.rglob("*.py"))
   foreign = [f for f in found if (s.path / f).read_text(encoding="utf-8") != known.get(f)]
   for file in ("config.json", "tokenizer_config.json"):

@@ -7,8 +7,8 @@ from typing import Any
 
 import tokenizers
 
-from mlembed_jax.hf import names
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf import param_mapping
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   CONSUMERS,
   ERROR,
@@ -114,10 +114,10 @@ def _class(config: Mapping[str, Any]) -> Iterator[Said]:
 
 def d13(s: Subject) -> Iterator[Said]:
   """llama.cpp's converter knows the architecture, the tokenizer and the tensors."""
-  if s.is_remote or s.kind not in names.FAMILIES:
+  if s.is_remote or s.kind not in param_mapping.FAMILIES:
     yield Said(SKIPPED, "config.json", "is of no architecture that llama.cpp reads")
     return
-  wanted, stated = names.FAMILIES[s.kind].architecture, s.config.get("architectures")
+  wanted, stated = param_mapping.FAMILIES[s.kind].architecture, s.config.get("architectures")
   if stated != [wanted]:
     found = f"architectures is {stated}; older converters know {wanted} alone"
     yield Said(WARNING, "config.json", found, f"Write {wanted}.")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mlembed_jax.errors import LoadError
-from mlembed_jax.hf import factors, names
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf import factors, param_mapping
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   ERROR,
   LLAMA,
@@ -29,7 +29,7 @@ from mlembed_jax.hf.folder import (
   Folder,
   Stored,
   open_file,
-  open_folder,
+  open_model_folder,
   read_model,
 )
 from mlembed_jax.models.encoder import parameter_count
@@ -43,7 +43,7 @@ PREFIX = "torch.nn.modules."
 def d03(s: Subject) -> Iterator[Said]:
   """Exactly the tensors of config.json are stored, finite and in the dtype that it states."""
   try:
-    folder = open_folder(s.path, read_model(s.path))
+    folder = open_model_folder(s.path, read_model(s.path))
   except LoadError as error:
     for line in _lines(error):
       yield Said(ERROR, "config.json" if "E105 config" in line else WEIGHTS, line, AGAIN)
@@ -161,9 +161,9 @@ def _shapes(stored: Mapping[str, Stored]) -> str:
 def d14(s: Subject) -> Iterator[Said]:
   """The trained factors beside a merged table multiply to it."""
   table = s.ours["table"]
-  rank, stored = table["rank_exported"], s.config.get(names.RANK_KEY)
+  rank, stored = table["rank_exported"], s.config.get(param_mapping.RANK_KEY)
   if table["form"] == "uv" and stored != rank:
-    found = f"{names.RANK_KEY} is {stored}, mlembed.json says {rank}"
+    found = f"{param_mapping.RANK_KEY} is {stored}, mlembed.json says {rank}"
     yield Said(ERROR, "config.json", found, AGAIN)
   if file := table["uv_file"]:
     yield from _factors(s, file, rank)
@@ -171,7 +171,7 @@ def d14(s: Subject) -> Iterator[Said]:
 
 def _factors(s: Subject, file: str, rank: int) -> Iterator[Said]:
   try:
-    whole = factors.table(open_folder(s.path, read_model(s.path)))
+    whole = factors.table(open_model_folder(s.path, read_model(s.path)))
   except LoadError:
     return  # D03 says so
   try:

@@ -9,7 +9,7 @@ import numpy as np
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError, LoadError
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.checks.subject import AGAIN, ERROR, OK, OURS, Said, Subject
+from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, OURS, Said, Subject
 from mlembed_jax.hf.folder import read_model
 
 EXACT = parity.TOLERANCE["float32"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from mlembed_jax.hf import names, own_file
+from mlembed_jax.hf import own_file, param_mapping
 
 OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
 OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
@@ -96,12 +96,12 @@ class Subject:
   @property
   def kind(self) -> str:
     """Returns the name of the architecture, also of a folder of factors."""
-    return str(self.config.get("model_type")).removeprefix(names.REMOTE)
+    return str(self.config.get("model_type")).removeprefix(param_mapping.REMOTE)
 
   @property
   def is_remote(self) -> bool:
     """Returns whether the token table is stored as factors, which needs code of the folder."""
-    return str(self.config.get("model_type")).startswith(names.REMOTE)
+    return str(self.config.get("model_type")).startswith(param_mapping.REMOTE)
 
   def modules(self) -> list[dict[str, Any]]:
     """Returns the entries of modules.json that are objects."""
