@@ -23,7 +23,7 @@ from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
-from mlembed_jax.errors import ExportError
+from mlembed_jax.errors import ExportError, LoadError
 from mlembed_jax.files import replace_folder, write_json, write_text
 from mlembed_jax.hf import config_files, own_file, param_mapping, parity
 from mlembed_jax.hf.card import card
@@ -32,6 +32,7 @@ from mlembed_jax.hf.checks.finding import ERROR
 from mlembed_jax.hf.config_files import Variant
 from mlembed_jax.hf.factors import FACTORS
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.workdir import Run
@@ -150,13 +151,13 @@ def check_target(out: pathlib.Path) -> None:
       raise PermissionError(f"{out.parent} is not writable")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
       return
-    ours = {own_file.NAME, *json.loads((out / own_file.NAME).read_text(encoding="utf-8"))["files"]}
-  except FileNotFoundError as error:
-    raise ExportError(f"{out} exists and is not an export of ours; choose another") from error
-  except (OSError, ValueError, KeyError) as error:
+    own = own_file.read(out)
+  except (OSError, LoadError) as error:
     raise ExportError(f"{out}: {error}; choose another --out") from error
+  if not own:
+    raise ExportError(f"{out} exists and is not an export of ours; choose another")
   files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-  if foreign := sorted(files - ours):
+  if foreign := sorted(files - {own_file.NAME, *own.files}):
     raise ExportError(
       f"{out}: an export of ours, but {foreign[0]} was added to it and would be lost; "
       "choose another --out"
@@ -188,7 +189,7 @@ def _write(
     write_json(folder / path, value)
   write_json(folder / parity.FILE, parity.items(folder, variant, tokenizer, prompts["query"]))
   write_text(folder / "README.md", card(variant, tokenizer.pooled_token, prompts, evaluation))
-  write_json(folder / own_file.NAME, _ours(folder, variant, tokenizer))
+  own_file.write(folder, _own_file(folder, variant, tokenizer))
 
 
 def _check(folder: pathlib.Path) -> None:
@@ -274,58 +275,75 @@ def _write_small(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
   safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
 
 
-def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[str, Any]:
+def _own_file(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> OwnFile:
   """Returns mlembed.json; to be called when every other file is written."""
-  config, axes, body = variant.run.config, variant.axes, variant.body
-  return {
-    "format_version": own_file.FORMAT,
-    "name": variant.name,
-    "library": {"name": "mlembed_jax", "version": __version__},
-    "base_model": {"id": pathlib.PurePath(config.train.init_from).name or None},
-    "body": {
-      "family": param_mapping.family(body),
-      "hidden": body.width,
-      "layers_trained": config.model.layers,
-      "layers": body.layers,
-      "parameters": parameter_count(body),
-    },
-    "dims": {"trained": axes.dims, "exported": variant.dim},
-    "exits": {"trained": axes.exits, "exported": variant.depth},
-    "table": {
-      "form": variant.form,
-      "rank_trained": config.model.rank or None,
-      "ranks": axes.ranks,
-      "rank_exported": variant.rank or None,
-      "uv_file": FACTORS if variant.form == "merged" else None,
-    },
-    "pooling": {
-      "kind": "last",
-      "token": tokenizer.pooled_token,
-      "token_id": tokenizer.pooled_id,
-      "trained_length": config.data.lengths[-1],
-      "max_seq_length": config.export.max_seq_length,
-    },
-    "prompt_template": PREFIX.format(instruction="{task}") + QUERY,
-    "training": {
-      "recipe": variant.recipe,
-      "step": variant.step,
-      "config_sha256": _config_sha256(config),
-      "manifest_sha256": variant.run.fingerprint,
-      "switches": config_files.switches(config),
-    },
-    "files": _digests(folder),
-  }
+  config, axes = variant.run.config, variant.axes
+  return OwnFile(
+    name=variant.name,
+    library=own_file.Library("mlembed_jax", __version__),
+    base_model=own_file.BaseModel(pathlib.PurePath(config.train.init_from).name or None),
+    body=_body(variant),
+    dims=own_file.Sizes(axes.dims, variant.dim),
+    exits=own_file.Sizes(axes.exits, variant.depth),
+    table=_table(variant),
+    pooling=_pooling(config, tokenizer),
+    prompt_template=PREFIX.format(instruction="{task}") + QUERY,
+    training=_training(variant),
+    files=_digests(folder),
+  )
+
+
+def _body(variant: Variant) -> own_file.Body:
+  body = variant.body
+  return own_file.Body(
+    family=param_mapping.family(body),
+    hidden=body.width,
+    layers_trained=variant.run.config.model.layers,
+    layers=body.layers,
+    parameters=parameter_count(body),
+  )
+
+
+def _table(variant: Variant) -> own_file.Table:
+  return own_file.Table(
+    form=variant.form,
+    rank_trained=variant.run.config.model.rank or None,
+    ranks=variant.axes.ranks,
+    rank_exported=variant.rank or None,
+    uv_file=FACTORS if variant.form == "merged" else None,
+  )
+
+
+def _pooling(config: Config, tokenizer: Tokenizer) -> own_file.Pooling:
+  return own_file.Pooling(
+    kind="last",
+    token=tokenizer.pooled_token,
+    token_id=tokenizer.pooled_id,
+    trained_length=config.data.lengths[-1],
+    max_seq_length=config.export.max_seq_length,
+  )
+
+
+def _training(variant: Variant) -> own_file.Training:
+  config = variant.run.config
+  return own_file.Training(
+    recipe=variant.recipe,
+    step=variant.step,
+    config_sha256=_config_sha256(config),
+    manifest_sha256=variant.run.fingerprint,
+    switches=config_files.switches(config),
+  )
 
 
 def _config_sha256(config: Config) -> str:
   return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
 
 
-def _digests(folder: pathlib.Path) -> dict[str, dict[str, str]]:
-  """Returns {file: sha256} of all files."""
+def _digests(folder: pathlib.Path) -> dict[str, own_file.Digest]:
+  """Returns the digests of all files."""
   found = {}
   for path in sorted(p for p in folder.rglob("*") if p.is_file()):
     with path.open("rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found[path.relative_to(folder).as_posix()] = {"sha256": digest}
+    found[path.relative_to(folder).as_posix()] = own_file.Digest(digest)
   return found

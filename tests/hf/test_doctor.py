@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3Model
 
-from mlembed_jax.hf import parity
+from mlembed_jax.errors import LoadError
+from mlembed_jax.hf import own_file, parity
 from mlembed_jax.hf.checks import examine, installed, vectors
 from mlembed_jax.hf.checks import small_files as checks
 from mlembed_jax.hf.checks.finding import (
@@ -154,6 +155,30 @@ def test_a_check_that_stumbles_says_so(copy: pathlib.Path):
   (copy / "modules.json").write_text('{"a": 1}')
   found = [f for f in examine.examine(copy, ALL) if "cannot be examined" in f.found]
   assert found and all(f.level == ERROR for f in found)
+
+
+@pytest.mark.parametrize(
+  ("edit", "said"),
+  [
+    (nested(OWN, "exits", "trained", to=["1"]), "exits.trained[0] is '1', expected int"),
+    (nested(OWN, "pooling", "token", to=None), "pooling.token is None, expected str"),
+    (nested(OWN, "training", "step", to=True), "training.step is True, expected int"),
+    (nested(OWN, "files", "README.md", to={}), "files.README.md.sha256 is missing"),
+    (change(OWN, dims=1), "dims is 1, expected dict"),
+    (change(OWN, table=...), "table is missing"),
+    (change(OWN, format_version=2), "format_version 2"),
+    (lambda folder: (folder / OWN).write_text("[]"), "no JSON object"),
+  ],
+)
+def test_a_damaged_file_of_ours_is_a_finding(edit: Edit, said: str, copy: pathlib.Path):
+  edit(copy)
+  with pytest.raises(LoadError) as raised:
+    own_file.read(copy)
+  assert str(raised.value).startswith(f"{copy / OWN}") and said in str(raised.value)
+  findings = examine.examine(copy, ALL)
+  assert [(f.check, f.file, f.consumers) for f in faults(findings)] == [("D02", OWN, (OURS,))]
+  assert said in faults(findings)[0].found
+  assert {"D14", "D16"} <= {f.check for f in findings if f.level == SKIPPED}
 
 
 def test_a_folder_of_others_is_examined_without_our_files(folders: dict, tmp_path: pathlib.Path):

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import safetensors
 
+from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import own_file, param_mapping
+from mlembed_jax.hf.own_file import OwnFile
 
 OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
 OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
@@ -88,10 +90,13 @@ class Subject:
     """Returns config.json."""
     return self.json("config.json")
 
-  @property
-  def ours(self) -> dict[str, Any]:
-    """Returns mlembed.json; {} of a folder that others wrote."""
-    return self.json(OWN)
+  @functools.cached_property
+  def own(self) -> OwnFile | None:
+    """Returns mlembed.json; None of a folder that others wrote, or of damage that D02 finds."""
+    try:
+      return own_file.read(self.path)
+    except LoadError:
+      return None
 
   @property
   def kind(self) -> str:
@@ -124,7 +129,7 @@ class Subject:
   @property
   def pooled_id(self) -> int | None:
     """Returns the id whose state is the embedding."""
-    stated = self.ours.get("pooling", {}).get("token_id", self.config.get("eos_token_id"))
+    stated = self.own.pooling.token_id if self.own else self.config.get("eos_token_id")
     return stated if isinstance(stated, int) else None
 
   @property

@@ -4,9 +4,9 @@ TEI, vLLM and llama.cpp are not run: what they require was read in their source.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-from mlembed_jax.hf import config_files, param_mapping
+from mlembed_jax.errors import LoadError
+from mlembed_jax.hf import config_files, own_file, param_mapping
 from mlembed_jax.hf.card import HEADINGS, TAGS
 from mlembed_jax.hf.checks.finding import (
   AGAIN,
@@ -25,6 +25,7 @@ from mlembed_jax.hf.checks.finding import (
   Subject,
 )
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.hf.parity import FILE as PARITY
 
 MODULES, BERT = "modules.json", "sentence_bert_config.json"
@@ -76,7 +77,7 @@ def d01(s: Subject) -> Iterator[Said]:
 
 
 def _own_files(s: Subject) -> Iterator[Said]:
-  if not s.ours:
+  if not s.json(OWN):
     found = "absent or empty: not an export of mlembed_jax; what it would say is not checked"
     yield Said(SKIPPED, OWN, found)
   elif not s.has(PARITY):
@@ -91,6 +92,8 @@ def d02(s: Subject) -> Iterator[Said]:
       s.parse(file)
     except (OSError, ValueError) as error:
       yield Said(ERROR, file, f"is no JSON: {error}", AGAIN)
+    else:
+      yield from _own_types(s) if file == OWN else ()
   config = SHAPE | (OF_QWEN3 if s.kind == "qwen3" else {})
   for file, types in {"config.json": config, **SCHEMAS}.items():
     yield from _types(s, file, types)
@@ -98,6 +101,13 @@ def d02(s: Subject) -> Iterator[Said]:
     if not isinstance(prompt, str):
       found = f"the prompt {name!r} is {prompt!r}; TEI reads strings alone"
       yield Said(ERROR, PROMPTS, found, 'Write "" for none.', (TEI,))
+
+
+def _own_types(s: Subject) -> Iterator[Said]:
+  try:
+    own_file.read(s.path)
+  except LoadError as error:
+    yield Said(ERROR, OWN, str(error), AGAIN, (OURS,))
 
 
 def _types(s: Subject, file: str, types: Types) -> Iterator[Said]:
@@ -256,7 +266,7 @@ def d11(s: Subject) -> Iterator[Said]:
   if allowed and isinstance(positions, int) and allowed > positions:
     found = f"max_seq_length {allowed} is more than max_position_embeddings {positions}"
     yield Said(ERROR, BERT, found, "Lower it.")
-  trained = s.ours.get("pooling", {}).get("trained_length")
+  trained = s.own and s.own.pooling.trained_length
   if allowed and trained and allowed > MAX_LENGTH_RATIO * trained:
     found = f"max_seq_length {allowed} is {allowed / trained:.0f} times the trained {trained}"
     yield Said(WARNING, BERT, found, "Set export.max_seq_length to what you tested.")
@@ -273,14 +283,15 @@ def d15(s: Subject) -> Iterator[Said]:
   for heading in HEADINGS:
     if f"## {heading}" not in lines:
       yield Said(WARNING, CARD, f"there is no heading {heading!r}", "Add it.")
-  yield from _stated_sizes(s.ours, lines)
+  if s.own:
+    yield from _stated_sizes(s.own, lines)
 
 
-def _stated_sizes(ours: dict[str, Any], lines: list[str]) -> Iterator[Said]:
+def _stated_sizes(own: OwnFile, lines: list[str]) -> Iterator[Said]:
   for row, size in (
-    ("Parameters", f"{ours['body']['parameters']:,}"),
-    ("Layers", str(ours["exits"]["exported"])),
-    ("Dimension", str(ours["dims"]["exported"])),
+    ("Parameters", f"{own.body.parameters:,}"),
+    ("Layers", str(own.exits.exported)),
+    ("Dimension", str(own.dims.exported)),
   ):
     cells = next((line.split("|") for line in lines if line.startswith(f"| {row} |")), None)
     stated = cells[2].strip() if cells else "nothing"

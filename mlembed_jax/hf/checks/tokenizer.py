@@ -92,8 +92,7 @@ def _names(s: Subject, tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator
   if (name := stated.get("content") if isinstance(stated, dict) else stated) != token:
     found = f"eos_token is {name!r}, but texts end in {token!r}"
     yield Said(ERROR, CONFIG, found, f"Write {token}.")
-  ours = s.ours.get("pooling", {}).get("token", token)
-  if ours != token:
+  if s.own and (ours := s.own.pooling.token) != token:
     found = f"pooling.token is {ours!r}, its token_id {pooled} is {token!r}"
     yield Said(ERROR, OWN, found, AGAIN, (OURS,))
 
