@@ -57,7 +57,7 @@ def main() -> None:
   if BEAM_OPTIONS.value is None:
     if "://" in OUT.value:
       raise DataError(f"--out: {OUT.value}: without --beam_options it is a local folder")
-    out = prepare.open_folder(OUT.value)
+    out = prepare.make_dataset_folder(OUT.value)
     job = prepare.Job(plan, out, tokenizer.path.absolute(), tokenizer.pooled_token)
     prepare.run(job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value)
   else:

@@ -66,8 +66,8 @@ class Job:
     return Tokenizer(self.tokenizer_path, self.pooled_token)
 
 
-def open_folder(path: str) -> pathlib.Path:
-  """Returns the folder, made if needed; raises DataError where that cannot be."""
+def make_dataset_folder(path: str) -> pathlib.Path:
+  """Returns the folder of a dataset, made if needed; raises DataError where that cannot be."""
   folder = pathlib.Path(path).absolute()
   try:
     folder.mkdir(parents=True, exist_ok=True)

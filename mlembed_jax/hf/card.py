@@ -7,8 +7,8 @@ from typing import Any
 
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, LossesConfig
-from mlembed_jax.hf import names
-from mlembed_jax.hf.files import Variant, switches
+from mlembed_jax.hf import param_mapping
+from mlembed_jax.hf.config_files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
 
 HEADINGS = (
@@ -111,7 +111,7 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
   config, axes, body = variant.run.config, variant.axes, variant.body
   start = config.train.init_from
   base = f"the weights of `{start.rstrip('/').split('/')[-1]}`" if start else "random weights"
-  family = (names.family(body) or "").capitalize()
+  family = (param_mapping.family(body) or "").capitalize()
   rank = "full, never factorised"
   if variant.rank:
     form = "stored as two factors" if variant.form == "uv" else "stored as their product"

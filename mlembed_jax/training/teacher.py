@@ -150,10 +150,10 @@ def _from_workdir(path: pathlib.Path) -> _Found:
 
 def _from_folder(path: pathlib.Path) -> _Found:
   model, version = read_model(path), _weights_version(path)
-  if not (ours := own_file.read(path)):
+  if not (own := own_file.read(path)):
     return _Found(model, (model.layers,), None, version)
-  trained = tuple(e for e in ours["exits"]["trained"] if e <= model.layers)
-  return _Found(model, trained or (model.layers,), ours["pooling"]["token"], version)
+  trained = tuple(e for e in own.exits.trained if e <= model.layers)
+  return _Found(model, trained or (model.layers,), own.pooling.token, version)
 
 
 def _weights_version(path: pathlib.Path) -> str:

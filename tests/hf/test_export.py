@@ -13,7 +13,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.hf import card, export, files
+from mlembed_jax.hf import card, config_files, export
 from mlembed_jax.hf.export import ExportError, variant_name
 from mlembed_jax.matryoshka import Slice
 from tests import material
@@ -48,7 +48,7 @@ def test_every_exit_is_the_transformers_model_of_that_depth(
 @pytest.mark.parametrize("cut", CUTS)
 def test_sentence_transformers_gives_our_vectors(cut: str, folders: dict, factorised: Trained):
   theirs = load_st(folders[cut]).encode(TEXTS, prompt_name="query", batch_size=7)
-  prompt = files.prompts(factorised.run.datasets)["query"]
+  prompt = config_files.prompts(factorised.run.datasets)["query"]
   ours = factorised.vectors(TEXTS, CUTS[cut], prompt)
   assert theirs.shape == (len(TEXTS), CUTS[cut].dim or 48)
   np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-6)
@@ -206,12 +206,14 @@ def test_prompts_name_task_types_and_then_files(folders: dict):
 
 
 def test_without_training_files_the_query_prompt_is_that_of_the_reference():
-  assert files.prompts({})["query"].startswith("Instruct: Given a question, retrieve passages")
+  assert config_files.prompts({})["query"].startswith(
+    "Instruct: Given a question, retrieve passages"
+  )
   topics = {
     "b": material.entry("clustering", 1, "B."),
     "a": material.entry("classification", 1, "A."),
   }
-  assert files.prompts(topics)["Classification"] == "Instruct: A.\nQuery: "
+  assert config_files.prompts(topics)["Classification"] == "Instruct: A.\nQuery: "
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_the_tokenizer_class_follows_the_vocabulary(
   tmp_path: pathlib.Path,
   monkeypatch: pytest.MonkeyPatch,
 ):
-  monkeypatch.setattr(files, "QWEN_SIZE", 500)
+  monkeypatch.setattr(config_files, "QWEN_SIZE", 500)
   made = material.train_tokenizer(600)
   made.add_special_tokens(tokens)
   made.save(str(tmp_path / "tokenizer.json"))
