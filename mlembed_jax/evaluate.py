@@ -23,7 +23,7 @@ from mlembed_jax.quantize import PRECISIONS
 # What imports jax is imported in the functions, so that --help does not wait for it.
 if TYPE_CHECKING:
   from mlembed_jax.eval.grid import Axes
-  from mlembed_jax.eval.tasks import Task
+  from mlembed_jax.eval.tasks import HeldoutTask
   from mlembed_jax.inference import Encoder
 
 MODEL = flags.DEFINE_string(
@@ -74,7 +74,7 @@ def axes_of(encoder: Encoder) -> Axes:
     raise ConfigError(f"--{error}") from error
 
 
-def _read_tasks() -> tuple[list[Task], list[str]]:
+def _read_tasks() -> tuple[list[HeldoutTask], list[str]]:
   """Returns the tasks of folders, and the names of those of MTEB."""
   from mlembed_jax.eval import scoring
   from mlembed_jax.eval.tasks import load_folder

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.eval.tasks import ByLanguage, Task
+from mlembed_jax.eval.tasks import ByLanguage, HeldoutTask
 from mlembed_jax.matryoshka import Slice, plan, slice_config, slice_params
 from mlembed_jax.models.states import states
 from mlembed_jax.parallel import hosts
@@ -34,7 +34,7 @@ class Axes:
 
 
 def score_slices(
-  config: Config, params: Any, tasks: Sequence[Task], tokenizer: Tokenizer, mesh: Mesh
+  config: Config, params: Any, tasks: Sequence[HeldoutTask], tokenizer: Tokenizer, mesh: Mesh
 ) -> list[SliceScore]:
   """Returns the scores of all trained slices of parameters on a mesh, on every process."""
   trained = plan(config.model, config.matryoshka)
@@ -52,14 +52,14 @@ def score_slices(
       sharding=batch_sharding(mesh),
     )
 
-  def ids(task: Task) -> Ids:
+  def ids(task: HeldoutTask) -> Ids:
     return tokenizer.encode(task.texts, config.data.lengths[-1])
 
   return [found for task in tasks for found in score_task(task, ids(task), axes, encode)]
 
 
 def score_task(
-  task: Task, ids: Ids, axes: Axes, encode: Callable[[Ids, int], Float[np.ndarray, "E N D"]]
+  task: HeldoutTask, ids: Ids, axes: Axes, encode: Callable[[Ids, int], Float[np.ndarray, "E N D"]]
 ) -> list[SliceScore]:
   """Returns one score per rank, depth, dim and precision, on every process.
 
@@ -72,7 +72,7 @@ def score_task(
 
 
 def _score_rank(
-  task: Task, rank: int, axes: Axes, states_END: Float[np.ndarray, "E N D"]
+  task: HeldoutTask, rank: int, axes: Axes, states_END: Float[np.ndarray, "E N D"]
 ) -> list[SliceScore]:
   by_depth = dict(zip(axes.depths, states_END, strict=True))
 
@@ -84,7 +84,7 @@ def _score_rank(
   return [SliceScore.from_json(value) for value in hosts.shared(sizes, score)]
 
 
-def slice_score(task: Task, size: Size, by_language: ByLanguage) -> SliceScore:
+def slice_score(task: HeldoutTask, size: Size, by_language: ByLanguage) -> SliceScore:
   """Returns the score of a slice: the mean of the main metric, that by language, other means."""
   names = next(iter(by_language.values())).keys()
   means = {

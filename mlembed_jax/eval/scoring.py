@@ -19,7 +19,7 @@ from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid
 from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
 from mlembed_jax.eval.grid import Axes
-from mlembed_jax.eval.tasks import Task
+from mlembed_jax.eval.tasks import HeldoutTask
 from mlembed_jax.files import write_json
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
@@ -62,7 +62,7 @@ class TaskScores:
     return cls([SliceScore.from_json(score) for score in value["scores"]], value["truncated"])
 
 
-def score_task(encoder: Encoder, task: Task, axes: Axes) -> TaskScores:
+def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:
   """Returns the scores of a task, and how many of its texts were cut.
 
   Raises:
@@ -140,7 +140,7 @@ def _score_mteb(
 
 def evaluate_encoder(
   encoder: Encoder,
-  tasks: Sequence[Task],
+  tasks: Sequence[HeldoutTask],
   named: Sequence[str],
   axes: Axes,
   out: pathlib.Path,
@@ -175,13 +175,13 @@ def evaluate_encoder(
   )
 
 
-def _summaries(tasks: Sequence[Task], scores: Sequence[SliceScore]) -> list[TaskSummary]:
+def _summaries(tasks: Sequence[HeldoutTask], scores: Sequence[SliceScore]) -> list[TaskSummary]:
   """Returns what was scored; how many texts MTEB has is not known here."""
   held_out = {task.name: task for task in tasks}
   first = {score.task: score for score in reversed(scores)}
   return [_summary(score, held_out.get(score.task)) for score in reversed(first.values())]
 
 
-def _summary(score: SliceScore, task: Task | None) -> TaskSummary:
+def _summary(score: SliceScore, task: HeldoutTask | None) -> TaskSummary:
   task_type, texts = (task.type, len(task.texts)) if task else ("mteb", None)
   return TaskSummary(score.task, task_type, score.metric, texts, len(score.by_language))

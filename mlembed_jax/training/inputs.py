@@ -33,7 +33,7 @@ class Inputs:
   plan: Plan
   options: loader.Options
   tokenizer: Tokenizer
-  tasks: list[tasks.Task]
+  tasks: list[tasks.HeldoutTask]
   teacher: Teacher | None
 
   @functools.cached_property
