@@ -28,7 +28,7 @@ from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.rows import Chunk
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import RowShard, Slice, Written
+from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
 from mlembed_jax.errors import DataError
 
 ChunkId = tuple[int, int]  # file, chunk of it
@@ -60,12 +60,12 @@ def run(job: Job, options: Sequence[str]) -> None:
   filesystem.makedirs(path, exist_ok=True)
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
     files = pipeline | "files" >> beam.Create(range(len(job.plan.files))) | beam.Reshuffle()
-    read = files | "read" >> beam.FlatMap(_read, job).with_outputs("counts", "slices", "rows")
+    read = files | "read" >> beam.FlatMap(_read, job).with_outputs("counts", "parts", "rows")
     counts: Any = read.counts | beam.GroupByKey() | "count" >> beam.Map(_count, job)
     start: Any = pipeline | "start" >> beam.Create([None])
     checked = start | "check" >> beam.Map(_check, job, AsDict(counts))
     made = (
-      read.slices
+      read.parts
       | "partitions" >> beam.GroupByKey()
       | "documents"
       >> beam.FlatMap(_write_documents, job, AsSingleton(checked)).with_outputs("written", "found")
@@ -115,7 +115,7 @@ def _read(number: int, job: Job) -> Iterator[TaggedOutput]:
     yield TaggedOutput("rows", ((number, k), chunk.rows))
     for p in range(partitions):
       part = transforms.documents_of(chunk.texts, p, partitions, file.symmetric)
-      yield TaggedOutput("slices", (p, ((number, k), part)))
+      yield TaggedOutput("parts", (p, ((number, k), part)))
 
 
 def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: Job) -> tuple[int, FileCount]:
@@ -149,12 +149,12 @@ def _copy(job: Job, path: pathlib.Path) -> None:
 
 
 def _write_documents(
-  item: tuple[int, Iterable[tuple[ChunkId, Slice]]], job: Job, checked: bool
+  item: tuple[int, Iterable[tuple[ChunkId, DocumentPart]]], job: Job, checked: bool
 ) -> Iterator[TaggedOutput]:
   """Writes a partition after all files were checked; tells each chunk where its texts stand."""
   assert checked
-  number, slices = item
-  ordered = sorted(slices, key=lambda item: item[0])
+  number, parts = item
+  ordered = sorted(parts, key=lambda item: item[0])
   tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
   with _new_file(job, file_name(DOCUMENTS, number, job.plan.partitions)) as new:
     written, documents = transforms.write_documents(

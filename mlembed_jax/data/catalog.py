@@ -19,7 +19,7 @@ from typing import Any
 
 from mlembed_jax.data import records
 from mlembed_jax.data.manifest import File, check_entry
-from mlembed_jax.data.transforms import RowShard, Run, Written, suffixes
+from mlembed_jax.data.transforms import LanguageRun, RowShard, Written, suffixes
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json, write_text
 
@@ -172,7 +172,7 @@ def load(folder: pathlib.Path) -> Catalog:
 
 
 def _row_shard(value: dict[str, Any]) -> RowShard:
-  runs = [Run(**run) for run in value["runs"]]
+  runs = [LanguageRun(**run) for run in value["runs"]]
   return RowShard(value["file"], Written(**value["written"]), value["longest"], runs)
 
 

@@ -32,7 +32,7 @@ from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import RowShard, Slice, Written
+from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import copy_file, new_file, write_json
 
@@ -243,7 +243,7 @@ def _read_table(job: Job, file: int, chunk: int, name: str) -> pa.Table:
     return pa.ipc.open_file(source).read_all()
 
 
-def _slice(job: Job, file: int, chunk: int, number: int) -> Slice:
+def _document_part(job: Job, file: int, chunk: int, number: int) -> DocumentPart:
   texts, queried = _read_table(job, file, chunk, "texts"), job.plan.files[file].symmetric
   return transforms.documents_of(texts, number, job.plan.partitions, queried)
 
@@ -255,10 +255,10 @@ def _index(job: Job, number: int, name: str) -> pathlib.Path:
 def _write_documents(job: Job, number: int) -> Written:
   paths = sorted((job.work / "chunks").glob("*.texts.arrow"))
   chunks = [tuple(map(int, path.name.split(".")[0].split("-"))) for path in paths]
-  slices = [_slice(job, file, chunk, number) for file, chunk in chunks]
+  parts = [_document_part(job, file, chunk, number) for file, chunk in chunks]
   target = job.out / file_name(DOCUMENTS, number, job.plan.partitions)
   with new_file(target) as new:
-    written, documents = transforms.write_documents(new, slices, job.tokenizer, job.plan.max_tokens)
+    written, documents = transforms.write_documents(new, parts, job.tokenizer, job.plan.max_tokens)
   for name in ("hashes", "lengths"):
     with new_file(_index(job, number, name)) as new, new.open("wb") as file:
       np.save(file, getattr(documents, name))
