@@ -106,7 +106,7 @@ def _build(config: Config, folder: pathlib.Path) -> None:
   files = manifest.select(str(text), ("train/*",), "data.train")
   tokenizer = Tokenizer(folder / "text" / "tokenizer.json", config.data.pooled_token)
   job = prepare.Job(
-    prepare.make_plan(files, tokenizer, max_tokens=config.data.lengths[-1]),
+    prepare.make_recipe(files, tokenizer, max_tokens=config.data.lengths[-1]),
     folder / "dataset",
     tokenizer.path,
     config.data.pooled_token,

@@ -92,9 +92,9 @@ def synthesize(folder, rows, documents):
     made = pool.map(write, range(shards), chunksize=1)
   train_tokenizer(600).save(str(folder / "tokenizer.json"))
   files = [File(f"file_{i:02d}", ENTRY, "") for i in range(min(FILES, shards))]
-  plan = catalog.Plan(files, {}, "", 2047, 8)
+  recipe = catalog.Recipe(files, {}, "", 2047, 8)
   written = [Written(documents // 8, 0, str(i)) for i in range(8)]
-  catalog.save(folder, plan, {records.TRAIN: made, records.VALIDATION: []}, written)
+  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written)
 
 
 def open_batches(folder, args) -> loader.Batches:
