@@ -38,7 +38,7 @@ def negative_columns(stored: int, used: int, seed: int, step: int) -> Int[np.nda
   return np.sort(generator.choice(stored, size=min(used, stored), replace=False))
 
 
-def with_instruction(
+def instructed_documents(
   shape: tuple[int, int], share: float, seed: int, step: int
 ) -> Bool[np.ndarray, "B D"]:
   """Returns which documents of a step have the instruction, each with a chance of `share`."""
