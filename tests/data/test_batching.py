@@ -32,10 +32,3 @@ def test_instructions_are_drawn_by_step_in_the_share_that_is_asked():
   assert np.all(more[draws[0]])  # a larger share has those of a smaller one
   assert not batching.instructed_documents((50, 8), 0.0, 0, 0).any()
   assert batching.instructed_documents((50, 8), 1.0, 0, 0).all()
-
-
-def test_bucket_and_pad():
-  assert [batching.bucket(n, (32, 64)) for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
-  tokens, lengths = batching.pad([[5, 6], [7]], 3)
-  np.testing.assert_array_equal(tokens, [[5, 6, 0], [7, 0, 0]])
-  np.testing.assert_array_equal(lengths, [2, 1])
