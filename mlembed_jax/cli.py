@@ -1,5 +1,7 @@
 """What every command shares: flags in one style, and one way to end."""
 
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,8 @@ def run(main: Callable[..., None], *names: str) -> None:
       main(*given)
     except MlembedError as error:
       sys.exit(f"error: {error}")
+    except BrokenPipeError:  # as of `... | head`, whose reader has seen enough
+      os._exit(128 + signal.SIGPIPE)
 
   if {"-h", "-help", "--help"} & set(sys.argv[1:]):
     app.usage(shorthelp=True, writeto_stdout=True)  # absl itself would end with status 1

@@ -1,7 +1,6 @@
 """Run configuration: ml_collections dictionaries become frozen dataclasses, checked before use.
 
-Values and the meaning of each field stand in configs/base.py, names and types in
-config_fields.py.
+What is known of a single setting stands in config_fields.py, rules between settings here.
 """
 
 import copy
@@ -10,61 +9,24 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from mlembed_jax.config_fields import (
+  ABSENT,
   LOWEST_TEMPERATURE,
   NO_LIMIT,
   OLDER,
+  SETTINGS,
   STORED,
   Config,
   ModelConfig,
+  Setting,
 )
 from mlembed_jax.errors import ConfigError
-
-CHOICES: dict[str, tuple[str, ...]] = {
-  "model.dtype": ("float32", "bfloat16"),
-  "model.attention": ("auto", "splash", "cudnn", "einsum"),
-  "model.remat": ("none", "full", "context", "products", "dots", "offload"),
-  "losses.softmax": ("separate", "joint"),
-  "losses.false_negative_score": ("own", "teacher"),
-  "kd.match": ("depth_fraction", "index"),
-  "kd.space": ("raw", "unit"),
-  "data.builder": ("", "quickstart"),
-  "optimizer.schedule": ("cosine", "constant"),
-  "optimizer.moments": ("float32", "bfloat16", "factored"),
-  "export.dtype": ("float32", "bfloat16"),
-}
-BELOW = {"optimizer.beta1": 1, "optimizer.beta2": 1}
-# Numbers are positive, these may be zero. The mesh has its own rule, and so has
-# losses.false_negative_margin, a difference of cosines.
-OWN_RULE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "losses.false_negative_margin"}
-MAY_BE_ZERO = {
-  "model.rank",
-  *(f"losses.{kind}.negatives" for kind in ("retrieval", "bitext", "clustering", "classification")),
-  "kd.weight",
-  "losses.self_distillation",
-  "losses.spread_out",
-  "losses.int8",
-  "losses.binary",
-  "data.max_rows",
-  "data.document_instructions",
-  "data.micro_batch",
-  "data.kept_tokens",
-  "data.workers",
-  "eval.every",
-  "optimizer.min_learning_rate",
-  "optimizer.warmup_steps",
-  "optimizer.beta1",
-  "optimizer.beta2",
-  "optimizer.weight_decay",
-  "train.steps",
-  "train.epochs",
-  "train.seed",
-}
 
 
 def load_module(path: str | pathlib.Path) -> types.ModuleType:
@@ -114,16 +76,25 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   return config
 
 
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns {group: {field: value}} of {dotted field name: value}."""
+  return _filled({}, flat)
+
+
 def with_older_values(values: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a copy of a stored run's configuration with the fields that it lacks, by `OLDER`."""
-  filled = copy.deepcopy(dict(values))
-  for name, value in OLDER.items():
+  return _filled(copy.deepcopy(dict(values)), OLDER)
+
+
+def _filled(values: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `values` with the fields of `flat` that are not there."""
+  for name, value in flat.items():
     *groups, field = name.split(".")
-    group = filled
+    group = values
     for key in groups:
       group = group.setdefault(key, {})
     group.setdefault(field, value)
-  return filled
+  return values
 
 
 def _dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -166,19 +137,50 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 
 
 def _check_values(config: Config) -> None:
-  flat = flatten(config)
-  for name, allowed in CHOICES.items():
-    if flat[name] not in allowed:
-      raise ConfigError(f"{name}: {flat[name]!r} is not one of {', '.join(map(repr, allowed))}")
-  for name, value in flat.items():
-    if type(value) not in (int, float) or name in OWN_RULE:
-      continue
-    if not math.isfinite(value) or value >= BELOW.get(name, math.inf):
-      bound = f"below {BELOW[name]}" if name in BELOW else "finite"
-      raise ConfigError(f"{name}: must be {bound}, found {value}")
-    if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-      bound = "not be negative" if name in MAY_BE_ZERO else "be positive"
-      raise ConfigError(f"{name}: must {bound}, found {value}")
+  for name, value in flatten(config).items():
+    setting = SETTINGS[name]
+    if setting.choices and value not in setting.choices:
+      known = ", ".join(map(repr, setting.choices))
+      raise ConfigError(f"{name}: {value!r} is not one of {known}")
+    if type(value) in (int, float) and not setting.own_rule:
+      _check_number(name, value, setting)
+
+
+def _check_number(name: str, value: float, setting: Setting) -> None:
+  if not math.isfinite(value) or value >= setting.below:
+    bound = "finite" if math.isinf(setting.below) else f"below {setting.below}"
+    raise ConfigError(f"{name}: must be {bound}, found {value}")
+  if value < 0 or (value == 0 and not setting.zero):
+    bound = "not be negative" if setting.zero else "be positive"
+    raise ConfigError(f"{name}: must {bound}, found {value}")
+
+
+def described(values: Mapping[str, Any]) -> str:
+  """Returns every field with its value, its default where it differs, and its meaning.
+
+  Args:
+    values: a (nested) mapping such as an ml_collections ConfigDict.
+
+  Raises:
+    ConfigError: an unknown or missing field, or a value of another type.
+  """
+  flat = flatten(_dataclass(Config, values, ""))
+  return "\n".join(_described(name, value) for name, value in flat.items())
+
+
+def _described(name: str, value: Any) -> str:
+  setting = SETTINGS[name]
+  lines = [f"{name} = {value!r}"]
+  if value != setting.default:
+    lines[0] += f"  (default {setting.default!r})"
+  lines += textwrap.wrap(setting.meaning, 96)
+  if setting.choices:
+    lines.append("Choices: " + ", ".join(map(repr, setting.choices)))
+  if setting.published is not ABSENT and setting.published != setting.default:
+    lines.append(f"Published recipe: {setting.published!r}")
+  if setting.free:
+    lines.append("May change between stop and resume.")
+  return "\n    ".join(lines)
 
 
 def _check_model(m: ModelConfig) -> None:

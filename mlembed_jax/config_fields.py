@@ -1,80 +1,222 @@
-"""Names and types of a run's configuration; values and their meaning stand in configs/base.py.
+"""Every setting of a run, described once: name, type, default, meaning, and the rules about it.
 
-This module knows no other module of the package.
+`python -m mlembed_jax.train --config FILE --print_config` prints all of this beside the values of a
+file. Rules between settings stand in config.py. This module knows no other module of the package.
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+ABSENT: Any = object()  # stands where a setting has no such value
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What is known of one field beside its name and type."""
+
+  default: Any  # the value of configs/base.py
+  meaning: str
+  choices: tuple[str, ...] = ()  # all values that there are
+  zero: bool = False  # numbers are positive; True: this one may be zero
+  below: float = float("inf")  # numbers are smaller
+  own_rule: bool = False  # config.py or sharding.py says which numbers are allowed
+  free: bool = False  # may change between stop and resume: no update depends on it but by rounding
+  older: Any = ABSENT  # the value in runs that were started before the field was there
+  published: Any = ABSENT  # the value of the published recipe (ML-Embed, F2LLM-v2)
+
+
+def setting(default: Any, meaning: str, **rules: Any) -> Any:
+  """Returns the dataclass field of a setting; `rules` are fields of `Setting`.
+
+  Args:
+    default: the value of configs/base.py. A configuration always states its value, so the dataclass
+      itself has no default.
+    meaning: whole sentences that a user can read alone.
+    **rules: what differs from the defaults of `Setting`. A new field needs `older`, or every
+      earlier workdir becomes unreadable.
+  """
+  return dataclasses.field(metadata={"setting": Setting(default, meaning, **rules)})
+
+
+def group(**changes: Mapping[str, Any]) -> Any:
+  """Returns a field that holds settings itself; `changes` of a setting are those of this use."""
+  return dataclasses.field(metadata={"changes": changes})
+
+
+NO_LIMIT = 2.0  # losses.false_negative_margin: no two cosines are further apart
+STORED = "stored"  # kd.teacher: vectors beside the data, read with each batch
+LOWEST_TEMPERATURE = 0.01  # of learned ones, as in CLIP: below it training becomes unstable
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape and numerics of one encoder."""
+  """The encoder: a dense decoder of the Qwen3 kind without a language-model head."""
 
-  vocab: int
-  width: int
-  layers: int
-  ffn: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  rank: int
-  rope_theta: float
-  norm_eps: float
-  qk_norm: bool
-  qkv_bias: bool
-  dtype: str
-  attention: str
-  remat: str
+  vocab: int = setting(
+    151_936, "Rows of the token table. Qwen's tokenizer uses 151,669 of the default."
+  )
+  width: int = setting(1024, "Width of the residual stream, and of the embedding.")
+  layers: int = setting(28, "Decoder layers.")
+  ffn: int = setting(3072, "Inner width of the SwiGLU MLP.")
+  heads: int = setting(16, "Query heads, a multiple of kv_heads.")
+  kv_heads: int = setting(8, "Heads of keys and values.")
+  head_dim: int = setting(
+    128, "Width of a head, a number of its own: heads x head_dim need not be the width."
+  )
+  rank: int = setting(
+    512, "Rank of the token table U [vocab, rank] @ V [rank, width]. 0: a full table.", zero=True
+  )
+  rope_theta: float = setting(1e6, "Base of the wavelengths of the rotary embedding.")
+  norm_eps: float = setting(1e-6, "Added to the mean square in every RMSNorm.")
+  qk_norm: bool = setting(
+    True,
+    "RMSNorm on every query and key head: True for Qwen3, False for Qwen2 and Llama.",
+    older=True,
+  )
+  qkv_bias: bool = setting(
+    False,
+    "A bias on queries, keys and values: True for Qwen2, False for Qwen3 and Llama.",
+    older=False,
+  )
+  dtype: str = setting(
+    "bfloat16",
+    "Number format of the computation. Parameters are float32.",
+    choices=("float32", "bfloat16"),
+  )
+  attention: str = setting(
+    "auto",
+    "Kernel of attention: splash on TPU, cudnn on GPU, einsum on all. auto: that of the platform.",
+    choices=("auto", "splash", "cudnn", "einsum"),
+    free=True,  # another machine may have another kernel
+    older="auto",
+  )
+  remat: str = setting(
+    "full",
+    "What the backward pass computes again, in growing need of memory: offload and full (whole "
+    "layers), context (all but attention), products, dots, none.",
+    choices=("none", "full", "context", "products", "dots", "offload"),
+    free=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class MatryoshkaConfig:
-  """What is trained along each of the three axes; an empty tuple asks for the default set."""
+  """What is trained along each axis. () is the default set; (full,) alone switches an axis off."""
 
-  dims: tuple[int, ...]
-  exits: tuple[int, ...]
-  ranks: tuple[int, ...]
+  dims: tuple[int, ...] = setting(
+    (), "Output dimensions. (): 8, 16, 32, ... below the width, and the width."
+  )
+  exits: tuple[int, ...] = setting(
+    (), "Layer counts. (): 1, 2, 4, 8, 16, 24, 32, ... below the depth, and all layers."
+  )
+  ranks: tuple[int, ...] = setting(
+    (),
+    "Ranks of the token table, one drawn per step by size. (): 64, 128, 256, ... below the rank, "
+    "and the rank.",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
   """What the contrastive terms do with one task type."""
 
-  temperature: float
-  final_temperature: float
-  negatives: int
-  inbatch: bool
-  symmetric: bool
+  temperature: float = setting(0.05, "Cosines are divided by it.")
+  final_temperature: float = setting(
+    0.05, "The temperature that is reached linearly over the run. The same number: fixed."
+  )
+  negatives: int = setting(
+    0,
+    "Hard negatives used per row and step, drawn from those stored; fewer where fewer are stored.",
+    zero=True,
+  )
+  inbatch: bool = setting(
+    False, "Whether positives of the other rows of the global batch are negatives too."
+  )
+  symmetric: bool = setting(
+    False, "In the batch: the mean of query to passage and passage to query."
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredConfig:
-  """What the ranking term does with scored pairs."""
+  """Pairs with a score in [0, 1]: higher scores shall have higher cosines (CoSENT)."""
 
-  temperature: float
-  final_temperature: float
+  temperature: float = setting(0.05, "Cosines are divided by it.")
+  final_temperature: float = setting(
+    0.05, "The temperature that is reached linearly over the run. The same number: fixed."
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossesConfig:
-  """The objective."""
+  """Cross-entropies over cosines: the positive against hard negatives and, inbatch, other rows."""
 
-  retrieval: TaskConfig
-  bitext: TaskConfig
-  clustering: TaskConfig
-  classification: TaskConfig
-  scored_pairs: ScoredConfig
-  learn_temperature: bool
-  softmax: str
-  inbatch_negatives: bool
-  inbatch_passage_grad: bool
-  mask_duplicates: bool
-  false_negative_margin: float
-  false_negative_score: str
-  self_distillation: float
-  spread_out: float
-  int8: float
-  binary: float
+  retrieval: TaskConfig = group(negatives={"default": 7}, inbatch={"default": True})
+  bitext: TaskConfig = group(
+    negatives={"default": 7},
+    inbatch={"default": True},
+    symmetric={"default": True, "published": False},
+  )
+  clustering: TaskConfig = group(negatives={"default": 9})
+  classification: TaskConfig = group(negatives={"default": 1})
+  scored_pairs: ScoredConfig = group()
+  learn_temperature: bool = setting(
+    False, "Learns one temperature per task type, from `temperature` on.", published=False
+  )
+  softmax: str = setting(
+    "separate",
+    "Hard and in-batch negatives in two cross-entropies (separate) or in one (joint).",
+    choices=("separate", "joint"),
+    published="separate",
+  )
+  inbatch_negatives: bool = setting(
+    False, "Whether stored negatives of other rows are candidates, too.", published=False
+  )
+  # The published code passes no gradient to in-batch passages on several devices.
+  inbatch_passage_grad: bool = setting(
+    True, "Whether passages of other rows learn. False: they are constants.", published=False
+  )
+  mask_duplicates: bool = setting(
+    True, "Whether identical texts are never each other's negatives.", published=False
+  )
+  false_negative_margin: float = setting(
+    NO_LIMIT,
+    "A candidate of another row is no negative if its cosine with the query is this much above the "
+    "positive's. 2: no limit.",
+    own_rule=True,
+    published=NO_LIMIT,
+  )
+  false_negative_score: str = setting(
+    "own",
+    "Whose cosines judge that: own (the deepest exit at the rank of the step, at full rank beside "
+    "self_distillation), or teacher (as many of its dims).",
+    choices=("own", "teacher"),
+  )
+  self_distillation: float = setting(
+    0.0,
+    "Weight of the KL divergence to the full model's choice; not for scored pairs. 0: off.",
+    zero=True,
+    published=0.0,
+  )
+  spread_out: float = setting(
+    0.0,
+    "Weight of the term that makes texts as orthogonal as on an even sphere (GOR). 0: off.",
+    zero=True,
+    published=0.0,
+  )
+  int8: float = setting(
+    0.0,
+    "Weight of the contrastive terms over vectors rounded to int8. 0: off.",
+    zero=True,
+    published=0.0,
+  )
+  binary: float = setting(
+    0.0,
+    "Weight of the contrastive terms over vectors rounded to one bit per coordinate. 0: off.",
+    zero=True,
+    published=0.0,
+  )
 
   def task(self, kind: str) -> TaskConfig | None:
     """Returns the settings of a contrastive task type, None for scored pairs."""
@@ -89,95 +231,210 @@ class LossesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KdConfig:
-  """Learning from a teacher's states."""
+  """Every exit learns from the teacher's exit at its depth, d coordinates from its first d."""
 
-  teacher: str
-  exits: tuple[int, ...]
-  match: str
-  space: str
-  weight: float
+  teacher: str = setting(
+    "",
+    "Workdir or exported folder of an encoder with the same tokenizer; stored: vectors beside the "
+    "data, named by the manifest; empty: none.",
+  )
+  exits: tuple[int, ...] = setting(
+    (), "Layer counts at which the teacher is an encoder. (): as its folder says."
+  )
+  match: str = setting(
+    "depth_fraction",
+    "Which exits belong together: depth_fraction (the nearest fraction of depth), or index (by "
+    "position from the deepest exit).",
+    choices=("depth_fraction", "index"),
+    published="index",
+  )
+  space: str = setting(
+    "raw",
+    "Mean squared error of final-norm states (raw), or squared distance of unit vectors (unit).",
+    choices=("raw", "unit"),
+    published="raw",
+  )
+  weight: float = setting(
+    1.0,
+    "Weight of the term. 0: the teacher only judges, for losses.false_negative_score.",
+    zero=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where text comes from and how it becomes batches."""
+  """Where text comes from and how it becomes batches.
 
-  builder: str
-  dataset: str
-  train: tuple[str, ...]
-  manifest: str
-  heldout: tuple[str, ...]
-  pooled_token: str
-  max_rows: int
-  size_exponent: float
-  language_temperature: float
-  max_repeats: float
-  instructions: str
-  query_instructions: bool
-  document_instructions: float
-  global_batch: int
-  micro_batch: int
-  kept_tokens: int
-  lengths: tuple[int, ...]
-  packing: bool
-  workers: int
+  File d counts as min(rows, max_rows) ** size_exponent, a language as its rows in all files **
+  (1 / language_temperature). With 1 and 1 rows are drawn by size.
+  """
+
+  builder: str = setting(
+    "",
+    "quickstart: write text, tokenizer and dataset into WORKDIR/data first.",
+    choices=("", "quickstart"),
+    free=True,
+  )
+  dataset: str = setting(
+    "", "Folder that python -m mlembed_jax.prepare wrote; its tokenizer is used.", free=True
+  )
+  train: tuple[str, ...] = setting(("*",), "Patterns over the files of the dataset.")
+  manifest: str = setting(
+    "",
+    "JSON file: held-out file -> task_type, instruction, ...; empty where heldout is ().",
+    free=True,
+  )
+  heldout: tuple[str, ...] = setting(
+    (), "Patterns of held-out files, evaluated before and after training. (): none.", free=True
+  )
+  pooled_token: str = setting(
+    "<|endoftext|>",
+    "Token that ends every text; its state is the embedding.",
+    published="<|im_end|>",
+  )
+  max_rows: int = setting(
+    80_000,
+    "Rows per file and epoch, other ones each epoch. 0: all.",
+    zero=True,
+    published=80_000,
+  )
+  size_exponent: float = setting(
+    1.0, "Exponent of the size of files. Below 1: small files more often.", published=1.0
+  )
+  language_temperature: float = setting(
+    1.0, "Temperature over languages. Above 1: small languages more often.", published=1.0
+  )
+  max_repeats: float = setting(4.0, "No row comes more often than this per epoch (UniMax).")
+  instructions: str = setting(
+    "",
+    "JSON file: file -> instruction, in place of the manifest's. Empty: those of the manifest.",
+    free=True,  # what it says stands in the plan
+    older="",
+  )
+  query_instructions: bool = setting(
+    True, "Whether queries have their instruction. False: as in the first of two stages."
+  )
+  document_instructions: float = setting(
+    0.3,
+    "Share of the documents of symmetric tasks that have the instruction too.",
+    zero=True,
+    published=0.3,
+  )
+  global_batch: int = setting(512, "Rows per step over all devices, all from one file.")
+  micro_batch: int = setting(
+    0,
+    "Tokens encoded at a time over all devices (GradCache): memory against padding of the last "
+    "block. 0: chosen by the compiler's account of memory.",
+    zero=True,
+    free=True,
+  )
+  kept_tokens: int = setting(
+    0,
+    "The blocks that hold so many tokens of each of `lengths`, over all devices, keep their "
+    "activations for the backward pass; the others are encoded twice.",
+    zero=True,
+    free=True,
+    older=0,
+  )
+  lengths: tuple[int, ...] = setting(
+    (256, 1024),
+    "Widths of token sheets: a text goes to the shortest that holds it, the last one truncates.",
+  )
+  packing: bool = setting(
+    True, "Whether texts share a sheet as far as they fit. False: one text per sheet.", free=True
+  )
+  workers: int = setting(
+    2, "Processes that read ahead. 0: the training process reads.", zero=True, free=True
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW and its schedule."""
+  """AdamW with decoupled weight decay on every parameter, gradients clipped by global norm."""
 
-  learning_rate: float
-  min_learning_rate: float
-  schedule: str
-  warmup_steps: int
-  beta1: float
-  beta2: float
-  eps: float
-  weight_decay: float
-  clip_norm: float
-  moments: str
+  learning_rate: float = setting(1e-5, "Learning rate after warm-up.")
+  min_learning_rate: float = setting(
+    1e-7, "A clamp of the learning rate from below, after the first update.", zero=True
+  )
+  schedule: str = setting(
+    "cosine",
+    "The learning rate after warm-up: cosine (to zero over the run), or constant.",
+    choices=("cosine", "constant"),
+  )
+  warmup_steps: int = setting(
+    100, "Updates of a linear warm-up. The first update has rate 0 in any case.", zero=True
+  )
+  beta1: float = setting(0.9, "Decay of the first moment.", zero=True, below=1)
+  beta2: float = setting(0.98, "Decay of the second moment.", zero=True, below=1)
+  eps: float = setting(1e-8, "Added to the root of the second moment.")
+  weight_decay: float = setting(0.01, "Weight decay, times the learning rate.", zero=True)
+  clip_norm: float = setting(1.0, "Largest global norm of a gradient; longer ones are scaled.")
+  moments: str = setting(
+    "float32",
+    "What is kept per parameter between updates: float32 (8 bytes), bfloat16 (4), or factored (2: "
+    "the second moment by rows and columns).",
+    choices=("float32", "bfloat16", "factored"),
+    older="float32",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 takes what the others leave."""
+  """Devices along each mesh axis. -1 takes what the others leave."""
 
-  data: int
-  fsdp: int
-  tensor: int
+  data: int = setting(1, "Copies of the parameters.", own_rule=True, free=True)
+  fsdp: int = setting(-1, "Parts that parameters are split into.", own_rule=True, free=True)
+  tensor: int = setting(1, "Parts that heads and MLP are split into.", own_rule=True, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """Length of the run, seeds, logging and checkpoints."""
 
-  init_from: str
-  steps: int
-  epochs: float
-  seed: int
-  log_every: int
-  checkpoint_every: int
-  keep_checkpoints: int
+  init_from: str = setting(
+    "", "A folder in Hugging Face layout, or hf:ORG/NAME. Empty: random weights."
+  )
+  steps: int = setting(0, "Length of the run in updates. 0 where epochs is given.", zero=True)
+  epochs: float = setting(
+    2.0, "Length of the run in passes over the training files. 0 where steps is given.", zero=True
+  )
+  seed: int = setting(0, "Seed of weights, data order, drawn negatives and drawn ranks.", zero=True)
+  log_every: int = setting(10, "Steps per line of metrics.jsonl.", free=True)
+  checkpoint_every: int = setting(500, "Steps between checkpoints.", free=True)
+  keep_checkpoints: int = setting(3, "How many of the newest checkpoints are kept.", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """Held-out evaluation before, during and after training."""
 
-  every: int
-  batch_size: int
+  every: int = setting(
+    0,
+    "Steps between evaluations of all slices, which also save a checkpoint. 0: before and after "
+    "training alone.",
+    zero=True,
+    free=True,
+    older=0,
+  )
+  batch_size: int = setting(512, "Texts encoded at a time, over all devices.", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
   """The Hugging Face folder written from a checkpoint."""
 
-  name: str
-  at_end: bool
-  dtype: str
-  max_seq_length: int
-  max_positions: int
+  name: str = setting("mlembed-0.6b", "Name of the model. Cuts add -d, -l and -r to it.", free=True)
+  at_end: bool = setting(
+    False, "Whether the folder WORKDIR/export is written when training ends.", free=True
+  )
+  dtype: str = setting(
+    "bfloat16",
+    "Number format of the stored weights.",
+    choices=("float32", "bfloat16"),
+    free=True,
+  )
+  max_seq_length: int = setting(8192, "Tokens that a user of the folder may encode.", free=True)
+  max_positions: int = setting(40_960, "The max_position_embeddings of the base model.", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,42 +453,21 @@ class Config:
   export: ExportConfig
 
 
-NO_LIMIT = 2.0  # losses.false_negative_margin: no two cosines are further apart
-STORED = "stored"  # kd.teacher: vectors beside the data, read with each batch
-LOWEST_TEMPERATURE = 0.01  # of learned ones, as in CLIP: below it training becomes unstable
+def _settings(
+  cls: type, path: str, changes: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, Setting]]:
+  for field in dataclasses.fields(cls):
+    if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+      yield from _settings(field.type, f"{path}{field.name}.", field.metadata.get("changes", {}))
+    else:
+      found = field.metadata["setting"]
+      yield path + field.name, dataclasses.replace(found, **changes.get(field.name, {}))
 
-# Fields that joined the configuration later, each with its value in runs that were started before:
-# what the code did then. Without a line here, a new field makes every earlier workdir unreadable.
-OLDER = {
-  "model.qk_norm": True,
-  "model.qkv_bias": False,
-  "model.attention": "auto",
-  "data.instructions": "",
-  "data.kept_tokens": 0,
-  "optimizer.moments": "float32",
-  "eval.every": 0,
-}
 
-# Switches of the objective with the values of the published recipe (ML-Embed, F2LLM-v2). In the
-# first five our default departs from it: on several devices its code passes no gradient to in-batch
-# passages, and it knows nothing of repeated texts.
+# All settings by dotted name, e.g. "losses.bitext.temperature", in the order of the classes.
+SETTINGS = dict(_settings(Config, "", {}))
+DEFAULTS = {name: found.default for name, found in SETTINGS.items()}
+OLDER = {name: found.older for name, found in SETTINGS.items() if found.older is not ABSENT}
 REFERENCE = {
-  "losses.bitext.symmetric": False,
-  "losses.inbatch_passage_grad": False,
-  "losses.mask_duplicates": False,
-  "kd.match": "index",
-  "data.pooled_token": "<|im_end|>",
-  "data.max_rows": 80_000,
-  "data.size_exponent": 1.0,
-  "data.language_temperature": 1.0,
-  "data.document_instructions": 0.3,
-  "kd.space": "raw",
-  "losses.softmax": "separate",
-  "losses.inbatch_negatives": False,
-  "losses.learn_temperature": False,
-  "losses.false_negative_margin": NO_LIMIT,
-  "losses.self_distillation": 0.0,
-  "losses.spread_out": 0.0,
-  "losses.int8": 0.0,
-  "losses.binary": 0.0,
+  name: found.published for name, found in SETTINGS.items() if found.published is not ABSENT
 }

@@ -10,26 +10,29 @@ from ml_collections import config_flags
 
 import mlembed_jax
 from mlembed_jax import cli
-from mlembed_jax.config import flatten
+from mlembed_jax.config import described, flatten
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.files import make_writable_folder
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "Configuration file, FILE[:variant]. Any field can be changed on the command line, e.g. "
-  "--config.optimizer.learning_rate=1e-5; configs/base.py explains them all.",
+  "--config.optimizer.learning_rate=1e-5; --print_config explains them all.",
 )
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
   "Folder of the run: checkpoints, metrics, export. Made if it does not exist. Several machines "
   "need one that they share.",
-  required=True,
 )
 ACCEPT_CHANGED_DATA = flags.DEFINE_bool(
   "accept_changed_data",
   False,
   "Go on from the newest checkpoint although rows, mixture or batches changed.",
+)
+PRINT_CONFIG = flags.DEFINE_bool(
+  "print_config", False, "Print every field with value, default and meaning, and end."
 )
 JOIN_TIMEOUT_S = flags.DEFINE_integer(
   "join_timeout_s",
@@ -41,6 +44,11 @@ JOIN_TIMEOUT_S = flags.DEFINE_integer(
 
 def main() -> None:
   """Joins the processes of the run, checks that they agree, and trains."""
+  if PRINT_CONFIG.value:
+    print(described(CONFIG.value))
+    return
+  if not WORKDIR.value:
+    raise ConfigError("--workdir: give the folder of the run")
   # Imported here, jax and orbax do not slow down --help.
   import jax
 

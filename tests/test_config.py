@@ -1,17 +1,24 @@
 """Every config file loads and has the published size; what cannot be meant is refused by name."""
 
 import dataclasses
+import json
+import re
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from ml_collections import ConfigDict
 
 import mlembed_jax
-from mlembed_jax.config import flatten, from_mapping, load_config, load_module
+from mlembed_jax import config_fields
+from mlembed_jax.config import described, flatten, from_mapping, load_config, load_module
+from mlembed_jax.config_fields import OLDER, SETTINGS
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_count
 from tests.material import CONFIGS, config_dict
+
+STORED = CONFIGS.parent / "tests/stored/run_0_1_0.tar.gz"
 
 # from_hf.py takes its shape from a model: tests/hf/test_families.py.
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "from_hf")
@@ -86,18 +93,45 @@ def test_unknown_variant_is_refused():
     load_module(CONFIGS / "8b.py").get_config("refrence")
 
 
-def test_every_field_is_explained_in_base():
-  """By a comment on its line, or above its group where the fields speak for themselves."""
-  lines = (CONFIGS / "base.py").read_text(encoding="utf-8").splitlines()
-  for name in flatten(from_mapping(config_dict())):
-    group, field = name.split(".")[-2:]
-    explained = [
-      "#" in line or lines[i - 1].strip().startswith("#")
-      for i, line in enumerate(lines)
-      if f'"{field}":' in line or (f'"{group}": {{' in line and f'"{field}"' in line)
-    ]
-    own_group = next(i for i, line in enumerate(lines) if f'"{group}": ' in line)
-    assert any(explained) or lines[own_group - 1].strip().startswith("#"), name
+def test_every_setting_is_described_in_sentences():
+  config = from_mapping(config_dict())
+  assert list(SETTINGS) == list(flatten(config))
+  for name, setting in SETTINGS.items():
+    assert re.fullmatch(r"[A-Z(a-z].{12,}[.]", setting.meaning), f"{name}: {setting.meaning!r}"
+    assert not setting.choices or setting.default in setting.choices, name
+
+
+def test_a_field_without_a_setting_does_not_even_load():
+  @dataclasses.dataclass
+  class Forgotten:
+    size: int
+
+  with pytest.raises(KeyError, match="setting"):
+    dict(config_fields._settings(Forgotten, "", {}))
+
+
+def test_fields_that_joined_after_0_1_0_have_a_value_for_older_runs():
+  """The fields of run.json in tests/stored, which never change."""
+  with tarfile.open(STORED) as archive:
+    stored = archive.extractfile("run_0_1_0/workdir/run.json")
+    first = flat_names(json.load(stored)["config"])
+  assert set(SETTINGS) - first <= set(OLDER)
+
+
+def flat_names(values, path=""):
+  nested = {path + name: value for name, value in values.items()}
+  groups = [flat_names(v, name + ".") for name, v in nested.items() if isinstance(v, dict)]
+  return {n for n, v in nested.items() if not isinstance(v, dict)}.union(*groups)
+
+
+def test_described_shows_value_default_and_meaning_of_every_field():
+  text = described(load_module(CONFIGS / "8b.py").get_config("reference"))
+  entries = re.findall(r"^[a-z].*(?:\n    .*)+", text, re.MULTILINE)
+  assert len(entries) == len(SETTINGS)
+  width = next(entry for entry in entries if entry.startswith("model.width"))
+  assert width.startswith("model.width = 4096  (default 1024)\n    Width of the residual stream")
+  match = next(entry for entry in entries if entry.startswith("kd.match"))
+  assert "Choices: 'depth_fraction', 'index'" in match and "Published recipe: 'index'" in match
 
 
 BAD = [

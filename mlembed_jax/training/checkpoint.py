@@ -8,32 +8,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mlembed_jax.config import flatten
-from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.config_fields import SETTINGS, ModelConfig
 from mlembed_jax.data.plan import difference
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.parallel import hosts
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import Run
-
-# Fields that may change between stop and resume: no update depends on them but for its rounding.
-FREE = (
-  "mesh.",
-  "eval.",
-  "export.",
-  "data.builder",
-  "data.dataset",
-  "data.manifest",
-  "data.heldout",
-  "data.instructions",  # what it says stands in the plan
-  "data.micro_batch",
-  "data.kept_tokens",
-  "model.attention",  # another machine may have another kernel
-  "model.remat",
-  "data.packing",
-  "data.workers",
-)
-FREE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 class Checkpoints:
@@ -90,7 +71,7 @@ def check_same_run(
   With `accept_changed_data`, differences of the data are printed instead.
   """
   before, now = (flatten(run.config) for run in (stored, current))
-  fields = [name for name in now if before[name] != now[name] and not name.startswith(FREE)]
+  fields = [name for name in now if before[name] != now[name] and not SETTINGS[name].free]
   data = [name for name in fields if name.startswith(DATA)]
   other = [name for name in fields if name not in data]
   show = lambda name: f"{name}: {before[name]} in the workdir, {now[name]} now"  # noqa: E731

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlembed_jax.config import CHOICES
-from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.config_fields import SETTINGS, ModelConfig
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models import pooling
@@ -272,8 +271,10 @@ def test_every_field_changes_the_program(tiny, field):
 
 
 def test_remat_policies_are_different_programs(tiny):
-  programs = {program(dataclasses.replace(tiny.model, remat=r)) for r in CHOICES["model.remat"]}
-  assert len(programs) == len(CHOICES["model.remat"]) == 1 + len(REMAT_POLICIES)
+  programs = {
+    program(dataclasses.replace(tiny.model, remat=r)) for r in SETTINGS["model.remat"].choices
+  }
+  assert len(programs) == len(SETTINGS["model.remat"].choices) == 1 + len(REMAT_POLICIES)
 
 
 def test_policies_keep_more_and_more(tiny):
