@@ -121,8 +121,8 @@ def prepare_dataset(
   """Prepares the files of FOLDER/manifest.json that match; returns FOLDER/OUT."""
   opened = Tokenizer(tokenizer or folder / "tokenizer.json", "<|endoftext|>")
   files = manifest.select(str(folder / "manifest.json"), [pattern], "--files")
-  plan = prepare.make_plan(files, opened, max_tokens)
-  job = prepare.Job(plan, folder / out, opened.path, opened.pooled_token)
+  recipe = prepare.make_recipe(files, opened, max_tokens)
+  job = prepare.Job(recipe, folder / out, opened.path, opened.pooled_token)
   prepare.run(job, processes=processes, max_dropped_share=max_dropped_share)
   return job.out
 

@@ -156,7 +156,7 @@ class Batches:
       asked[:, 0] = options.query_instructions
       if file.symmetric and options.document_instructions:
         shape, share = (len(asked), kind.texts - 1), options.document_instructions
-        asked[:, 1:] = batching.with_instruction(shape, share, options.seed, step)
+        asked[:, 1:] = batching.instructed_documents(shape, share, options.seed, step)
     return asked
 
   def _mine(

@@ -35,7 +35,7 @@ from mlembed_jax.hf.folder import INDEX, WEIGHTS
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.workdir import Run
+from mlembed_jax.workdir import Run, StepScores
 
 MAX_FILE_BYTES = 5_000_000_000
 DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
@@ -79,13 +79,13 @@ def export_folder(
   step: int,
   cut: Slice,
   name: str | None = None,
-  evaluation: Mapping[str, Any] | None = None,
+  evaluation: StepScores | None = None,
   force: bool = False,
   factors: bool = False,
 ) -> pathlib.Path:
   """Returns `out`, the complete folder of `params` (the whole trained tree) cut to `cut`.
 
-  `evaluation` is the content of eval/step_N.json. `force` allows sizes that were not trained; the
+  `evaluation`: the held-out scores of the step. `force` allows sizes that were not trained; the
   card then says so. `factors` keeps the two factors of the token table instead of their product.
   A previous export at `out` is replaced at the end, by renaming. To be called outside of any mesh:
   one device computes the parity vectors.
@@ -170,7 +170,7 @@ def _write(
   params: Mapping[str, Any],
   tokenizer: Tokenizer,
   spec: Mapping[str, Any],
-  evaluation: Mapping[str, Any] | None,
+  evaluation: StepScores | None,
 ) -> None:
   cut = Slice(rank=variant.rank or None, depth=variant.depth)
   _write_weights(folder, variant, matryoshka.slice_params(params, cut))

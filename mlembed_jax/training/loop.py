@@ -21,8 +21,8 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.devices import compiler
 from mlembed_jax.errors import TrainingError
-from mlembed_jax.eval import grid
-from mlembed_jax.files import copy_file, make_writable_folder, write_json
+from mlembed_jax.eval import grid, summary
+from mlembed_jax.files import copy_file, make_writable_folder
 from mlembed_jax.hf.export import check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
@@ -44,7 +44,7 @@ from mlembed_jax.training.checkpoint import Checkpoints, check_same_run
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.teacher import Teacher
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import Run, evaluated, evaluation_path, read_evaluation
+from mlembed_jax.workdir import Run, StepScores
 
 
 def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
@@ -142,16 +142,17 @@ def evaluate(
   """Writes the held-out scores of every slice at this step, unless they are there."""
   step = int(state.step)
   wanted = {task.name: task.digest for task in read.tasks}
-  if processes.gather(evaluated(workdir, step) != wanted)[0]:
+  with processes.agreed():
+    found = StepScores.load(workdir, step)
+  if processes.gather(found.tasks != wanted)[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
-    scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
-    record = {"step": step, "tasks": wanted, "scores": scores}
-    processes.on_first(lambda: _write_scores(workdir, step, record))
+    scores = grid.score_slices(config, state.params, read.tasks, read.tokenizer, mesh)
+    processes.on_first(lambda: _write_scores(workdir, StepScores(step, wanted, scores)))
 
 
-def _write_scores(workdir: pathlib.Path, step: int, record: dict[str, Any]) -> None:
-  write_json(evaluation_path(workdir, step), record)
-  metrics.write_scores(workdir, step, record["scores"])
+def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
+  evaluation.save(workdir)
+  metrics.write_scores(workdir, evaluation.step, evaluation.scores)
 
 
 def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
@@ -161,11 +162,10 @@ def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Pat
 
 
 def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathlib.Path) -> None:
-  after = read_evaluation(workdir, step)
-  before = read_evaluation(workdir, 0)
+  before, after = StepScores.load(workdir, 0), StepScores.load(workdir, step)
   for task in read.tasks:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
-    print(grid.table(before, after, task.name))
+    print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
   if config.export.at_end:
     run = Run.load(workdir)
     folder = export_folder(
@@ -175,7 +175,7 @@ def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathl
       tokenizer=read.tokenizer,
       step=step,
       cut=Slice(),
-      evaluation={"step": step, "scores": after} if after else None,
+      evaluation=after,
     )
     print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
 

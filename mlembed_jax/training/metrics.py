@@ -23,6 +23,7 @@ from mlembed_jax.errors import TrainingError
 from mlembed_jax.files import write_json, write_text
 from mlembed_jax.models import flops
 from mlembed_jax.parallel import processes
+from mlembed_jax.slice_scores import SliceScore
 
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
@@ -147,19 +148,19 @@ def _step(line: str) -> float:
     return float("inf")
 
 
-def write_scores(workdir: pathlib.Path, step: int, records: Sequence[dict[str, Any]]) -> None:
+def write_scores(workdir: pathlib.Path, step: int, scores: Sequence[SliceScore]) -> None:
   """Writes held-out scores to TensorBoard: of the whole model, and with one axis cut at a time."""
-  axes = {"rank": "rank", "exit": "depth", "dim": "dim"}
+  axes = ("rank", "depth", "dim")
   # Of a folder TensorBoard follows the newest file alone: beside those of the steps, this one would
   # end their curves.
   folder = workdir / "tensorboard" / "eval"
-  full = {axis: max(record[axis] for record in records) for axis in axes}
+  full = {axis: max(getattr(s, axis) for s in scores) for axis in axes}
   with tensorboardX.SummaryWriter(str(folder), filename_suffix=f".{step}") as board:
-    for record in records:
-      cut = [f"{name}_{record[axis]}" for axis, name in axes.items() if record[axis] != full[axis]]
+    for s in scores:
+      sizes = {axis: getattr(s, axis) for axis in axes}
+      cut = [f"{axis}_{size}" for axis, size in sizes.items() if size != full[axis]]
       if len(cut) < 2:
-        tag = f"{record['task']}/{record['metric']}/{cut[0] if cut else 'full'}"
-        board.add_scalar(tag, record["score"], step)
+        board.add_scalar(f"{s.task}/{s.metric}/{cut[0] if cut else 'full'}", s.score, step)
 
 
 def _postfix(line: dict[str, Any]) -> str:

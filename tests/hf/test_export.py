@@ -1,7 +1,6 @@
 import dataclasses
 import hashlib
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,8 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import card, config_files, export
 from mlembed_jax.hf.export import ExportError, variant_name
 from mlembed_jax.matryoshka import Slice
+from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.workdir import StepScores
 from tests import material
 from tests.hf.exports import CUTS, TEXTS, Trained, load_st, parity_difference, read, trained
 
@@ -331,21 +332,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(factorised: Trained, tmp_path:
   assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
-def scores() -> dict[str, Any]:
+def scores() -> StepScores:
   listed = [
-    {
-      "task": "bitext",
-      "metric": "accuracy",
-      "rank": r,
-      "exit": e,
-      "dim": d,
-      "score": r / 100 + e / 10 + d / 1000,
-    }
+    SliceScore("bitext", "accuracy", r, n, d, "float32", r / 100 + n / 10 + d / 1000, {})
     for r in (8, 16, 24)
-    for e in (1, 2, 4)
+    for n in (1, 2, 4)
     for d in (8, 16, 48)
   ]
-  return {"step": 20, "scores": listed}
+  return StepScores(20, {}, listed)
 
 
 def test_the_card_has_its_front_matter_headings_and_scores(

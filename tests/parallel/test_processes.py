@@ -123,7 +123,7 @@ def test_every_layout_gives_the_same_scores_and_export(alone, continued):
       json.loads((w / f"eval/step_{step}.json").read_text())["scores"]
       for w in (alone, continued[0])
     )
-    axes = ("task", "metric", "rank", "exit", "dim", "precision")
+    axes = ("task", "metric", "rank", "depth", "dim", "precision")
     assert [[r[axis] for axis in axes] for r in one] == [[r[axis] for axis in axes] for r in other]
     scores = [[r["score"] for r in of] for of in (one, other)]
     np.testing.assert_allclose(scores[1], scores[0], atol=0.02)  # 1 of 100 texts per language
