@@ -22,7 +22,7 @@ from mlembed_jax.models.encoder import (
   parameter_shapes,
 )
 from mlembed_jax.parallel.sharding import RULES
-from mlembed_jax.training.residuals import Pull
+from mlembed_jax.training.split_vjp import Pull
 from tests.material import FAST_COMPILE, packed, padded, random_batch, random_params
 
 
