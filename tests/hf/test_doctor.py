@@ -14,13 +14,14 @@ from transformers import Qwen3Config, Qwen3Model
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import own_file, parity
 from mlembed_jax.hf.checks import examine, installed
-from mlembed_jax.hf.checks.consumers import concerned
+from mlembed_jax.hf.checks.consumers import Fact, concerned
 from mlembed_jax.hf.checks.finding import (
   ERROR,
   OK,
   SKIPPED,
   WARNING,
   Check,
+  File,
   Finding,
   Subject,
 )
@@ -104,6 +105,10 @@ def test_a_fault_is_found_by_its_check(case: tuple, copy: pathlib.Path):
   assert not [f.found for f in findings if "cannot be examined" in f.found]
   found = verdicts(copy, findings)
   assert all(found[name].level != OK for name in programs)
+
+
+def test_every_fact_concerns_a_program():
+  assert all(concerned(fact) for fact in (*Fact, *File, parity.FILE))
 
 
 def test_every_check_has_a_fault():

@@ -1,27 +1,28 @@
 """The programs that read an exported folder, one row each, and what each depends on.
 
-A check names the fact that broke; this table alone says whom that concerns. To add a program:
+A check names the fact that is broken; this table alone says whom that concerns. To add a program:
 
-1. Write a row in CONSUMERS: in `needs` the files without which the program fails, in `reads` each
-   member of `Fact`, and each other file, that it depends on. Its source has the answers.
-2. Where the program can be loaded by a test of a folder, write a function beside those of
-   `installed.py` and name it in the row as `load`. Its vectors are then compared with parity.json.
+1. Write a row of CONSUMERS. `needs` are the files without which the program fails; `reads` are the
+   other files, and the members of `Fact`, that it depends on. Its source has the answers.
+2. Where the program can be loaded from Python, write a function beside those of `installed.py` and
+   name it in the row as `load`. The doctor then compares its vectors with parity.json.
 
 What the doctor prints and what an export refuses follow from the row. Where the program depends on
-something that no check looks at, add a member to `Fact` and the check that names it.
+something that no check looks at, add a member of `Fact`, or of `File`, and a check that names it.
 """
 
 import dataclasses
 import enum
 
 from mlembed_jax.hf.checks import installed, vectors
-from mlembed_jax.hf.checks.finding import File, Run
+from mlembed_jax.hf.checks.finding import CheckFunction, File
 from mlembed_jax.hf.parity import FILE as PARITY
 
 
 class Fact(enum.StrEnum):
-  """What a folder must keep to for some programs and not for others, beside whole files."""
+  """What programs depend on, beside whole files."""
 
+  MODEL = "sizes, weights and vocabulary"  # on which all programs depend
   # Keys of JSON files, by their names.
   ACTIVATION_FUNCTION = "activation_function"
   AUTO_MAP = "auto_map"
@@ -37,20 +38,19 @@ class Fact(enum.StrEnum):
   TOKENIZER_CLASS = "tokenizer_class"
   TRANSFORMERS_VERSION = "transformers_version"
   WORD_EMBEDDING_DIMENSION = "word_embedding_dimension"
-  # Several keys, or what a program does with the folder.
-  MODEL = "sizes, weights and vocabulary, of which every program has need"
+  # What a program does with the folder.
   LAST_TOKEN = "the state of the last token becomes the embedding"
   FIRST_COORDINATES = "the embedding is cut to its first coordinates"
   DENSE_MODULE = "the Dense module, which does the cut, is applied"
   WHOLE_WIDTH = "the Dense module is not applied"
   TEXT_LENGTH = "texts are cut to the length that is allowed"
-  TWO_FACTORS = "a token table of two factors is read, by the code of the folder"
+  TWO_FACTORS = "a token table that is stored as two factors is read"
   POOLING_FLAGS = "each flag of 1_Pooling/config.json is looked up"
-  MODULE_TYPES = "types in modules.json are known by the names that sentence-transformers 5.1 has"
-  EVERY_KEY = "a key has no default and one type"
-  TEXT_PROMPTS = "a prompt is a string"
-  NO_CLASSIFIER = "keys of a classifier make the model one"
-  WEIGHTS_METADATA = "the metadata of the weights name their format"
+  MODULE_TYPES = "types in modules.json have the names that sentence-transformers 5.1 gives them"
+  EVERY_KEY = "each key of a JSON file must be there, with its type"
+  TEXT_PROMPTS = "a prompt must be a string"
+  NO_CLASSIFIER = "a key of a classifier makes the model a classifier"
+  WEIGHTS_METADATA = "the metadata of the weights must name their format"
   EVERY_SAFETENSORS = "each safetensors file of the folder is taken for weights"
   GGUF = "the folder is converted to GGUF"
 
@@ -62,10 +62,10 @@ class Consumer:
   name: str
   needs: tuple[File, ...]  # files without which it fails
   reads: tuple[str, ...]  # facts that it depends on, and files that it can do without
-  load: Run | None = None  # compares its vectors with parity.json, where it is installed
+  load: CheckFunction | None = None  # compares its vectors with parity.json, where it is installed
 
   def depends_on(self, fact: str) -> bool:
-    """Returns whether the program fails, or should be warned, where the fact is broken."""
+    """Returns whether it concerns the program when the fact is broken."""
     return fact in (Fact.MODEL, self.name, *self.needs, *self.reads)
 
 

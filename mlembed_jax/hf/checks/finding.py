@@ -19,7 +19,7 @@ AGAIN = "Take the folder as it was exported."
 
 
 class File(enum.StrEnum):
-  """The small files of an exported folder, in the order in which their absence is reported."""
+  """The small files of an exported folder, in the order in which check_files misses them."""
 
   CONFIG = "config.json"
   TOKENIZER = "tokenizer.json"
@@ -39,11 +39,11 @@ class Finding:
   file: str
   found: str
   remedy: str = ""
-  fact: str = ""  # that is broken; "": that of the check
+  fact: str = ""  # that is broken; "" stands for that of the check
   check: str = ""  # code of the check; `examine` fills it in
 
 
-Run = Callable[["Subject"], Iterator[Finding]]
+CheckFunction = Callable[["Subject"], Iterator[Finding]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Check:
   """One check; `run` yields nothing where all is well."""
 
   code: str
-  run: Run
-  fact: str  # that is broken where a finding names none, see `consumers`; "": no program reads it
+  run: CheckFunction
+  fact: str  # that is broken where a finding names none; "" concerns no program
   needs: tuple[str, ...] = ()  # files without which it is skipped; check_files says they are absent
 
 
