@@ -54,7 +54,7 @@ MTEB = "mteb:"  # begins the name of a task of MTEB
 MTEB_LACKS = (PRECISION, UNTRAINED)
 
 
-def axes_of(encoder: Encoder) -> Axes:
+def requested_axes(encoder: Encoder) -> Axes:
   """Returns the slices that the flags ask for.
 
   Raises:
@@ -106,7 +106,7 @@ def main() -> None:
   out = make_writable_folder(OUT.value, "--out")
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
-  axes = axes_of(encoder)
+  axes = requested_axes(encoder)
   evaluation = scoring.evaluate_encoder(encoder, tasks, named, axes, out, POOLED_TOKEN.value)
   evaluation.save(out / "scores.json")
   report.write(out / "report.html", evaluation)

@@ -41,7 +41,7 @@ class Matryoshka:
   rank_probabilities: tuple[float, ...]
 
 
-def plan(model: Any, matryoshka: Any) -> Matryoshka:
+def axes_of(model: Any, matryoshka: Any) -> Matryoshka:
   """Returns the axes of a `ModelConfig` and a `MatryoshkaConfig`, defaults filled in."""
   dims = matryoshka.dims or default_dims(model.width)
   ranks = matryoshka.ranks or default_ranks(model.rank)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval.tasks import ByLanguage, HeldoutTask
-from mlembed_jax.matryoshka import Slice, plan, slice_config, slice_params
+from mlembed_jax.matryoshka import Slice, axes_of, slice_config, slice_params
 from mlembed_jax.models.states import states
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import batch_sharding
@@ -37,7 +37,7 @@ def score_slices(
   config: Config, params: Any, tasks: Sequence[HeldoutTask], tokenizer: Tokenizer, mesh: Mesh
 ) -> list[SliceScore]:
   """Returns the scores of all trained slices of parameters on a mesh, on every process."""
-  trained = plan(config.model, config.matryoshka)
+  trained = axes_of(config.model, config.matryoshka)
   axes = Axes(trained.ranks or (0,), trained.exits, trained.dims)
 
   def encode(ids: Ids, rank: int) -> Float[np.ndarray, "E N D"]:

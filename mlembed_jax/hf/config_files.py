@@ -15,7 +15,7 @@ from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
 from mlembed_jax.errors import ExportError
 from mlembed_jax.families import FAMILIES, Family
 from mlembed_jax.hf import param_mapping
-from mlembed_jax.matryoshka import Matryoshka, plan
+from mlembed_jax.matryoshka import Matryoshka, axes_of
 from mlembed_jax.workdir import Run
 
 PAD_TOKEN = "<|endoftext|>"  # where the tokenizer has it; else the pooled token
@@ -66,7 +66,7 @@ class Variant:
   @property
   def axes(self) -> Matryoshka:
     """Returns what was trained."""
-    return plan(self.run.config.model, self.run.config.matryoshka)
+    return axes_of(self.run.config.model, self.run.config.matryoshka)
 
   @property
   def recipe(self) -> str:

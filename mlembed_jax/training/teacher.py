@@ -16,7 +16,7 @@ from mlembed_jax.errors import ConfigError
 from mlembed_jax.hf import own_file
 from mlembed_jax.hf.folder import check_folder, read_model
 from mlembed_jax.hf.load import load_params
-from mlembed_jax.matryoshka import plan
+from mlembed_jax.matryoshka import axes_of
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.objective.distillation import match_exits
 from mlembed_jax.parallel import processes
@@ -144,7 +144,7 @@ class _Found:
 
 def _from_workdir(path: pathlib.Path) -> _Found:
   config, step = Run.load(path).config, checkpoint.latest_step(path)
-  exits = plan(config.model, config.matryoshka).exits
+  exits = axes_of(config.model, config.matryoshka).exits
   return _Found(config.model, exits, config.data.pooled_token, f"step {step}")
 
 
@@ -196,7 +196,7 @@ def _matched(config: Config, model: ModelConfig, trained: tuple[int, ...]) -> tu
   exits = config.kd.exits or trained
   if exits[-1] > model.layers:
     raise ConfigError(f"kd.exits: {exits[-1]} is beyond the teacher's {model.layers} layers")
-  student = plan(config.model, config.matryoshka).exits
+  student = axes_of(config.model, config.matryoshka).exits
   try:
     return match_exits(student, config.model.layers, exits, model.layers, config.kd.match)
   except ValueError as error:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from mlembed_jax.batch import Arrays, Kind, Sheets
 from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, ModelConfig
 from mlembed_jax.devices import compiler
-from mlembed_jax.matryoshka import Matryoshka, plan
+from mlembed_jax.matryoshka import Matryoshka, axes_of
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.objective import losses
 from mlembed_jax.objective.losses import Teachers
@@ -88,7 +88,7 @@ class BatchLoss:
       progress: share of the run that is done, 0 to 1.
       teacher_params: of the online teacher.
     """
-    axes = plan(self.config.model, self.config.matryoshka)
+    axes = axes_of(self.config.model, self.config.matryoshka)
     mask = None if rank is None else rank_mask(rank, self.config.model.rank)
 
     def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
@@ -134,7 +134,7 @@ class BatchLoss:
 
 def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
   """Returns the bytes of activations, over all devices, that wait for the backward pass."""
-  axes = plan(config.model, config.matryoshka)
+  axes = axes_of(config.model, config.matryoshka)
   mask = jax.ShapeDtypeStruct((config.model.rank,), jnp.float32) if config.model.rank else None
   run = lambda p, block: encode(config.model, axes.exits, p[0], block, p[1])  # noqa: E731
   return gradcache.kept_bytes(run, (params, mask), sheets, config.data.kept_tokens)
@@ -144,7 +144,7 @@ def make(
   config: Config, steps: int, mesh: Mesh, teacher: TeacherShape | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns `step(state, batch, teacher_params, kind=...)`, jitted; the old state is reused."""
-  axes = plan(config.model, config.matryoshka)
+  axes = axes_of(config.model, config.matryoshka)
   tx = optimizer.make(config.optimizer, steps)
   rate = optimizer.schedule(config.optimizer, steps)
   layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config, tx, mesh))

@@ -40,7 +40,7 @@ HEADER = (
 )
 
 
-def axes_of(width: int, layers: int) -> Matryoshka:
+def axes_for(width: int, layers: int) -> Matryoshka:
   """Returns all default dims and exits, ranks aside."""
   dims = default_dims(width)
   return Matryoshka(dims, dim_weights(dims), default_exits(layers), (), ())
@@ -168,7 +168,7 @@ def main() -> None:
   parser.add_argument("--dtype", default="float32", help="of the states")
   parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
-  axes = axes_of(args.width, args.layers)
+  axes = axes_for(args.width, args.layers)
   config = common.load_config(common.CONFIGS / "base.py")
   print(f"{common.machine()}; {len(axes.exits)} exits, dims {axes.dims}, {args.dtype}\n")
   common.print_table(HEADER, rows(axes, config, args))

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mlembed_jax.batch import Arrays, Kind
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data import packing
-from mlembed_jax.matryoshka import Matryoshka, plan
+from mlembed_jax.matryoshka import Matryoshka, axes_of
 from mlembed_jax.parallel.sharding import batch_sharding, batch_shards, make_mesh, put_batch
 from mlembed_jax.training import lowering, optimizer, train_state, train_step
 from tests.benchmarks import common
@@ -82,7 +82,7 @@ class Stepper:
 
 def head_of(config: Config, mesh: Mesh, batch: Arrays) -> Any:
   """Returns the objective with its gradient to random states of the batch, ready to run."""
-  axes = plan(config.model, config.matryoshka)
+  axes = axes_of(config.model, config.matryoshka)
   shape = (len(axes.exits), *batch.hashes.shape[:2], config.model.width)
   layout = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
   draw = functools.partial(jax.random.normal, shape=shape, dtype=jnp.dtype(config.model.dtype))
@@ -109,7 +109,7 @@ def step_flops(config: Config, axes: Matryoshka, texts: int) -> float:
 
 
 def describe(name: str, config: Config, time: dict[str, float], step: Stepper) -> list[Any]:
-  axes = plan(config.model, config.matryoshka)
+  axes = axes_of(config.model, config.matryoshka)
   whole, head = time[name], time[f"head of {name}"]
   texts = step.batch.hashes.shape[1]
   tokens = config.data.global_batch * texts * config.data.lengths[-1]

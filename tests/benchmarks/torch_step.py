@@ -35,7 +35,7 @@ import transformers
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.devices import chips
 from mlembed_jax.hf import param_mapping
-from mlembed_jax.matryoshka import plan
+from mlembed_jax.matryoshka import axes_of
 from mlembed_jax.models import flops
 from mlembed_jax.parallel.sharding import make_mesh
 from tests.benchmarks import common
@@ -145,7 +145,7 @@ class Theirs:
   def __init__(self, args: Any, folder: pathlib.Path):
     torch.set_num_threads(cores())
     config, arrays = load(args), np.load(folder / "arrays.npz")
-    self._config, self._axes = config, plan(config.model, config.matryoshka)
+    self._config, self._axes = config, axes_of(config.model, config.matryoshka)
     self._device, self._rng = args.device, np.random.default_rng(0)
     self._encoder = Encoder(config.model, self._axes.exits, arrays).to(args.device)
     ids = random_ids(config, 2 + args.negatives).astype(np.int64)

@@ -12,7 +12,7 @@ import pytest
 
 from mlembed_jax.batch import Arrays
 from mlembed_jax.config import flatten, from_mapping
-from mlembed_jax.matryoshka import plan
+from mlembed_jax.matryoshka import axes_of
 from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.parallel.sharding import (
   batch_shards,
@@ -189,7 +189,7 @@ def test_the_old_state_is_donated(tiny, trainer):
 
 
 def test_rank_draws_are_proportional_and_depend_on_seed_and_step_alone(tiny):
-  axes = plan(tiny.model, dataclasses.replace(tiny.matryoshka, ranks=(2, 4, 8, 16)))
+  axes = axes_of(tiny.model, dataclasses.replace(tiny.matryoshka, ranks=(2, 4, 8, 16)))
   draw = jax.jit(jax.vmap(lambda s: train_step.draw_rank(axes, 0, s)))
   ranks = np.asarray(draw(np.arange(20_000)))
   counts = collections.Counter(ranks.tolist())
