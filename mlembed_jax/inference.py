@@ -30,8 +30,8 @@ from mlembed_jax.hf.folder import open_model_folder, read_model, read_positions,
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
+from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.models.encoder import parameter_shapes
-from mlembed_jax.models.states import states
 from mlembed_jax.quantize import quantize, unit
 
 # Widths of batches: a text is padded by a third at most. Rows follow from the tokens of a batch, so
@@ -215,17 +215,13 @@ class Encoder:
     """
     # Cutting nothing would hold the layers twice.
     model, params = self._cut(None if depth == self._model.layers else depth, rank)
+    batching = Batching(
+      lengths=WIDTHS,
+      rows=lambda width: self._rows(width, len(ids)),
+      sharding=NamedSharding(self._mesh, PartitionSpec("data")),
+    )
     with tqdm(total=len(ids), disable=not show_progress_bar, unit=" texts") as bar:
-      out = states(
-        model,
-        params,
-        ids,
-        exits=exits,
-        lengths=WIDTHS,
-        rows=lambda width: self._rows(width, len(ids)),
-        sharding=NamedSharding(self._mesh, PartitionSpec("data")),
-        progress=bar.update,
-      )
+      out = encode_batched(model, params, ids, exits, batching, bar.update)
     if bad := np.flatnonzero(~np.isfinite(out).all(axis=(0, 2))).tolist():
       raise ValueError(f"texts[{bad[0]}] and {len(bad) - 1} more have vectors that are not finite")
     return out

@@ -17,7 +17,7 @@ from mlembed_jax.hf.export import export_folder
 from mlembed_jax.hf.folder import FILES
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.models import states
+from mlembed_jax.models import batched
 from mlembed_jax.quantize import PRECISIONS, quantize, ranges
 from mlembed_jax.workdir import Run
 from tests.material import sentences
@@ -185,6 +185,6 @@ def test_all_that_an_encoder_reads_is_downloaded(exported):
 def test_few_programs_serve_all_lengths(encoder):
   ids = [[5] * n for n in np.random.default_rng(0).integers(1, 100, 500).tolist()]
   encoder.states(ids, (3,))
-  compiled = states._program.cache_info()
+  compiled = batched._program.cache_info()
   assert encoder.states(ids[::-1], (3,)).shape == (1, 500, 48)
-  assert states._program.cache_info().misses == compiled.misses
+  assert batched._program.cache_info().misses == compiled.misses

@@ -14,7 +14,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval.tasks import ByLanguage, HeldoutTask
 from mlembed_jax.matryoshka import Slice, axes_of, slice_config, slice_params
-from mlembed_jax.models.states import states
+from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import batch_sharding
 from mlembed_jax.quantize import rounded, unit
@@ -40,17 +40,14 @@ def score_slices(
   trained = axes_of(config.model, config.matryoshka)
   axes = Axes(trained.ranks or (0,), trained.exits, trained.dims)
 
+  batching = Batching(
+    config.data.lengths, rows=lambda _: config.eval.batch_size, sharding=batch_sharding(mesh)
+  )
+
   def encode(ids: Ids, rank: int) -> Float[np.ndarray, "E N D"]:
     cut = Slice(rank=rank or None)
-    return states(
-      slice_config(config.model, cut),
-      slice_params(params, cut),
-      ids,
-      exits=axes.depths,
-      lengths=config.data.lengths,
-      rows=lambda _: config.eval.batch_size,
-      sharding=batch_sharding(mesh),
-    )
+    model = slice_config(config.model, cut)
+    return encode_batched(model, slice_params(params, cut), ids, axes.depths, batching)
 
   def ids(task: HeldoutTask) -> Ids:
     return tokenizer.encode(task.texts, config.data.lengths[-1])

@@ -14,7 +14,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.config_files import Variant
 from mlembed_jax.hf.load import load_params, on_device
-from mlembed_jax.models.states import states
+from mlembed_jax.models.batched import Batching, encode_batched
 
 FILE = "parity.json"
 # What tokenizers and attention masks get wrong. None begins or ends with a blank, which
@@ -73,15 +73,9 @@ def vectors(
   device = _exact_device()
   params = load_params(folder, model, on_device(model, device))
   with jax.default_device(device), jax.default_matmul_precision("highest"):
-    found = states(
-      model,
-      params,
-      ids,
-      exits=[model.layers],
-      lengths=[*BUCKETS, max(map(len, ids))],
-      rows=lambda _: 2,
-    )[0]
-    return np.asarray(matryoshka.truncate(found, dim), "<f4")
+    batching = Batching(lengths=[*BUCKETS, max(map(len, ids))], rows=lambda _: 2)
+    states = encode_batched(model, params, ids, [model.layers], batching)[0]
+    return np.asarray(matryoshka.truncate(states, dim), "<f4")
 
 
 def embedding(item: Mapping[str, Any]) -> Float[np.ndarray, " M"]:

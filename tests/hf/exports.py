@@ -15,7 +15,7 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import parity
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params, truncate
-from mlembed_jax.models.states import states
+from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.workdir import Run
 from tests import material
 
@@ -85,8 +85,8 @@ class Trained:
     model = slice_config(config.model, dataclasses.replace(cut, dim=None))
     ids = self.tokenizer.encode([prompt + t for t in texts], config.export.max_seq_length)
     params = slice_params(self.params, cut)
-    rows = lambda _: len(texts)  # noqa: E731
-    found = states(model, params, ids, exits=[model.layers], lengths=[128], rows=rows)
+    batching = Batching(lengths=[128], rows=lambda _: len(texts))
+    found = encode_batched(model, params, ids, [model.layers], batching)
     return np.asarray(truncate(found[0], cut.dim))
 
 

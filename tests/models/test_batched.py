@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from mlembed_jax.models import states as module
-from mlembed_jax.models.states import states
+from mlembed_jax.models import batched
+from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.parallel.sharding import batch_sharding, make_mesh
 from tests.material import padded
 
@@ -18,8 +18,8 @@ def ids():
 
 
 def run(tiny, params, ids, **options):
-  options = {"exits": (1, 3), "lengths": (32, 64), "rows": lambda _: 8} | options
-  return states(tiny.model, params, ids, **options)
+  batching = Batching(lengths=(32, 64), rows=lambda _: 8, **options)
+  return encode_batched(tiny.model, params, ids, (1, 3), batching)
 
 
 def test_each_text_alone_gives_the_same_vectors(tiny, params, ids):
@@ -38,10 +38,10 @@ def test_a_mesh_changes_nothing(tiny, params, ids):
 
 
 def test_one_program_per_length(tiny, params, ids):
-  module._program.cache_clear()
+  batched._program.cache_clear()
   run(tiny, params, ids)
   run(tiny, params, ids[:13])
-  assert module._program(tiny.model, (1, 3), None)._cache_size() == 2
+  assert batched._program(tiny.model, (1, 3), None)._cache_size() == 2
 
 
 def test_no_texts_give_no_vectors(tiny, params):
@@ -49,7 +49,7 @@ def test_no_texts_give_no_vectors(tiny, params):
 
 
 def test_bucket_and_pad():
-  assert [module.bucket(n, (32, 64)) for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
-  tokens, lengths = module.pad([[5, 6], [7]], 3)
+  assert [batched.bucket(n, (32, 64)) for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
+  tokens, lengths = batched.pad([[5, 6], [7]], 3)
   np.testing.assert_array_equal(tokens, [[5, 6, 0], [7, 0, 0]])
   np.testing.assert_array_equal(lengths, [2, 1])

@@ -1,5 +1,6 @@
 """Texts to vectors of every exit, in batches of a few fixed shapes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,15 @@ from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.parallel import processes
 
 
+@dataclasses.dataclass(frozen=True)
+class Batching:
+  """The batches that texts are encoded in: their widths, their rows, and where these live."""
+
+  lengths: Sequence[int]  # tokens; a batch is padded to the smallest that holds its longest text
+  rows: Callable[[int], int]  # gives the texts of a batch of such a length
+  sharding: NamedSharding | None = None  # splits the rows over a mesh; None: one device has all
+
+
 @functools.lru_cache(maxsize=64)
 def _program(
   model: ModelConfig, exits: tuple[int, ...], out: NamedSharding | None
@@ -27,29 +37,34 @@ def _program(
   return run
 
 
-def states(
+def encode_batched(
   model: ModelConfig,
   params: Any,
   ids: Sequence[Sequence[int]],
-  *,
   exits: Sequence[int],
-  lengths: Sequence[int],
-  rows: Callable[[int], int],
-  sharding: NamedSharding | None = None,
+  batching: Batching,
   progress: Callable[[int], Any] = lambda count: None,
 ) -> Float[np.ndarray, "E N D"]:
   """Returns the final-norm state of each text at each exit, float32, *before* L2 normalisation.
 
-  Texts are sorted by length, the longest first, and padded to the smallest of `lengths` that holds
-  the longest of a batch; a batch of this length has `rows(length)` texts, so there are at most
-  len(lengths) programs. `sharding` splits the rows over a mesh, of which every process gives all
-  texts and gets all states. `progress` is told how many texts are on their way.
+  Texts are sorted by length, the longest first, so that a batch needs little padding. There is one
+  program per length of `batching`, at most. Where that has a mesh, every process of the mesh gives
+  all texts and gets all states.
+
+  Args:
+    model: shape of the encoder.
+    params: its parameters.
+    ids: token ids of each text.
+    exits: layer counts at which states are taken, ascending.
+    batching: shapes of the batches.
+    progress: is called with the number of texts of each batch that is on its way.
   """
+  sharding = batching.sharding
   whole = NamedSharding(sharding.mesh, PartitionSpec()) if sharding else None
   program = _program(model, tuple(exits), whole)
   out = np.empty((len(exits), len(ids), model.width), np.float32)
   before: tuple[np.ndarray, Any] | None = None
-  for chosen, inputs in _batches(ids, lengths, rows):
+  for chosen, inputs in _batches(ids, batching):
     if sharding:
       inputs = processes.place(inputs, (sharding, sharding))
     found = chosen, program(params, *inputs)
@@ -64,15 +79,16 @@ def states(
 
 
 def _batches(
-  ids: Sequence[Sequence[int]], lengths: Sequence[int], rows: Callable[[int], int]
+  ids: Sequence[Sequence[int]], batching: Batching
 ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
   """Yields (which texts, their tokens and lengths)."""
   order = np.argsort([-len(row) for row in ids], kind="stable")
   while order.size:
-    size = bucket(len(ids[order[0]]), lengths)
-    chosen, order = order[: rows(size)], order[rows(size) :]
-    # The last batch repeats its first row instead of being a new shape.
-    yield chosen, pad([ids[i] for i in np.resize(chosen, rows(size)).tolist()], size)
+    size = bucket(len(ids[order[0]]), batching.lengths)
+    rows = batching.rows(size)
+    chosen, order = order[:rows], order[rows:]
+    # The last batch repeats its first rows instead of being a new shape.
+    yield chosen, pad([ids[i] for i in np.resize(chosen, rows).tolist()], size)
 
 
 def _fetch(out: np.ndarray, rows: np.ndarray, found: Any) -> None:
