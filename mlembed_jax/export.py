@@ -53,7 +53,7 @@ def _wanted() -> dict[str, tuple[Slice, bool]]:
 def main() -> None:
   """Reads the flags and writes the folders."""
   from mlembed_jax.data.tokenizer import Tokenizer
-  from mlembed_jax.hf.export import check_target, export_folder, plan_variant
+  from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
   from mlembed_jax.training.checkpoint import load_params
   from mlembed_jax.workdir import Run, StepScores
 
@@ -61,20 +61,17 @@ def main() -> None:
   run, wanted = Run.load(workdir), _wanted()
   out = pathlib.Path(OUT.value).absolute()
   for suffix, (cut, factors) in wanted.items():  # before the first is written
-    plan_variant(run, 0, cut, force=FORCE.value, factors=factors)
+    check_variant(run, 0, cut, force=FORCE.value, factors=factors)
     check_target(out.with_name(out.name + suffix))
   step, params = load_params(workdir, run.config.model)
-  evaluation = StepScores.load(workdir, step)
+  tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
+  trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step))
   for suffix, (cut, factors) in wanted.items():
     folder = export_folder(
       out.with_name(out.name + suffix),
-      run=run,
-      params=params,
-      tokenizer=Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token),
-      step=step,
-      cut=cut,
+      trained,
+      cut,
       name=NAME.value and NAME.value + suffix,
-      evaluation=evaluation,
       force=FORCE.value,
       factors=factors,
     )

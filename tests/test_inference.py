@@ -13,7 +13,7 @@ from sentence_transformers.util.quantization import quantize_embeddings
 
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
-from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.export import TrainedModel, export_folder
 from mlembed_jax.hf.folder import FILES
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
@@ -72,8 +72,8 @@ def test_slices_are_those_of_exported_cuts(exported, encoder, tiny, params, data
   np.testing.assert_allclose(found, Encoder.load(exported["cut"]).encode(TEXTS), atol=1e-5)
   run = Run(tiny, {}, "f" * 64)
   tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
-  options = {"run": run, "params": params, "tokenizer": tokenizer, "step": 1, "force": True}
-  folder = export_folder(tmp_path / "rank", cut=Slice(rank=8), **options)
+  trained = TrainedModel(run, 1, params, tokenizer)
+  folder = export_folder(tmp_path / "rank", trained, Slice(rank=8), force=True)
   low = encoder.encode(TEXTS, rank=8)
   np.testing.assert_allclose(low, Encoder.load(folder).encode(TEXTS), atol=1e-4)
   assert np.abs(low - encoder.encode(TEXTS)).max() > 1e-3

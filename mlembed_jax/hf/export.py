@@ -44,6 +44,17 @@ DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
 VARIANT_AXES = {"d": "dim", "l": "depth", "r": "rank"}
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+  """A run at one step: all that its folders are written from, whichever way they are cut."""
+
+  run: Run
+  step: int
+  params: Mapping[str, Any]  # the whole trained tree
+  tokenizer: Tokenizer
+  evaluation: StepScores | None = None  # the held-out scores of the step
+
+
 def variant_name(name: str, cut: Slice, factors: bool = False) -> str:
   """Returns `name` with -d, -l and -r parts for the axes that are cut, and -uv for factors."""
   parts = (("d", cut.dim), ("l", cut.depth), ("r", cut.rank))
@@ -73,31 +84,33 @@ def parse_variant(text: str) -> tuple[Slice, bool]:
 
 def export_folder(
   out: pathlib.Path,
-  *,
-  run: Run,
-  params: Mapping[str, Any],
-  tokenizer: Tokenizer,
-  step: int,
+  trained: TrainedModel,
   cut: Slice,
+  *,
   name: str | None = None,
-  evaluation: StepScores | None = None,
   force: bool = False,
   factors: bool = False,
 ) -> pathlib.Path:
-  """Returns `out`, the complete folder of `params` (the whole trained tree) cut to `cut`.
+  """Returns `out`, the complete folder of a trained model that is cut to `cut`.
 
-  `evaluation`: the held-out scores of the step. `force` allows sizes that were not trained; the
-  card then says so. `factors` keeps the two factors of the token table instead of their product.
-  A previous export at `out` is replaced at the end, by renaming. To be called outside of any mesh:
-  one device computes the parity vectors.
+  A previous export at `out` is replaced at the end, by renaming. Call it outside of any mesh: one
+  device computes the parity vectors.
+
+  Args:
+    out: folder to write.
+    trained: the whole model.
+    cut: sizes to keep.
+    name: of the model; None: export.name and what is cut.
+    force: allows sizes that were not trained; the card then says so.
+    factors: keeps the two factors of the token table instead of their product.
 
   Raises:
     ExportError: `out` holds something else, a size was not trained, the tokenizer does not fit
       the table, a weight is not finite, or a reader of such folders would fail.
   """
   out = out.absolute()
-  variant = plan_variant(run, step, cut, name, force, factors)
-  spec = config_files.tokenizer_spec(tokenizer, run.config.model)
+  variant = check_variant(trained.run, trained.step, cut, name, force, factors)
+  spec = config_files.tokenizer_spec(trained.tokenizer, trained.run.config.model)
   check_target(out)
   temporary = out.with_name(f".{out.name}.new")
   shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -106,7 +119,7 @@ def export_folder(
   except OSError as error:
     raise ExportError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
   try:
-    _write(temporary, variant, params, tokenizer, spec, evaluation)
+    _write(temporary, variant, trained, spec)
     _check(temporary)
     replace_folder(temporary, out)
   finally:
@@ -114,7 +127,7 @@ def export_folder(
   return out
 
 
-def plan_variant(
+def check_variant(
   run: Run,
   step: int,
   cut: Slice,
@@ -122,7 +135,12 @@ def plan_variant(
   force: bool = False,
   factors: bool = False,
 ) -> Variant:
-  """Returns what a folder will hold; raises ExportError as `export_folder` does for its sizes."""
+  """Returns what a folder will hold.
+
+  Raises:
+    ExportError: a size is beyond the model, or was not trained (allowed with `force`); or factors
+      are asked of a table that has none.
+  """
   model = run.config.model
   if factors and not model.rank:
     raise ExportError("uv: the token table of this model was never factorised")
@@ -166,15 +184,10 @@ def check_target(out: pathlib.Path) -> None:
 
 
 def _write(
-  folder: pathlib.Path,
-  variant: Variant,
-  params: Mapping[str, Any],
-  tokenizer: Tokenizer,
-  spec: Mapping[str, Any],
-  evaluation: StepScores | None,
+  folder: pathlib.Path, variant: Variant, trained: TrainedModel, spec: Mapping[str, Any]
 ) -> None:
-  cut = Slice(rank=variant.rank or None, depth=variant.depth)
-  _write_weights(folder, variant, matryoshka.slice_params(params, cut))
+  tokenizer, cut = trained.tokenizer, Slice(rank=variant.rank or None, depth=variant.depth)
+  _write_weights(folder, variant, matryoshka.slice_params(trained.params, cut))
   if variant.form == "uv":
     family = FAMILIES[variant.body.family]
     for file, code in config_files.remote_code(family).items():
@@ -190,7 +203,9 @@ def _write(
   }.items():
     write_json(folder / path, value)
   write_json(folder / parity.FILE, parity.items(folder, variant, tokenizer, prompts["query"]))
-  write_text(folder / "README.md", card(variant, tokenizer.pooled_token, prompts, evaluation))
+  write_text(
+    folder / "README.md", card(variant, tokenizer.pooled_token, prompts, trained.evaluation)
+  )
   own_file.write(folder, _own_file(folder, variant, tokenizer))
 
 

@@ -23,7 +23,7 @@ from mlembed_jax.devices import compiler
 from mlembed_jax.errors import TrainingError
 from mlembed_jax.eval import grid, summary
 from mlembed_jax.files import copy_file, make_writable_folder
-from mlembed_jax.hf.export import check_target, export_folder
+from mlembed_jax.hf.export import TrainedModel, check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
@@ -165,16 +165,8 @@ def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathl
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
     print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
   if config.export.at_end:
-    run = Run.load(workdir)
-    folder = export_folder(
-      export_path(config, workdir),
-      run=run,
-      params=params,
-      tokenizer=read.tokenizer,
-      step=step,
-      cut=Slice(),
-      evaluation=after,
-    )
+    trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, after)
+    folder = export_folder(export_path(config, workdir), trained, Slice())
     print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
 
 

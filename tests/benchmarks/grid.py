@@ -20,7 +20,7 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import scoring
 from mlembed_jax.eval.grid import Axes
 from mlembed_jax.eval.tasks import HeldoutTask, load_folder
-from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.export import TrainedModel, export_folder
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.workdir import Run
@@ -41,11 +41,8 @@ def make_model(folder: pathlib.Path, tokenizer: pathlib.Path, layers: int) -> En
   fields = SHAPE | {"model.layers": layers, "model.vocab": token.size}
   config = common.load_config(common.CONFIGS / "0_6b.py", **fields)
   params = material.random_params(config.model)
-  run = Run(config, {}, {})
-  path = export_folder(
-    folder / "model", run=run, params=params, tokenizer=token, step=0, cut=Slice()
-  )
-  return Encoder.load(path)
+  trained = TrainedModel(Run(config, {}, {}), 0, params, token)
+  return Encoder.load(export_folder(folder / "model", trained, Slice()))
 
 
 def seconds(encoder: Encoder, tasks: list[HeldoutTask], axes: Axes) -> float:

@@ -13,10 +13,10 @@ from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.export import TrainedModel, export_folder
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params, truncate
 from mlembed_jax.models.batched import Batching, encode_batched
-from mlembed_jax.workdir import Run
+from mlembed_jax.workdir import Run, StepScores
 from tests import material
 
 TEXTS = [
@@ -68,16 +68,15 @@ class Trained:
   params: Any
   tokenizer: Tokenizer
 
-  def export(self, out: pathlib.Path, cut: Slice = CUTS["full"], **options: Any) -> pathlib.Path:
-    return export_folder(
-      out,
-      run=self.run,
-      params=self.params,
-      tokenizer=self.tokenizer,
-      step=20,
-      cut=cut,
-      **options,
-    )
+  def export(
+    self,
+    out: pathlib.Path,
+    cut: Slice = CUTS["full"],
+    evaluation: StepScores | None = None,
+    **options: Any,
+  ) -> pathlib.Path:
+    trained = TrainedModel(self.run, 20, self.params, self.tokenizer, evaluation)
+    return export_folder(out, trained, cut, **options)
 
   def vectors(self, texts: list[str], cut: Slice, prompt: str) -> np.ndarray:
     """Returns our own vectors from the parameters as trained, not from the folder."""

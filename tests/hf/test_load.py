@@ -16,7 +16,7 @@ from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import param_mapping
-from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.export import TrainedModel, export_folder
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_params
 from mlembed_jax.workdir import Run
@@ -142,15 +142,12 @@ def test_export_import_export_is_bitwise_equal(
 ):
   stored = dataclasses.replace(tiny.export, dtype=dtype)
   run = Run(dataclasses.replace(tiny, export=stored), {}, "f" * 64)
-  options: dict[str, Any] = {
-    "run": run,
-    "tokenizer": Tokenizer(data / "tokenizer.json", tiny.data.pooled_token),
-    "step": 1,
-    "cut": Slice(),
-  }
-  first = export_folder(tmp_path / "first", params=params, **options)
+  tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
+  trained = TrainedModel(run, 1, params, tokenizer)
+  first = export_folder(tmp_path / "first", trained, Slice())
   loaded = load_params(first, tiny.model)
-  second = export_folder(tmp_path / "second", params=loaded, **options)
+  again = dataclasses.replace(trained, params=loaded)
+  second = export_folder(tmp_path / "second", again, Slice())
   for file in ("model.safetensors", "mlembed/uv.safetensors", "parity.json"):
     assert (first / file).read_bytes() == (second / file).read_bytes(), file
   if dtype == "float32":
@@ -165,9 +162,7 @@ def test_stale_factors_are_refused(
 ):
   run = Run(tiny, {}, "f" * 64)
   tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
-  folder = export_folder(
-    tmp_path / "out", run=run, params=params, tokenizer=tokenizer, step=1, cut=Slice()
-  )
+  folder = export_folder(tmp_path / "out", TrainedModel(run, 1, params, tokenizer), Slice())
   edit_tensors(
     folder, folder, lambda ts: ts | {"embed_tokens.weight": ts["embed_tokens.weight"] * 1.02}
   )

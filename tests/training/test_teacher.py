@@ -14,7 +14,7 @@ from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import ConfigError, LoadError
 from mlembed_jax.files import copy_file
-from mlembed_jax.hf.export import export_folder
+from mlembed_jax.hf.export import TrainedModel, export_folder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
 from mlembed_jax.training import optimizer, train_state
@@ -66,15 +66,8 @@ def exported(workdir, tokenizer, tmp_path_factory):
   with on_mesh(mesh):
     teacher = open_teacher(student(workdir, **WIDE_STUDENT), tokenizer)
     params = jax.device_get(teacher.params(mesh))
-  return export_folder(
-    tmp_path_factory.mktemp("exported") / "folder",
-    run=Run.load(workdir),
-    params=params,
-    tokenizer=tokenizer,
-    step=7,
-    cut=Slice(depth=2),
-    evaluation=None,
-  )
+  trained = TrainedModel(Run.load(workdir), 7, params, tokenizer)
+  return export_folder(tmp_path_factory.mktemp("exported") / "folder", trained, Slice(depth=2))
 
 
 WIDE_STUDENT = {name: value for name, value in WIDE.items() if name != "kd.teacher"}
