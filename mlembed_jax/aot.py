@@ -41,8 +41,8 @@ def main() -> None:
   import jax
 
   from mlembed_jax.estimate import sweep
-  from mlembed_jax.estimate import text as estimate_text
   from mlembed_jax.estimate.estimate import Step, Target, estimate_step, gib
+  from mlembed_jax.estimate.text import report_text
   from mlembed_jax.training import micro_batch
 
   jax.config.update("jax_platforms", "cpu")  # the compiler is asked, not a device
@@ -50,12 +50,14 @@ def main() -> None:
   target = Target.parse(str(TOPOLOGY.value), SLICES.value)
   step = Step(TASK.value, TEXT_TOKENS.value)
   if SWEEP.value:
-    found = sweep.run(config, target, step)
-    print(json.dumps([dataclasses.asdict(e) for e in found]) if JSON.value else sweep.table(found))
+    found = sweep.sweep_settings(config, target, step)
+    print(
+      json.dumps([dataclasses.asdict(e) for e in found]) if JSON.value else sweep.sweep_table(found)
+    )
     fits = found[0].fits
     sys.exit(None if fits else "error: no setting that was tried fits; use more chips")
   estimate = estimate_step(config, target, step)
-  print(json.dumps(dataclasses.asdict(estimate)) if JSON.value else estimate_text.report(estimate))
+  print(json.dumps(dataclasses.asdict(estimate)) if JSON.value else report_text(estimate))
   if not estimate.fits:
     needed, there = gib(estimate.hbm_bytes_per_device), gib(estimate.hbm_capacity)
     sys.exit(

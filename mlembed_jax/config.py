@@ -135,18 +135,18 @@ def _dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
   return cls(**{n: _field(hints[n], values[n], f"{path}{n}") for n in hints})
 
 
-def _field(kind: Any, value: Any, path: str) -> Any:
-  if dataclasses.is_dataclass(kind):
+def _field(wanted: Any, value: Any, path: str) -> Any:
+  if dataclasses.is_dataclass(wanted):
     if not isinstance(value, Mapping) and not hasattr(value, "items"):
       raise ConfigError(f"{path}: expected a group of fields, found {value!r}")
-    return _dataclass(typing.cast(type, kind), value, f"{path}.")
-  if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
-    item = typing.get_args(kind)[0]
+    return _dataclass(typing.cast(type, wanted), value, f"{path}.")
+  if typing.get_origin(wanted) is tuple and isinstance(value, (tuple, list)):
+    item = typing.get_args(wanted)[0]
     return tuple(_field(item, v, f"{path}[{i}]") for i, v in enumerate(value))
-  if kind is float and type(value) is int:
+  if wanted is float and type(value) is int:
     return float(value)
-  if type(value) is not kind:
-    name = getattr(kind, "__name__", str(kind))
+  if type(value) is not wanted:
+    name = getattr(wanted, "__name__", str(wanted))
     raise ConfigError(f"{path}: expected {name}, found {value!r} ({type(value).__name__})")
   return value
 
@@ -243,19 +243,19 @@ def _check_losses(config: Config) -> None:
   tasks = losses.contrastive_tasks()
   if losses.inbatch_negatives and not any(task.inbatch for task in tasks.values()):
     raise ConfigError("losses.inbatch_negatives: no task type has inbatch, so nothing meets them")
-  for kind, task in tasks.items():
+  for name, task in tasks.items():
     if task.symmetric and not task.inbatch:
-      raise ConfigError(f"losses.{kind}.symmetric: without inbatch there is no other direction")
-  for kind in (*tasks, "scored_pairs"):
-    settings = getattr(losses, kind)
+      raise ConfigError(f"losses.{name}.symmetric: without inbatch there is no other direction")
+  for name in (*tasks, "scored_pairs"):
+    settings = getattr(losses, name)
     if losses.learn_temperature and settings.temperature != settings.final_temperature:
       raise ConfigError(
-        f"losses.{kind}.final_temperature: learned temperatures have no schedule; set it to "
-        f"losses.{kind}.temperature, or losses.learn_temperature to False"
+        f"losses.{name}.final_temperature: learned temperatures have no schedule; set it to "
+        f"losses.{name}.temperature, or losses.learn_temperature to False"
       )
     if losses.learn_temperature and settings.temperature < LOWEST_TEMPERATURE:
       raise ConfigError(
-        f"losses.{kind}.temperature: {settings.temperature} is below {LOWEST_TEMPERATURE}, where "
+        f"losses.{name}.temperature: {settings.temperature} is below {LOWEST_TEMPERATURE}, where "
         "learned temperatures are stopped"
       )
 

@@ -226,9 +226,9 @@ class LossesConfig:
     published=0.0,
   )
 
-  def task(self, kind: str) -> TaskConfig | None:
+  def task(self, task_type: str) -> TaskConfig | None:
     """Returns the settings of a contrastive task type, None for scored pairs."""
-    settings = getattr(self, kind)
+    settings = getattr(self, task_type)
     return settings if isinstance(settings, TaskConfig) else None
 
   def contrastive_tasks(self) -> dict[str, TaskConfig]:

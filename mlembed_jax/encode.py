@@ -148,7 +148,7 @@ def _save(file: pathlib.Path, array: np.ndarray) -> None:
   temporary.rename(file)
 
 
-def join(files: Sequence[pathlib.Path], out: pathlib.Path) -> int:
+def join_parts(files: Sequence[pathlib.Path], out: pathlib.Path) -> int:
   """Writes the vectors of all parts to `out`, and returns their number."""
   temporary = out.with_name(f".{out.name}.new")
   rows = [np.load(file, mmap_mode="r") for file in files]
@@ -228,7 +228,7 @@ def main() -> None:
       bar.update(len(texts))
   if not parts.files:
     raise DataError(f"--input: {INPUT.value} has no texts")
-  count = join(parts.files, out)
+  count = join_parts(parts.files, out)
   if parts.ranges_file.is_file():
     parts.ranges_file.replace(out.with_name(out.stem + ".ranges.npy"))
   shutil.rmtree(parts.folder)

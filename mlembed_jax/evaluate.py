@@ -109,7 +109,7 @@ def main() -> None:
   axes = requested_axes(encoder)
   evaluation = scoring.evaluate_encoder(encoder, tasks, named, axes, out, POOLED_TOKEN.value)
   evaluation.save(out / "scores.json")
-  report.write(out / "report.html", evaluation)
+  report.write_page(out / "report.html", evaluation)
   print(summary.text_table(evaluation))
   if cut := evaluation.skipped["texts_truncated"]:
     print(f"\n{cut:,} texts were cut to {encoder.max_seq_length} tokens")

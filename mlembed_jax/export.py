@@ -54,7 +54,7 @@ def main() -> None:
   """Reads the flags and writes the folders."""
   from mlembed_jax.data.tokenizer import Tokenizer
   from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
-  from mlembed_jax.training.checkpoint import load_params
+  from mlembed_jax.training.checkpoint import load_newest_params
   from mlembed_jax.workdir import Run, StepScores
 
   workdir = pathlib.Path(CHECKPOINT.value).absolute()
@@ -63,7 +63,7 @@ def main() -> None:
   for suffix, (cut, factors) in wanted.items():  # before the first is written
     check_variant(run, 0, cut, force=FORCE.value, factors=factors)
     check_target(out.with_name(out.name + suffix))
-  step, params = load_params(workdir, run.config.model)
+  step, params = load_newest_params(workdir, run.config.model)
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
   trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step))
   for suffix, (cut, factors) in wanted.items():

@@ -59,7 +59,9 @@ def main() -> None:
       raise DataError(f"--out: {OUT.value}: without --beam_options it is a local folder")
     out = prepare.make_dataset_folder(OUT.value)
     job = prepare.Job(recipe, out, tokenizer.path.absolute(), tokenizer.pooled_token)
-    prepare.run(job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value)
+    prepare.prepare_dataset(
+      job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value
+    )
   else:
     _run_beam(recipe, tokenizer)
   seconds = time.perf_counter() - start
@@ -73,7 +75,7 @@ def _run_beam(recipe: Recipe, tokenizer: Tokenizer) -> None:
     raise DataError(f"--beam_options: {error}; pip install 'mlembed_jax[beam]'") from error
   content = tokenizer.path.read_text(encoding="utf-8")
   job = beam.BeamJob(recipe, OUT.value, content, tokenizer.pooled_token, MAX_DROPPED_SHARE.value)
-  beam.run(job, shlex.split(BEAM_OPTIONS.value))
+  beam.run_pipeline(job, shlex.split(BEAM_OPTIONS.value))
 
 
 if __name__ == "__main__":

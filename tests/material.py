@@ -124,7 +124,7 @@ def prepare_dataset(
   files = manifest.select(str(folder / "manifest.json"), [pattern], "--files")
   recipe = prepare.make_recipe(files, opened, max_tokens)
   job = prepare.Job(recipe, folder / out, opened.path, opened.pooled_token)
-  prepare.run(job, processes=processes, max_dropped_share=max_dropped_share)
+  prepare.prepare_dataset(job, processes=processes, max_dropped_share=max_dropped_share)
   return job.out
 
 
@@ -150,7 +150,7 @@ def batches_of(
   **options: Any,
 ) -> loader.Batches:
   """Returns batches of a prepared dataset by size; `options` change those below."""
-  opened = catalog.load(dataset)
+  opened = catalog.load_catalog(dataset)
   split = store.open_split(opened, "train", list(files or opened.files))
   settings = {
     "negatives": {"retrieval": 7, "bitext": 7, "clustering": 9, "classification": 1},

@@ -193,7 +193,7 @@ def test_a_sum_over_chips_takes_its_bytes_over_the_links():
     lambda x: jnp.broadcast_to(jnp.sum(x, axis=0, keepdims=True), x.shape), (8, 2**20), axis="x"
   )
   found = [one for _, _, one in module.exchanges(no_trips)]
-  assert [(one.kind, one.bytes, one.group) for one in found] == [("all-reduce", 2 * 2**20, 8)]
+  assert [(one.opcode, one.bytes, one.group) for one in found] == [("all-reduce", 2 * 2**20, 8)]
   # Eight chips of v5e are no ring: a link per axis of 2 x 4.
   expected = 2 * 7 / 8 * 2 * 2**20 / (2 * 45e9)
   assert found[0].seconds(TPUS["v5e"], (2, 4)) == pytest.approx(expected)
@@ -378,7 +378,7 @@ def test_a_sweep_goes_from_axis_to_axis(monkeypatch):
   monkeypatch.setattr(sweep, "estimate_step", estimate)
   monkeypatch.setattr(sweep, "line", lambda _: "")
   config = load_config(CONFIGS / "8b.py", **{"data.lengths": (1024,)})
-  found = sweep.run(config, Target.parse("v5e:8x8", 1), Step("", 256))
+  found = sweep.sweep_settings(config, Target.parse("v5e:8x8", 1), Step("", 256))
   assert len(asked) == len(set(asked)) == len(found)
   assert not found[-1].fits and found[0].config.model.remat == "full"
   best = found[0].config
@@ -392,4 +392,4 @@ def test_a_sweep_goes_from_axis_to_axis(monkeypatch):
 def test_a_sweep_without_an_estimate_says_why(field, value, message):
   config = from_mapping(config_dict(**{field: value}))
   with pytest.raises(ConfigError, match=message):
-    sweep.run(config, Target.parse("v5e:2x4", 1), Step("", 0))
+    sweep.sweep_settings(config, Target.parse("v5e:2x4", 1), Step("", 0))

@@ -140,7 +140,7 @@ def test_catalog_of_another_format_is_refused(stored):
   value["plan"]["version"] += 1
   write_json(path, value)
   with pytest.raises(DataError, match="prepared by another version"):
-    catalog.load(stored / "dataset")
+    catalog.load_catalog(stored / "dataset")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mlembed_jax.config import from_mapping
-from mlembed_jax.training.checkpoint import load_params
+from mlembed_jax.training.checkpoint import load_newest_params
 from mlembed_jax.training.loop import train
 from mlembed_jax.training.metrics import Writer
 from mlembed_jax.workdir import Run
@@ -413,7 +413,7 @@ def test_training_starts_from_an_exported_folder(data, twenty, tmp_path):
   start = {"train.init_from": tmp_path / "folder", "train.steps": 1, "optimizer.warmup_steps": 0}
   assert run(data, tmp_path / "work", **start).returncode == 0
   model = Run.load(twenty).config.model
-  (_, expected), (step, found) = (load_params(w, model) for w in (twenty, tmp_path / "work"))
+  (_, expected), (step, found) = (load_newest_params(w, model) for w in (twenty, tmp_path / "work"))
   assert step == 1
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 

@@ -47,7 +47,7 @@ class BeamJob:
   max_dropped_share: float
 
 
-def run(job: BeamJob, options: Sequence[str]) -> None:
+def run_pipeline(job: BeamJob, options: Sequence[str]) -> None:
   """Writes the dataset to `job.out`, on the engine that the options name.
 
   Raises:
@@ -108,7 +108,7 @@ def _new_file(job: BeamJob, name: str) -> Iterator[pathlib.Path]:
 
 def _read(number: int, job: BeamJob) -> Iterator[TaggedOutput]:
   file, partitions = job.recipe.files[number], job.recipe.partitions
-  for k, chunk in enumerate(rows.read(file)):
+  for k, chunk in enumerate(rows.read_chunks(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
     bare = dataclasses.replace(chunk, rows=pa.table({}), texts=pa.table({}))
     yield TaggedOutput("counts", (number, (k, bare)))
@@ -137,7 +137,7 @@ def _check(_: None, job: BeamJob, counts: dict[int, FileCount]) -> bool:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     try:
-      report.check(found, job.max_dropped_share, folder)
+      report.check_dropped(found, job.max_dropped_share, folder)
     finally:
       _copy(job, folder / report.FILE)
   return True
@@ -202,7 +202,7 @@ def _finish(
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     (folder / "tokenizer.json").write_text(job.tokenizer, encoding="utf-8")
-    report.write(folder, _counts(job, counts), shards, written)
+    report.write_report(folder, _counts(job, counts), shards, written)
     catalog.save(folder, job.recipe, shards, written)
     names = sorted(path.name for path in folder.iterdir() if path.name != catalog.FILE)
     for file in (*names, catalog.FILE):

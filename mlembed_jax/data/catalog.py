@@ -127,7 +127,7 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
       write_text(folder / path.name, path.read_text(encoding="utf-8"))
 
 
-def read(folder: pathlib.Path) -> dict[str, Any] | None:
+def read_catalog(folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns catalog.json, None where the folder has none.
 
   Raises:
@@ -148,13 +148,13 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
   return value
 
 
-def load(folder: pathlib.Path) -> Catalog:
+def load_catalog(folder: pathlib.Path) -> Catalog:
   """Returns the opened folder.
 
   Raises:
     DataError: it is no finished dataset of this version, or one of its files is missing.
   """
-  if (value := read(folder)) is None:
+  if (value := read_catalog(folder)) is None:
     raise DataError(
       f"data.dataset: {folder} is no prepared dataset; write one with "
       "python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE --out DIR"

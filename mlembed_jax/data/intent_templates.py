@@ -73,7 +73,7 @@ def templates(language: dict[str, Any]) -> dict[str, list[str]]:
 
 
 @functools.cache
-def parse(template: str) -> Node:
+def parse_template(template: str) -> Node:
   """Returns the syntax tree of a template."""
   return _group(deque(_TOKEN.findall(template)))
 
@@ -161,7 +161,7 @@ class _Grammar:
     Raises:
       KeyError: the template names a rule that the language file lacks.
     """
-    return " ".join(self._expand(parse(template)).split())
+    return " ".join(self._expand(parse_template(template)).split())
 
   def _expand(self, node: Node) -> str:
     match node.kind:
@@ -170,7 +170,7 @@ class _Grammar:
       case "list":
         return self._list_value(node.text)
       case "rule":
-        return self._expand(parse(self._rules[node.text]))
+        return self._expand(parse_template(self._rules[node.text]))
       case "sequence":
         return "".join(map(self._expand, node.parts))
       case "permutation":
@@ -184,7 +184,7 @@ class _Grammar:
     content = self._lists.get(name, {})
     if "values" in content:
       value = self._rng.choice(content["values"])
-      return self._expand(parse(value if isinstance(value, str) else value["in"]))
+      return self._expand(parse_template(value if isinstance(value, str) else value["in"]))
     if "range" in content:
       return str(self._rng.randint(content["range"]["from"], content["range"]["to"]))
     return self._rng.choice(_CODES)

@@ -12,7 +12,7 @@ from mlembed_jax.data import batching, packing
 from mlembed_jax.data.manifest import SCORED, File
 from mlembed_jax.data.order import Order
 from mlembed_jax.data.packing import Layout
-from mlembed_jax.data.records import Row, Text, decode, decode_text
+from mlembed_jax.data.records import Row, Text, decode_record, decode_text
 from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError
@@ -173,7 +173,7 @@ class Batches:
 
   def _read(self, place: int, columns: np.ndarray) -> tuple[Row, list[Text]]:
     """Returns a row and its texts: the query, then the documents of these columns."""
-    query, row = decode(self._split.queries[place])
+    query, row = decode_record(self._split.queries[place])
     documents = np.concatenate([row.positives, row.negatives])[columns]
     return row, [query, *(decode_text(self._split.documents[int(i)]) for i in documents)]
 

@@ -44,7 +44,7 @@ class File:
   @property
   def path(self) -> str:
     """Where it lies: a local path or any URL that fsspec knows."""
-    return join(self.folder, self.entry.get("path", self.name))
+    return join_path(self.folder, self.entry.get("path", self.name))
 
   @property
   def positives(self) -> int:
@@ -65,10 +65,10 @@ class File:
   def vectors(self) -> dict[str, str]:
     """Paths of a teacher's vectors by key, in the order of VECTORS."""
     named = self.entry.get("teacher_vectors", {})
-    return {key: join(self.folder, named[key]) for key in VECTORS if key in named}
+    return {key: join_path(self.folder, named[key]) for key in VECTORS if key in named}
 
 
-def join(folder: str, path: str) -> str:
+def join_path(folder: str, path: str) -> str:
   """Returns `path`, relative to `folder` unless it is absolute or a URL."""
   absolute = "://" in path or path.startswith("/")
   inner, chain, outer = folder.partition("::")  # zip://folder::gs://archive
@@ -186,10 +186,10 @@ def _type_problems(entry: dict[str, Any]) -> Iterator[str]:
   for field in entry.keys() - known:  # others are notes of their own, such as a licence
     if close := difflib.get_close_matches(field, known, n=1, cutoff=0.8):
       yield f"{field}: unknown field; did you mean {close[0]}?"
-  for field, kind in known.items():
-    if (field in entry or field in REQUIRED) and type(entry.get(field)) is not kind:
+  for field, expected in known.items():
+    if (field in entry or field in REQUIRED) and type(entry.get(field)) is not expected:
       found = repr(entry[field]) if field in entry else "nothing"
-      yield f"{field}: expected {kind.__name__}, found {found}"
+      yield f"{field}: expected {expected.__name__}, found {found}"
 
 
 def _value_problems(entry: dict[str, Any]) -> Iterator[str]:

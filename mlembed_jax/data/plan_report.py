@@ -47,7 +47,7 @@ def lines(
   return sorted(made, key=lambda line: (-line.per_epoch, line.name))
 
 
-def table(title: str, lines: Sequence[Line]) -> str:
+def plan_table(title: str, lines: Sequence[Line]) -> str:
   """Returns the lines as text; of many, the first and the last."""
   shown = [
     [

@@ -86,7 +86,7 @@ def make_recipe(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) ->
   if not 2 <= max_tokens <= MAX_TOKENS:
     raise DataError(f"--max_tokens: {max_tokens} is not between 2 and {MAX_TOKENS}")
   for file in files:
-    rows.check(file)
+    rows.check_file(file)
     vectors.check_shapes(file)
     tokenizer.prefix(file.entry["instruction"])
   states = {
@@ -105,14 +105,14 @@ def _state(path: str) -> tuple[int, str]:
   return int(info.get("size") or 0), versions[0] if versions else ""
 
 
-def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
+def prepare_dataset(job: Job, *, processes: int, max_dropped_share: float) -> None:
   """Writes the dataset to `job.out`; nothing where it is there already.
 
   Raises:
     DataError: the folder holds something else, a file cannot be read, or more rows than
       `max_dropped_share` of a file cannot be used.
   """
-  if (done := catalog.read(job.out)) is not None:
+  if (done := catalog.read_catalog(job.out)) is not None:
     _check_same(job, done["plan"], job.out)
     return _clear(job)
   with _open_work(job):
@@ -122,13 +122,13 @@ def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
 def _run(job: Job, processes: int, max_dropped_share: float) -> None:
   each = functools.partial(_each, job=job, processes=processes)
   counts = each("reading", _read_file, items=range(len(job.recipe.files)))
-  report.check(counts, max_dropped_share, job.out)
+  report.check_dropped(counts, max_dropped_share, job.out)
   documents = each("documents", _write_documents, items=range(job.recipe.partitions))
   chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
   numbered = [(number, len(chunks), *chunk) for number, chunk in enumerate(chunks)]
   made = each("rows", _write_rows, items=numbered)
   shards = {split: [shards[split] for shards in made] for split in (TRAIN, VALIDATION)}
-  report.write(job.out, counts, shards, documents)
+  report.write_report(job.out, counts, shards, documents)
   copy_file(job.tokenizer_path, job.out / "tokenizer.json")
   catalog.save(job.out, job.recipe, shards, documents)
   _clear(job)
@@ -225,7 +225,7 @@ def _read_file(job: Job, number: int) -> FileCount:
   """Writes rows and texts of every chunk; returns what there was."""
   file = job.recipe.files[number]
   count = FileCount(file.name)
-  for k, chunk in enumerate(rows.read(file)):
+  for k, chunk in enumerate(rows.read_chunks(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
     for name in ("rows", "texts"):
       with new_file(_chunk(job, number, k, name)) as new, pa.OSFile(str(new), "wb") as sink:

@@ -86,7 +86,7 @@ def features() -> Any:
   )
 
 
-def encode(text: Text, row: Row = _NOTHING) -> bytes:
+def encode_record(text: Text, row: Row = _NOTHING) -> bytes:
   """Returns the message of a document, or of a query with its row."""
   message = proto.Example()
   feature = message.features.feature
@@ -115,7 +115,7 @@ def decode_text(message: bytes) -> Text:
   return _text(proto.Example.FromString(message).features.feature)
 
 
-def decode(message: bytes) -> tuple[Text, Row]:
+def decode_record(message: bytes) -> tuple[Text, Row]:
   """Returns the text and the row of a query's message."""
   feature = proto.Example.FromString(message).features.feature
   row = Row(
@@ -143,7 +143,7 @@ def file_name(split: str, shard: int, shards: int) -> str:
   return f"{NAME}-{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
-def write(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> int:
+def write_shard(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> int:
   """Writes a shard of a split; returns the bytes of its messages."""
   writer, size = ArrayRecordWriter(str(path), f"group_size:{GROUP[split]}"), 0
   for message in messages:

@@ -50,7 +50,7 @@ class FileCount:
     }
 
 
-def check(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Path) -> None:
+def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Path) -> None:
   """Writes the report as far as it goes; raises DataError where too many rows are unusable."""
   write_json(out / FILE, {"files": {count.name: count.as_json() for count in counts}})
   for count in counts:
@@ -65,7 +65,7 @@ def check(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Pa
       )
 
 
-def write(
+def write_report(
   out: pathlib.Path,
   counts: Sequence[FileCount],
   shards: dict[str, list[RowShard]],
@@ -93,5 +93,5 @@ def write(
   write_json(out / FILE, {"totals": totals, "files": files})
 
 
-def _tokens(shards: dict[str, list[RowShard]], kind: str) -> int:
-  return sum(getattr(run, kind) for of in shards.values() for shard in of for run in shard.runs)
+def _tokens(shards: dict[str, list[RowShard]], field: str) -> int:
+  return sum(getattr(run, field) for of in shards.values() for shard in of for run in shard.runs)

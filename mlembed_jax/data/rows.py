@@ -65,7 +65,7 @@ def numbers(file: File) -> list[str]:
   return ["score"] if file.entry["task_type"] == SCORED else []
 
 
-def check(file: File) -> None:
+def check_file(file: File) -> None:
   """Raises DataError where the file cannot be read, or a column is missing or of another type."""
   if is_json(file.path):
     next(_json_tables(file, CHECKED))
@@ -73,7 +73,7 @@ def check(file: File) -> None:
     _open_rows(file).close()
 
 
-def read(file: File) -> Iterator[Chunk]:
+def read_chunks(file: File) -> Iterator[Chunk]:
   """Yields the chunks of a file.
 
   Raises:

@@ -84,7 +84,7 @@ def write_documents(
     made = tokenized(texts.to_pylist(), unique, as_query, tokenizer, max_tokens)
     for i, text in enumerate(made):
       lengths[i] = text.longest
-      yield records.encode(text)
+      yield records.encode_record(text)
 
   return _write(path, DOCUMENTS, messages()), Documents(unique, lengths)
 
@@ -99,7 +99,7 @@ def _write(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> Written
       count += 1
       yield message
 
-  size = records.write(path, split, counted())
+  size = records.write_shard(path, split, counted())
   return Written(count, size, digest.hexdigest())
 
 
@@ -242,7 +242,7 @@ def _messages(
   for i, (text, language, row, score, own) in enumerate(columns):
     counts[i, 0] = text.longest
     positives, negatives = own[: file.positives], own[file.positives :]
-    yield records.encode(text, Row(file.name, language, row, score, positives, negatives))
+    yield records.encode_record(text, Row(file.name, language, row, score, positives, negatives))
 
 
 def _runs(file: File, languages: list[str], counts: np.ndarray) -> list[LanguageRun]:

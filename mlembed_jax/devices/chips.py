@@ -34,8 +34,8 @@ GPUS: dict[str, Chip] = {
 }
 
 
-def find(device_kind: str) -> Chip | None:
+def find_chip(device_kind: str) -> Chip | None:
   """Returns the limits of a jax `device_kind`; None, not a guess, for one that is not known."""
-  if generation := tpu.find(device_kind):
+  if generation := tpu.find_tpu(device_kind):
     return Chip(generation.peak_flops, generation.hbm_bytes)
   return GPUS.get(device_kind)

@@ -31,5 +31,5 @@ def options(device: Any) -> dict[str, str]:
   """Returns `compiler_options` for `jax.jit` on such devices; {} where nothing is known."""
   if device.platform == "gpu":
     return GPU
-  found = tpu.find(device.device_kind)
+  found = tpu.find_tpu(device.device_kind)
   return dict(found.compiler_options) if found else {}

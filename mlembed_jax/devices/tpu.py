@@ -159,7 +159,7 @@ TPUS = {
 }
 
 
-def find(device_kind: str) -> Tpu | None:
+def find_tpu(device_kind: str) -> Tpu | None:
   """Returns the generation of a jax `device_kind`, None for one that has no record."""
   return next((tpu for tpu in TPUS.values() if device_kind in tpu.device_kinds), None)
 

@@ -46,11 +46,11 @@ class Target:
   @classmethod
   def parse(cls, name: str, slices: int) -> "Target":
     """Returns the target of a name such as v5p:4x4x4; ConfigError with the known ones."""
-    kind, _, shape = name.partition(":")
-    tpu = TPUS.get(kind)
+    generation, _, shape = name.partition(":")
+    tpu = TPUS.get(generation)
     axes = tuple(int(n) for n in shape.split("x")) if re.fullmatch(r"\d+(x\d+)+", shape) else ()
     if tpu and tpu.not_estimated:
-      raise ConfigError(f"--topology: {kind} has no estimate, as {tpu.not_estimated}")
+      raise ConfigError(f"--topology: {generation} has no estimate, as {tpu.not_estimated}")
     if tpu is None or len(axes) != len(tpu.largest) or not all(axes):
       estimated = {k: t.largest for k, t in TPUS.items() if not t.not_estimated}
       known = ", ".join(f"{k}:{'x'.join('ABC'[: len(axes)])}" for k, axes in estimated.items())
@@ -60,7 +60,9 @@ class Target:
       )
     if any(n > most for n, most in zip(sorted(axes), sorted(tpu.largest), strict=True)):
       largest = "x".join(map(str, tpu.largest))
-      raise ConfigError(f"--topology: {name} is larger than a {kind} pod, {kind}:{largest}")
+      raise ConfigError(
+        f"--topology: {name} is larger than a {generation} pod, {generation}:{largest}"
+      )
     if slices < 1:
       raise ConfigError(f"--slices: {slices} is not positive")
     return cls(name, tpu, axes, slices)
@@ -307,9 +309,9 @@ def _listed(module: hlo.Module, trips: Any) -> list[dict[str, Any]]:
   """Returns the exchanges of a step, those that move most first."""
   counted: dict[tuple[str, str, int, int], float] = collections.defaultdict(float)
   for scope, times, one in module.exchanges(trips):
-    counted[scope, one.kind, one.bytes, one.group] += times
+    counted[scope, one.opcode, one.bytes, one.group] += times
   largest = sorted(counted.items(), key=lambda item: -item[0][2] * item[1])
   return [
-    {"kind": kind, "bytes": size, "group": group, "count": count, "scope": scope}
-    for (scope, kind, size, group), count in largest
+    {"kind": opcode, "bytes": size, "group": group, "count": count, "scope": scope}
+    for (scope, opcode, size, group), count in largest
   ]

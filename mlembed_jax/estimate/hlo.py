@@ -69,7 +69,7 @@ class Seconds:
 class Collective:
   """One exchange between devices."""
 
-  kind: str
+  opcode: str
   bytes: int  # on one device: of the whole array where parts are gathered, summed or scattered
   group: int  # devices that take part
 
@@ -81,20 +81,20 @@ class Collective:
     """
     share = (self.group - 1) / max(1, self.group)
     one_link = self.bytes / tpu.link_bytes_per_second
-    if self.kind == "collective-permute":  # to a neighbour
+    if self.opcode == "collective-permute":  # to a neighbour
       return one_link
     links = tpu.links(torus, self.group)
     # What goes to all passes a quarter of each ring on its way, on average.
     hops = max(1.0, sum(tpu.axes(torus, self.group)) / 4)
-    passed = {"all-reduce": 2 * share, "all-to-all": share * hops}.get(self.kind, share)
+    passed = {"all-reduce": 2 * share, "all-to-all": share * hops}.get(self.opcode, share)
     return one_link * passed / links
 
 
 def size(shape: str) -> int:
   """Returns the bytes of a shape or tuple of shapes as HLO writes them."""
   total = 0
-  for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
-    total += BYTES.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d)
+  for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
+    total += BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
   return total
 
 
@@ -110,7 +110,7 @@ def _shape_and_rest(text: str) -> tuple[str, str]:
   raise HloError(f"a tuple without end: {text[:80]}")
 
 
-def parse(text: str) -> tuple[dict[str, list[Operation]], str]:
+def parse_module(text: str) -> tuple[dict[str, list[Operation]], str]:
   """Returns {computation: its operations in scheduled order} and the name of the entry."""
   computations: dict[str, list[Operation]] = {}
   current, entry = "", ""
@@ -131,7 +131,7 @@ class Module:
   """A compiled module."""
 
   def __init__(self, text: str):
-    self.computations, self.entry = parse(text)
+    self.computations, self.entry = parse_module(text)
 
   def seconds(self, tpu: Tpu, torus: Sequence[int], trips: Callable[[str], float]) -> Seconds:
     """Returns the time of one step on one device.
@@ -158,8 +158,8 @@ class Module:
 
   def collective(self, op: Operation) -> Collective | None:
     """Returns the exchange that an operation is, if it is one."""
-    kind = op.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
+    opcode = op.opcode.removesuffix("-start")
+    if opcode not in COLLECTIVES:
       return None
     group = _group(op)
     held = size(re.sub(r"\b[us]32\[\]", "", op.shape))  # without counters of the exchange
@@ -167,9 +167,9 @@ class Module:
       held *= group
     elif op.opcode in ("all-gather-start", "reduce-scatter-start"):  # the parts and the whole
       held = held * group // (group + 1)
-    elif op.opcode.endswith("-start") and kind != "all-reduce":  # what is sent, what is received
+    elif op.opcode.endswith("-start") and opcode != "all-reduce":  # what is sent, what is received
       held //= 2
-    return Collective(kind, held, group)
+    return Collective(opcode, held, group)
 
   def inner(self, op: Operation) -> list[Operation]:
     """Returns the operations of the computation that a fusion calls."""
@@ -286,7 +286,7 @@ class _Clock:
     found = [c for o in inner if (c := self.module.collective(o))]
     # A sum is scattered where it is reduced, half of what an all-reduce sends.
     return Seconds(
-      collectives=sum(self._alone(c) / (2 if c.kind == "all-reduce" else 1) for c in found)
+      collectives=sum(self._alone(c) / (2 if c.opcode == "all-reduce" else 1) for c in found)
     )
 
   def _loop(self, op: Operation) -> Seconds:

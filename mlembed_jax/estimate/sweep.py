@@ -17,7 +17,7 @@ HEAD = """\
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
-def run(config: Config, target: Target, step: Step) -> list[Estimate]:
+def sweep_settings(config: Config, target: Target, step: Step) -> list[Estimate]:
   """Returns the estimates of all settings tried, the fastest first, those that do not fit last.
 
   One axis after another, each from the best found before: the mesh, how many tokens keep how much,
@@ -112,6 +112,6 @@ def line(e: Estimate) -> str:
   )
 
 
-def table(found: Sequence[Estimate]) -> str:
+def sweep_table(found: Sequence[Estimate]) -> str:
   """Returns all settings as a Markdown table."""
   return "\n".join([HEAD, *map(line, found)])

@@ -3,17 +3,17 @@
 from mlembed_jax.estimate.estimate import Estimate, gib
 
 
-def report(estimate: Estimate) -> str:
+def report_text(estimate: Estimate) -> str:
   """Returns the report."""
   e = estimate
   used, there = gib(e.hbm_bytes_per_device), gib(e.hbm_capacity)
-  kinds = ", ".join(f"{name} {gib(size)}" for name, size in e.hbm_by_kind.items())
+  memory = ", ".join(f"{name} {gib(size)}" for name, size in e.hbm_by_kind.items())
   return f"""\
 {e.topology}: {e.devices} chips, mesh {e.mesh}, model.remat {e.remat}
 data.micro_batch {e.micro_batch:,} ({e.block:,} on each part of the batch), \
 data.kept_tokens {e.kept_tokens:,}
 memory per chip: {used} of {there} GiB ({e.free:.0%} free):
-  {kinds}
+  {memory}
 step of {e.sequences:,} texts of {e.text_tokens:,} tokens ({e.task}): \
 {e.model_flops_per_step / 1e15:,.3g} PFLOP
 {_speed(e) if e.estimated_step_seconds else "estimated: nothing, as the compiler gave up"}"""

@@ -52,10 +52,10 @@ def score_slices(
   def ids(task: HeldoutTask) -> Ids:
     return tokenizer.encode(task.texts, config.data.lengths[-1])
 
-  return [found for task in tasks for found in score_task(task, ids(task), axes, encode)]
+  return [found for task in tasks for found in score_task_slices(task, ids(task), axes, encode)]
 
 
-def score_task(
+def score_task_slices(
   task: HeldoutTask, ids: Ids, axes: Axes, encode: Callable[[Ids, int], Float[np.ndarray, "E N D"]]
 ) -> list[SliceScore]:
   """Returns one score per rank, depth, dim and precision, on every process.
@@ -74,7 +74,7 @@ def _score_rank(
   by_depth = dict(zip(axes.depths, states_END, strict=True))
 
   def score(size: Size) -> dict[str, Any]:
-    by_language = task.score(vectors(by_depth[size.depth], size.dim, size.precision))
+    by_language = task.score(slice_vectors(by_depth[size.depth], size.dim, size.precision))
     return dataclasses.asdict(slice_score(task, size, by_language))
 
   sizes = [Size(rank, *cut) for cut in itertools.product(axes.depths, axes.dims, axes.precisions)]
@@ -92,6 +92,6 @@ def slice_score(task: HeldoutTask, size: Size, by_language: ByLanguage) -> Slice
   return SliceScore(task.name, task.metric, *size, score, main, means)
 
 
-def vectors(states_ND: np.ndarray, dim: int, precision: str) -> Float[np.ndarray, "N M"]:
+def slice_vectors(states_ND: np.ndarray, dim: int, precision: str) -> Float[np.ndarray, "N M"]:
   """Returns the unit vectors of states that a slice gives, after rounding to a precision."""
   return unit(rounded(unit(states_ND[:, :dim]), precision))

@@ -25,7 +25,7 @@ HERE = pathlib.Path(__file__).parent
 DIGITS = 6  # of a score; shown are three: rounding to four before changed the last one
 
 
-def write(path: str | pathlib.Path, evaluation: Evaluation) -> None:
+def write_page(path: str | pathlib.Path, evaluation: Evaluation) -> None:
   """Writes the page about the content of scores.json.
 
   Raises:

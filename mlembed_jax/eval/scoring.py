@@ -78,7 +78,7 @@ def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:
   try:
     with warnings.catch_warnings(action="ignore"):  # texts that are cut are counted
       ids = encoder.ids(task.texts, "")
-    scores = grid.score_task(task, ids, axes, encode)
+    scores = grid.score_task_slices(task, ids, axes, encode)
     return TaskScores(scores, encoder.truncated - before)
   except ValueError as error:
     raise DataError(f"{task.name}: {error}") from error

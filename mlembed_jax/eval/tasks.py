@@ -64,7 +64,7 @@ class HeldoutTask:
     return METRICS[self.type]
 
 
-def load(file: File) -> HeldoutTask:
+def load_task(file: File) -> HeldoutTask:
   """Returns the task of one file of a manifest.
 
   Raises:
@@ -101,7 +101,7 @@ def load_folder(folder: pathlib.Path) -> list[HeldoutTask]:
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
         raise DataError(f"--tasks: {manifest} lists no file of {folder}")
-      return [load(file) for file in select(manifest, map(glob.escape, names), "--tasks")]
+      return [load_task(file) for file in select(manifest, map(glob.escape, names), "--tasks")]
   raise DataError(
     f"--tasks: neither {folder} nor the folder above has a manifest.json, which says what the "
     "files are"

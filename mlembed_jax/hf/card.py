@@ -208,12 +208,12 @@ def _training(variant: Variant) -> str:
 
 def _temperatures(variant: Variant) -> list[tuple[str, str]]:
   losses = variant.run.config.losses
-  kinds = sorted({entry["task_type"] for entry in variant.run.datasets.values()})
-  return [(f"losses.{kind}.temperature", _temperature(losses, kind)) for kind in kinds]
+  task_types = sorted({entry["task_type"] for entry in variant.run.datasets.values()})
+  return [(f"losses.{name}.temperature", _temperature(losses, name)) for name in task_types]
 
 
-def _temperature(losses: LossesConfig, kind: str) -> str:
-  settings = getattr(losses, kind)
+def _temperature(losses: LossesConfig, task_type: str) -> str:
+  settings = getattr(losses, task_type)
   first, last = settings.temperature, settings.final_temperature
   if losses.learn_temperature:
     return f"learned, from {first}"

@@ -170,17 +170,17 @@ def modules(variant: Variant) -> dict[str, dict[str, Any] | list[dict[str, Any]]
     "module_input_name": "sentence_embedding",
     "module_output_name": "sentence_embedding",
   }
-  kinds = ["Transformer", *configs]
+  classes = ["Transformer", *configs]
   listed = [
     {
       "idx": i,
       "name": str(i),
-      "path": f"{i}_{kind}" if i else "",
-      "type": f"sentence_transformers.models.{kind}",
+      "path": f"{i}_{name}" if i else "",
+      "type": f"sentence_transformers.models.{name}",
     }
-    for i, kind in enumerate(kinds)
+    for i, name in enumerate(classes)
   ]
-  files = {f"{i}_{kind}/config.json": value for i, (kind, value) in enumerate(configs.items(), 1)}
+  files = {f"{i}_{name}/config.json": value for i, (name, value) in enumerate(configs.items(), 1)}
   return {"modules.json": listed, **files}
 
 
@@ -222,9 +222,9 @@ def prompts(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
   another instruction. All prompts are strings: TEI reads no null.
   """
   found: dict[str, str] = {}
-  for kind, keys in MTEB_TYPES.items():
+  for task_type, keys in MTEB_TYPES.items():
     for file, entry in datasets.items():
-      if entry["task_type"] == kind:
+      if entry["task_type"] == task_type:
         prompt = with_instruction(entry["instruction"], "")
         for key in keys:
           found.setdefault(key, prompt)

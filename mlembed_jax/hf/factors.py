@@ -75,7 +75,7 @@ def _trained(folder: Folder) -> tuple[pathlib.Path, np.ndarray, np.ndarray] | No
     u, v = (open_file(file)[name].read().astype(np.float32) for name in ("U", "V"))
     return file, u, v
   if all((path / name).is_file() for name in RELEASED):
-    u, v = (torch_file.read(path / name).astype(np.float32) for name in RELEASED)
+    u, v = (torch_file.read_tensor(path / name).astype(np.float32) for name in RELEASED)
     # Which of them is stored transposed is not said: the rank is what they have in common.
     if u.shape[0] < u.shape[1]:
       u = u.T

@@ -188,17 +188,17 @@ def _stated(config: Mapping[str, Any], field: str) -> Any:
 
 def _family_and_rank(config: Mapping[str, Any]) -> tuple[str, int]:
   """Returns the name of the architecture, and the rank of the stored factors or 0."""
-  kind, rank = str(config.get("model_type")), config.get(param_mapping.RANK_KEY)
-  if kind.startswith(param_mapping.REMOTE) and isinstance(rank, int):
-    return kind.removeprefix(param_mapping.REMOTE), rank
-  return kind, 0
+  model_type, rank = str(config.get("model_type")), config.get(param_mapping.RANK_KEY)
+  if model_type.startswith(param_mapping.REMOTE) and isinstance(rank, int):
+    return model_type.removeprefix(param_mapping.REMOTE), rank
+  return model_type, 0
 
 
 def _family_problems(config: Mapping[str, Any]) -> list[str]:
   if _family_and_rank(config)[0] in FAMILIES:
     return []
-  kind, known = config.get("model_type"), ", ".join(map(repr, FAMILIES))
-  return [f"E105 config: config.json: model_type is {kind!r}; only {known} can be imported."]
+  model_type, known = config.get("model_type"), ", ".join(map(repr, FAMILIES))
+  return [f"E105 config: config.json: model_type is {model_type!r}; only {known} can be imported."]
 
 
 def _type_problems(config: Mapping[str, Any]) -> list[str]:
@@ -252,9 +252,9 @@ def _rope_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
     if theta is not None and theta != model.rope_theta:
       lines.append(f"{key} is {theta}, expected {model.rope_theta} (model.rope_theta)")
   for key, group in (("rope_scaling", config.get("rope_scaling")), ("rope_parameters", parameters)):
-    kind = group and group.get("rope_type", group.get("type", "default"))
-    if kind and kind != "default":
-      lines.append(f"{key} is of type {kind!r}; only unscaled positions can be imported")
+    rope_type = group and group.get("rope_type", group.get("type", "default"))
+    if rope_type and rope_type != "default":
+      lines.append(f"{key} is of type {rope_type!r}; only unscaled positions can be imported")
   return lines
 
 

@@ -44,7 +44,7 @@ class Body:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class AxisSizes:
   """One axis, of dimensions or of layers."""
 
   trained: tuple[int, ...]
@@ -99,8 +99,8 @@ class OwnFile:
   library: Library
   base_model: BaseModel
   body: Body
-  dims: Sizes
-  exits: Sizes
+  dims: AxisSizes
+  exits: AxisSizes
   table: Table
   pooling: Pooling
   prompt_template: str

@@ -18,7 +18,7 @@ DTYPES = {
 }
 
 
-def read(path: pathlib.Path) -> np.ndarray:
+def read_tensor(path: pathlib.Path) -> np.ndarray:
   """Returns the tensor or parameter that the file holds.
 
   Raises:
@@ -55,9 +55,9 @@ class _Reader(pickle.Unpickler):
     raise pickle.UnpicklingError(f"it names {module}.{name}")
 
   def persistent_load(self, pid: Any) -> np.ndarray:
-    kind, dtype, key, *_ = pid
-    if kind != "storage":
-      raise pickle.UnpicklingError(f"it refers to a {kind}")
+    tag, dtype, key, *_ = pid
+    if tag != "storage":
+      raise pickle.UnpicklingError(f"it refers to a {tag}")
     return np.frombuffer(self._storage(key), dtype)
 
 

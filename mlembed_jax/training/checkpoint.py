@@ -113,7 +113,7 @@ def latest_step(workdir: pathlib.Path) -> int:
   raise ConfigError(f"{workdir}: no finished checkpoint yet")
 
 
-def load_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
+def load_newest_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
   """Returns the newest saved step and its parameters as numpy arrays; moments are not read.
 
   Raises:

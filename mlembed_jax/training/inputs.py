@@ -64,7 +64,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     ConfigError, DataError: something cannot be used.
   """
   data = _built(config, workdir) if config.data.builder else config.data
-  opened = catalog.load(pathlib.Path(data.dataset))
+  opened = catalog.load_catalog(pathlib.Path(data.dataset))
   tokenizer = Tokenizer(opened.tokenizer, data.pooled_token)
   if tokenizer.size > config.model.vocab:
     raise ConfigError(
@@ -86,7 +86,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     plan=make_plan(config, split, opened.fingerprint),
     options=_options(config),
     tokenizer=tokenizer,
-    tasks=[tasks.load(file) for file in heldout],
+    tasks=[tasks.load_task(file) for file in heldout],
     teacher=teacher,
   )
 
@@ -111,7 +111,7 @@ def _build(config: Config, folder: pathlib.Path) -> None:
     tokenizer.path,
     config.data.pooled_token,
   )
-  prepare.run(job, processes=os.cpu_count() or 1, max_dropped_share=0.0)
+  prepare.prepare_dataset(job, processes=os.cpu_count() or 1, max_dropped_share=0.0)
 
 
 def _instructed(opened: Catalog, path: str) -> Catalog:
@@ -165,8 +165,8 @@ def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
 def _options(config: Config) -> loader.Options:
   data, contrastive = config.data, config.losses.contrastive_tasks()
   return loader.Options(
-    negatives={kind: settings.negatives for kind, settings in contrastive.items()},
-    inbatch={kind: settings.inbatch for kind, settings in contrastive.items()},
+    negatives={name: settings.negatives for name, settings in contrastive.items()},
+    inbatch={name: settings.inbatch for name, settings in contrastive.items()},
     query_instructions=data.query_instructions,
     document_instructions=data.document_instructions,
     teacher_vectors=config.kd.teacher == STORED,
@@ -207,7 +207,7 @@ def report(inputs: Inputs, total_steps: int, workdir: pathlib.Path) -> None:
   files = plan_report.lines(inputs.plan, lambda unit: unit.file, epochs, used)
   languages = plan_report.lines(inputs.plan, lambda unit: unit.language, epochs, used)
   print(f"\n{total_steps:,} steps, {epochs:.2f} epochs\n")
-  tables = plan_report.table("file", files), plan_report.table("language", languages)
+  tables = plan_report.plan_table("file", files), plan_report.plan_table("language", languages)
   print(tables[0], "\n", tables[1], "\n", sep="\n")
   lines: dict[str, Any] = {
     title: [dataclasses.asdict(line) for line in of]

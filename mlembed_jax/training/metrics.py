@@ -178,7 +178,7 @@ class Recorder:
   def __init__(self, workdir: pathlib.Path, start: int, total: int, every: int, model: ModelConfig):
     """`start` and `total` count updates of the whole run."""
     self._workdir, self._warned = workdir, False
-    chip = chips.find(jax.devices()[0].device_kind)
+    chip = chips.find_chip(jax.devices()[0].device_kind)
     # Every process reads the numbers, and so notices a diverged loss; the first one writes them.
     self._writer = Writer(workdir, start) if processes.is_first() else None
     self._window = Window(model, jax.device_count(), chip)

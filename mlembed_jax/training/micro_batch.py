@@ -49,7 +49,7 @@ def gather_tokens(mesh: Mesh) -> float:
   device, group = mesh.devices.flat[0], mesh.shape["fsdp"]
   if group == 1 or device.platform == "cpu":
     return 0.0
-  if found := tpu.find(device.device_kind):
+  if found := tpu.find_tpu(device.device_kind):
     return found.gather_tokens(tpu.torus([d.coords for d in mesh.devices.flat]), group)
   return GATHER_TOKENS
 

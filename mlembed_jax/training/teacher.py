@@ -60,7 +60,7 @@ class Teacher:
     abstract = self.abstract(mesh)
     if not self.is_workdir:
       return load_params(self.path, model, abstract)
-    _, params = checkpoint.load_params(self.path, model)
+    _, params = checkpoint.load_newest_params(self.path, model)
     cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
     return processes.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 

@@ -45,11 +45,11 @@ def initial_log_temperature(config: Config) -> dict[str, jax.Array]:
   """Returns the logarithm of each task type's temperature where they are learned."""
   if not config.losses.learn_temperature:
     return {}
-  kinds = (*config.losses.contrastive_tasks(), "scored_pairs")
+  task_types = (*config.losses.contrastive_tasks(), "scored_pairs")
   # float32 by name: weakly typed ones would change type with the first update, and recompile.
   return {
-    kind: jnp.asarray(math.log(getattr(config.losses, kind).temperature), jnp.float32)
-    for kind in kinds
+    name: jnp.asarray(math.log(getattr(config.losses, name).temperature), jnp.float32)
+    for name in task_types
   }
 
 

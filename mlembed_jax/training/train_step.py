@@ -52,7 +52,7 @@ def at_least_lowest(log_temperature: dict[str, Any]) -> dict[str, Any]:
   return jax.tree.map(lambda x: jnp.maximum(x, math.log(LOWEST_TEMPERATURE)), log_temperature)
 
 
-def encode(
+def encode_block(
   model: ModelConfig, exits: tuple[int, ...], params: Any, sheets: Sheets, mask: Any = None
 ) -> Float[Array, "E S K D"]:
   """Returns the states of a block's texts (tokens [S, T], ends [S, K]) at the exits."""
@@ -100,7 +100,7 @@ class BatchLoss:
       return result.loss, result
 
     (_, result), grads = gradcache.value_and_grad(
-      lambda p, block: encode(self.config.model, axes.exits, p, block, mask),
+      lambda p, block: encode_block(self.config.model, axes.exits, p, block, mask),
       lambda block: self.teachers(axes, params, teacher_params, block),
       loss,
       params,
@@ -123,12 +123,12 @@ class BatchLoss:
     model, settings = self.config.model, self.config.losses
     exits = full = None
     if self.teacher:
-      states = encode(self.teacher.model, self.teacher.exits, teacher_params, block)
+      states = encode_block(self.teacher.model, self.teacher.exits, teacher_params, block)
       exits = states[..., : model.width]
     distils = settings.self_distillation and settings.task(self.kind.task_type)
     # At full rank the states of the batch are the full model's already.
     if distils and len(axes.ranks) > 1:
-      full = encode(model, axes.exits[-1:], params, block)
+      full = encode_block(model, axes.exits[-1:], params, block)
     return jax.lax.stop_gradient(Teachers(exits, full))
 
 
@@ -136,7 +136,7 @@ def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
   """Returns the bytes of activations, over all devices, that wait for the backward pass."""
   axes = axes_of(config.model, config.matryoshka)
   mask = jax.ShapeDtypeStruct((config.model.rank,), jnp.float32) if config.model.rank else None
-  run = lambda p, block: encode(config.model, axes.exits, p[0], block, p[1])  # noqa: E731
+  run = lambda p, block: encode_block(config.model, axes.exits, p[0], block, p[1])  # noqa: E731
   return gradcache.kept_bytes(run, (params, mask), sheets, config.data.kept_tokens)
 
 

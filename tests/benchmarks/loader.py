@@ -50,7 +50,7 @@ def _texts(rng, count):
 def write_documents(folder, shard, shards, count):
   path = folder / records.file_name(records.DOCUMENTS, shard, shards)
   texts = _texts(np.random.default_rng(shard), count)
-  records.write(path, records.DOCUMENTS, map(records.encode, texts))
+  records.write_shard(path, records.DOCUMENTS, map(records.encode_record, texts))
 
 
 def write_rows(folder, documents, rows, shards, shard):
@@ -62,11 +62,11 @@ def write_rows(folder, documents, rows, shards, shard):
   languages = np.repeat(np.arange(LANGUAGES), each)
   places = rng.integers(0, documents, (count, 1 + NEGATIVES))
   path = folder / records.file_name(records.TRAIN, shard, shards)
-  records.write(
+  records.write_shard(
     path,
     records.TRAIN,
     (
-      records.encode(text, Row(name, f"l{language}", i, 0.0, place[:1], place[1:]))
+      records.encode_record(text, Row(name, f"l{language}", i, 0.0, place[:1], place[1:]))
       for i, (text, language, place) in enumerate(
         zip(_texts(rng, count), languages, places, strict=True)
       )
@@ -81,7 +81,7 @@ def write_rows(folder, documents, rows, shards, shard):
 
 def synthesize(folder, rows, documents):
   """Writes the dataset, unless it is there."""
-  if catalog.read(folder):
+  if catalog.read_catalog(folder):
     return
   folder.mkdir(parents=True, exist_ok=True)
   shards = -(-rows // SHARD)
@@ -98,7 +98,7 @@ def synthesize(folder, rows, documents):
 
 
 def open_batches(folder, args) -> loader.Batches:
-  opened = catalog.load(folder)
+  opened = catalog.load_catalog(folder)
   split = open_split(opened, records.TRAIN, list(opened.files))
   rows = per_epoch(
     split.units, max_rows=0, size_exponent=1.0, language_temperature=1.0, max_repeats=4.0

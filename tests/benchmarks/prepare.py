@@ -41,7 +41,7 @@ def ours(files, path, folder):
   opened = Tokenizer(path, "<|endoftext|>")
   start = time.perf_counter()
   job = prepare.Job(prepare.make_recipe(files, opened, 2047), folder, opened.path, "<|endoftext|>")
-  prepare.run(job, processes=1, max_dropped_share=1.0)
+  prepare.prepare_dataset(job, processes=1, max_dropped_share=1.0)
   return time.perf_counter() - start
 
 

@@ -250,7 +250,7 @@ def describe(name: str, found: tuple[float, str, int], config: Config, texts: in
   (seconds, kind, peak), size = found, config.data.lengths[-1]
   count = config.data.global_batch * texts
   work = flops.step_flops(config.model, count * size, count * size * (size + 1))
-  chip = chips.find(kind) if config.model.dtype == "bfloat16" else None
+  chip = chips.find_chip(kind) if config.model.dtype == "bfloat16" else None
   mfu = f"{work / seconds / chip.bf16_flops:.1%}" if chip else "-"
   return [name, f"{seconds:.4g}", f"{count * size / seconds:,.0f}", mfu, common.mib(peak)]
 

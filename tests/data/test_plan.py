@@ -43,20 +43,20 @@ def test_lines_sum_units_over_the_run():
 
 def test_the_table_shows_a_line_each():
   lines = plan_report.lines(PLAN, lambda unit: unit.file, 2.0, USED)
-  table = plan_report.table("file", lines).splitlines()
+  table = plan_report.plan_table("file", lines).splitlines()
   assert table[0].split() == ["file", "rows", "per", "epoch", "share", "passes", "M", "tokens"]
   assert table[1].split() == ["a", "160", "110", "57.89%", "1.38", "0.0"]
   assert table[2].split() == ["b", "40", "80", "42.11%", "4.00", "0.0"]
   assert len({len(line) for line in table}) == 1
   large = plan_report.Line("a", 12_345_678, 80_000, 0.25, 1.5, 1.5e9)
-  assert "12,345,678     80,000" in plan_report.table("file", [large])
-  assert plan_report.table("file", [large]).endswith("25.00%    1.50   1,500.0")
+  assert "12,345,678     80,000" in plan_report.plan_table("file", [large])
+  assert plan_report.plan_table("file", [large]).endswith("25.00%    1.50   1,500.0")
 
 
 @pytest.mark.parametrize(("count", "shown"), [(25, 25), (26, 25), (400, 25)])
 def test_of_many_lines_the_first_and_the_last_are_shown(count, shown):
   lines = [plan_report.Line(f"l{i}", 1, 1, 0.1, 1.0, 1.0) for i in range(count)]
-  table = plan_report.table("language", lines).splitlines()[1:]
+  table = plan_report.plan_table("language", lines).splitlines()[1:]
   assert len(table) == shown
   names = [line.split()[0] for line in table]
   assert names[:12] == [f"l{i}" for i in range(12)]

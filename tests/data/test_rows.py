@@ -37,7 +37,7 @@ def write_lines(folder, lines, name="a.jsonl", described=BITEXT, **changes):
 
 def read(file):
   """Returns the usable rows of a file as dictionaries, and its chunks."""
-  chunks = list(rows.read(file))
+  chunks = list(rows.read_chunks(file))
   found = []
   for chunk in chunks:
     texts = chunk.texts["text"].to_pylist()
@@ -265,7 +265,7 @@ def test_a_row_beyond_the_first_lines_need_not_have_every_column(tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_missing_files_are_named(tmp_path, name):
   with pytest.raises(DataError, match=rf"{tmp_path}/{name} does not exist"):
-    rows.check(File(name, BITEXT, str(tmp_path)))
+    rows.check_file(File(name, BITEXT, str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -279,7 +279,7 @@ def test_missing_files_are_named(tmp_path, name):
 )
 def test_a_missing_column_is_refused_at_once(tmp_path, name, changes, message):
   with pytest.raises(DataError) as error:
-    rows.check(write(tmp_path, pairs(20, 2), name, **changes))
+    rows.check_file(write(tmp_path, pairs(20, 2), name, **changes))
   assert f"{tmp_path}/{name}: {message}" in str(error.value)
 
 
@@ -295,7 +295,7 @@ def test_a_missing_column_is_refused_at_once(tmp_path, name, changes, message):
 def test_a_column_of_another_type_is_refused_at_once(tmp_path, column, values, kind):
   file = write(tmp_path, pairs(20, 2) | {column: values})
   with pytest.raises(DataError) as error:
-    rows.check(file)
+    rows.check_file(file)
   assert f"a.parquet: column {column} holds {kind}, expected string" in str(error.value)
 
 
@@ -305,7 +305,7 @@ def test_a_parquet_file_cut_off_at_the_end_is_refused_at_once(tmp_path):
   for size in (len(content) - 100, 3, 0):
     (tmp_path / "a.parquet").write_bytes(content[:size])
     with pytest.raises(DataError, match=r"a\.parquet: not a readable parquet file: "):
-      rows.check(file)
+      rows.check_file(file)
 
 
 @pytest.mark.parametrize("garbage", [b"\xff", b"\x00"])
@@ -314,7 +314,7 @@ def test_a_parquet_file_that_is_damaged_in_the_middle_is_named(tmp_path, garbage
   content = (tmp_path / "a.parquet").read_bytes()
   middle = len(content) // 4
   (tmp_path / "a.parquet").write_bytes(content[:middle] + garbage * 64 + content[middle + 64 :])
-  rows.check(file)
+  rows.check_file(file)
   with pytest.raises(DataError, match=r"a\.parquet: damaged parquet file: "):
     read(file)
 
@@ -332,14 +332,14 @@ def test_a_compressed_file_that_is_damaged_is_named(tmp_path, name):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
   with pytest.raises(DataError, match=r"a\.jsonl: its first 3 lines are no JSON objects"):
-    rows.check(write_lines(tmp_path, ["a,b", "1,2", "3,4"]))
+    rows.check_file(write_lines(tmp_path, ["a,b", "1,2", "3,4"]))
   (tmp_path / "a.parquet").write_text("a,b\n")
   with pytest.raises(DataError, match=r"a\.parquet: not a readable parquet file: "):
-    rows.check(File("a.parquet", BITEXT, str(tmp_path)))
+    rows.check_file(File("a.parquet", BITEXT, str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", FORMATS[:3])
 def test_a_file_without_rows_is_refused(tmp_path, name):
   columns = {column: pa.array([], pa.string()) for column in pairs(1, 2)}
   with pytest.raises(DataError, match=rf"{name}: no (lines|rows)"):
-    rows.check(write(tmp_path, columns, name))
+    rows.check_file(write(tmp_path, columns, name))

@@ -65,4 +65,4 @@ def test_json_scores_are_numbers_of_any_size(tmp_path, value):
 def test_a_score_that_is_no_number_is_refused(tmp_path, values, message):
   file = write(tmp_path, scored(20) | {"score": values}, described=SCORED)
   with pytest.raises(DataError, match=rf"a\.parquet: column score {message}"):
-    rows.check(file)
+    rows.check_file(file)

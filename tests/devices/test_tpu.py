@@ -27,7 +27,7 @@ def test_a_record_is_found_by_what_jax_calls_its_devices(name):
   kinds = {device.device_kind for device in devices_of(name, smallest(name))}
   assert kinds <= set(TPUS[name].device_kinds)
   for kind in TPUS[name].device_kinds:
-    assert tpu.find(kind) is TPUS[name]
+    assert tpu.find_tpu(kind) is TPUS[name]
 
 
 @pytest.mark.parametrize("name", TPUS)
@@ -59,7 +59,7 @@ def test_the_compiler_knows_every_option(name):
 
 @pytest.mark.parametrize("name", TPUS)
 def test_limits_of_a_device_are_its_share_of_the_chip(name):
-  chip = chips.find(TPUS[name].device_kinds[0])
+  chip = chips.find_chip(TPUS[name].device_kinds[0])
   assert chip.bf16_flops * TPUS[name].devices_per_chip == TPUS[name].chip_flops > 1e14
   assert chip.hbm_bytes * TPUS[name].devices_per_chip == TPUS[name].chip_hbm_bytes >= 16 * GIB
 
@@ -94,4 +94,4 @@ def test_configurations_are_tuned_for_the_generations_with_a_pod():
 
 
 def test_other_devices_have_no_record():
-  assert tpu.find("NVIDIA H200") is tpu.find("TPU v9") is None
+  assert tpu.find_tpu("NVIDIA H200") is tpu.find_tpu("TPU v9") is None

@@ -17,7 +17,9 @@ from tests.material import padded
 @pytest.fixture(scope="module")
 def inputs(data):
   files = select(str(data / "manifest.json"), ("heldout/*",), "data.heldout")
-  return [tasks.load(file) for file in files], Tokenizer(data / "tokenizer.json", "<|endoftext|>")
+  return [tasks.load_task(file) for file in files], Tokenizer(
+    data / "tokenizer.json", "<|endoftext|>"
+  )
 
 
 @pytest.fixture(scope="module")

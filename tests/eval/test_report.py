@@ -66,7 +66,7 @@ def evaluation():
 @pytest.fixture(scope="module")
 def page(evaluation, tmp_path_factory):
   path = tmp_path_factory.mktemp("report") / "report.html"
-  report.write(path, evaluation)
+  report.write_page(path, evaluation)
   return Reader(path.read_text(encoding="utf-8"))
 
 

@@ -94,7 +94,7 @@ def load(site, browser):
 
   def opened(evaluation, first=""):
     path = folder / "report.html"
-    report.write(path, evaluation)
+    report.write_page(path, evaluation)
     path.write_text(path.read_text("utf-8").replace("<head>", f"<head>{first}", 1), "utf-8")
     sessions.append(browser.new_session())
     assert sessions[-1].goto(url=f"{address}/report.html").http_status == 200

@@ -11,7 +11,7 @@ from tests.material import entry, write_parquet
 
 def load(folder, task_type, **columns):
   write_parquet(folder / "t.parquet", columns)
-  return tasks.load(File("t.parquet", entry(task_type, 0, "Do."), str(folder)))
+  return tasks.load_task(File("t.parquet", entry(task_type, 0, "Do."), str(folder)))
 
 
 def vectors(task, by_text):

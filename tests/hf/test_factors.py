@@ -53,7 +53,7 @@ def test_tensors_of_torch_are_read_without_it(dtype, tmp_path):
   whole = torch.randn(6, 5).to(dtype)
   for tensor in (whole, whole[2:, 1:3], whole.T, torch.nn.Parameter(whole)):
     torch.save(tensor, tmp_path / "t.pth")
-    found = torch_file.read(tmp_path / "t.pth").astype(np.float32)
+    found = torch_file.read_tensor(tmp_path / "t.pth").astype(np.float32)
     np.testing.assert_array_equal(found, tensor.detach().float().numpy())
 
 
@@ -80,7 +80,7 @@ def with_pickle(path, data):
 def test_anything_else_is_refused(write, message, tmp_path):
   write(tmp_path / "t.pth")
   with pytest.raises(LoadError, match=message):
-    torch_file.read(tmp_path / "t.pth")
+    torch_file.read_tensor(tmp_path / "t.pth")
 
 
 def test_new_factors_are_kept_by_the_table(tmp_path, monkeypatch, capsys):

@@ -90,6 +90,8 @@ def test_products_are_those_that_the_compiler_counts():
 
 
 def test_an_unknown_chip_is_not_guessed():
-  assert chips.find("TPU v5 lite").bf16_flops == 197e12
-  assert chips.find("TPU v5").bf16_flops == 459e12
-  assert chips.find("NVIDIA H100") is chips.find("cpu") is chips.find("TPU v9") is None
+  assert chips.find_chip("TPU v5 lite").bf16_flops == 197e12
+  assert chips.find_chip("TPU v5").bf16_flops == 459e12
+  assert (
+    chips.find_chip("NVIDIA H100") is chips.find_chip("cpu") is chips.find_chip("TPU v9") is None
+  )

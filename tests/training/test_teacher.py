@@ -162,7 +162,7 @@ def prepared(tokenizer, tmp_path):
   def prepare(files, out="dataset"):
     write_files(tmp_path, files)
     dataset = prepare_dataset(tmp_path, "*", tokenizer.path, out=out)
-    return open_split(catalog.load(dataset), "train", list(files))
+    return open_split(catalog.load_catalog(dataset), "train", list(files))
 
   return prepare
 
