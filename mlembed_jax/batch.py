@@ -15,14 +15,14 @@ class Kind:
   """What decides the shapes of a step's batch; one program is compiled per kind."""
 
   task_type: str
-  positives: int  # per row
-  negatives: int  # hard ones used per row
+  positives: int  # that each row has
+  negatives: int  # hard ones that are used of each row
   longest: int  # tokens of its longest text
   vectors: tuple[int, int] | None  # a teacher's, per row: texts that have one, and their width
 
   @property
   def texts(self) -> int:
-    """Texts per row."""
+    """Texts of a row: the query, its positives and its negatives."""
     return 1 + self.positives + self.negatives
 
 
@@ -33,7 +33,7 @@ class Sheets(NamedTuple):
   """
 
   ends: Int32[Any, "*blocks S K"]  # where each text ends, ascending; T: no more texts
-  texts: Int32[Any, "*blocks S K"]  # which of its shard's texts; their number: none
+  texts: Int32[Any, "*blocks S K"]  # numbers within the shard; an empty slot has their count
   tokens: Int32[Any, "*blocks S T"]
 
 

@@ -148,7 +148,7 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredConfig:
-  """Pairs with a score in [0, 1]: higher scores shall have higher cosines (CoSENT)."""
+  """What is done with pairs that have a score in [0, 1]: higher scores, higher cosines (CoSENT)."""
 
   temperature: float = setting(0.05, "Cosines are divided by it.")
   final_temperature: float = setting(

@@ -121,13 +121,13 @@ class Parts:
     self.ranges_file = self.folder / f"ranges-{_digest(self._settings)}.npy"
 
   def next(self, texts: Sequence[str]) -> pathlib.Path:
-    """Returns the file of the next part, which may be there."""
+    """Returns the file of the next part; it exists where an earlier run wrote it."""
     name = f"{len(self.files):08d}-{_digest(self._settings, *texts)}.npy"
     self.files.append(self.folder / name)
     return self.files[-1]
 
   def ranges(self, vectors: np.ndarray) -> np.ndarray:
-    """Returns the ranges of coordinates: those of the first part, for all."""
+    """Returns the ranges of the first part's coordinates, which all parts share."""
     if not self.ranges_file.is_file():
       _save(self.ranges_file, ranges(vectors))
     return np.load(self.ranges_file)

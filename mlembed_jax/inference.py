@@ -37,7 +37,7 @@ from mlembed_jax.quantize import quantize, unit
 # Widths of batches: a text is padded by a third at most. Rows follow from the tokens of a batch, so
 # there are as many programs.
 WIDTHS = tuple(sorted({n * 2**i for n in (8, 12) for i in range(12)}))
-# More gain nothing where they fill the device, and cost padding and memory.
+# Larger batches are not faster once the device is busy, and cost padding and memory.
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65_536, "tpu": 65_536}
 DTYPES = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
 
@@ -65,7 +65,7 @@ class Encoder:
     prompts: Mapping[str, str],
     max_seq_length: int,
   ):
-    """See `load`."""
+    """Takes what `load` reads from a folder."""
     self.sizes, self.dim, self.prompts = sizes, dim, dict(prompts)
     self.max_seq_length = max_seq_length
     self.truncated = 0  # texts that were cut to max_seq_length, so far
@@ -80,8 +80,10 @@ class Encoder:
   ) -> "Encoder":
     """Returns the encoder of a folder in Hugging Face layout, or of hf:ORG/NAME.
 
-    `dtype` of the computation: float32 on CPU, else bfloat16. `pooled_token` ends every text; where
-    the folder does not say which.
+    Args:
+      path: folder, or hf:ORG/NAME.
+      dtype: of the computation; None: float32 on CPU, else bfloat16.
+      pooled_token: ends every text; needed where the folder does not say which token does.
 
     Raises:
       LoadError: the folder cannot be imported, or does not say what ends a text.
@@ -143,13 +145,13 @@ class Encoder:
 
   @property
   def name(self) -> str:
-    """What the export was named, or its folder."""
+    """The name that the export was given, else that of its folder."""
     own = own_file.read(self.folder)
     return (own and own.name) or self.folder.resolve().name
 
   @property
   def fingerprint(self) -> str:
-    """Names, sizes and times of the files of the folder."""
+    """A hash of the names, sizes and times of the files of the folder."""
     files = sorted(path for path in self.folder.rglob("*") if path.is_file())
     stats = [(str(path.relative_to(self.folder)), path.stat()) for path in files]
     found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -184,7 +186,7 @@ class Encoder:
         raise ValueError(f"{name}: {size} was not trained; {near}; {allow}")
 
   def config(self, depth: int | None = None, rank: int | None = None) -> ModelConfig:
-    """Returns the shape of a slice; None: as stored."""
+    """Returns the shape of a slice; None keeps the stored size."""
     return slice_config(self._whole_model(bool(rank)), Slice(depth=depth, rank=rank))
 
   def ids(self, texts: Sequence[str], prompt: str) -> list[list[int]]:
@@ -213,7 +215,7 @@ class Encoder:
 
     One pass gives all exits. Raises ValueError where a state is not finite.
     """
-    # Cutting nothing would hold the layers twice.
+    # A cut at full depth would hold all layers a second time.
     model, params = self._cut(None if depth == self._model.layers else depth, rank)
     batching = Batching(
       lengths=WIDTHS,
@@ -269,7 +271,7 @@ class Encoder:
 
 
 def _keep_programs() -> None:
-  """Compiled programs are read from the disk by the next process, unless the caller decides."""
+  """Keeps compiled programs on disk for the next process, unless the caller chose a folder."""
   if not jax.config.values["jax_compilation_cache_dir"]:
     jax.config.update("jax_compilation_cache_dir", str(factors.cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

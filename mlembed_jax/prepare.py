@@ -49,7 +49,7 @@ PROCESSES = flags.DEFINE_integer(
 
 
 def main() -> None:
-  """Reads the flags."""
+  """Reads the flags and prepares the dataset."""
   start = time.perf_counter()
   files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
   tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)

@@ -65,5 +65,5 @@ def _bits(vectors: Vectors, precision: str) -> np.ndarray:
 
 
 def _signed(array: np.ndarray, wanted: bool) -> np.ndarray:
-  """Returns uint8 moved to the middle of int8, where that is wanted."""
+  """Returns uint8 values, as int8 around zero where `wanted`."""
   return (array.astype(np.int16) - 128).astype(np.int8) if wanted else array

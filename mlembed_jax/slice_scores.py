@@ -33,7 +33,7 @@ class SliceScore:
 
   @property
   def size(self) -> Size:
-    """The slice."""
+    """The place of the slice on the four axes."""
     return Size(self.rank, self.depth, self.dim, self.precision)
 
   @classmethod

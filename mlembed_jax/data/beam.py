@@ -1,9 +1,9 @@
 """The preparation as an Apache Beam pipeline, for corpora that one machine reads too slowly.
 
-The same transforms as `prepare.py`, and the same bytes. Texts travel between workers through the
-engine's shuffle; files are written by workers under a temporary name and renamed, to any file
-system that fsspec knows. The engine repeats what fails, so there is nothing to go on from after the
-pipeline itself was ended.
+It runs the transforms of `prepare.py` and writes the same bytes. Texts travel between workers
+through the engine's shuffle; files are written by workers under a temporary name and renamed, to
+any file system that fsspec knows. The engine repeats what fails, so there is nothing to go on from
+after the pipeline itself was ended.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ Found = tuple[int, np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class BeamJob:
-  """What every worker knows. The tokenizer travels with it: workers share no disk."""
+  """What every worker knows. The tokenizer is part of it, as workers share no disk."""
 
   recipe: Recipe
   out: str

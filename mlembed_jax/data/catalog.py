@@ -39,7 +39,7 @@ class Recipe:
   version: int = VERSION
 
   def as_json(self) -> dict[str, Any]:
-    """Returns it without where the files lie, which may change."""
+    """Returns the recipe as JSON, without where the files lie, which may change."""
     entries = {f.name: {k: v for k, v in f.entry.items() if k != "path"} for f in self.files}
     return dataclasses.asdict(self) | {"files": entries}
 
@@ -51,13 +51,13 @@ class Catalog:
   folder: pathlib.Path
   files: dict[str, File]
   shards: dict[str, list[RowShard]]  # by split: train, validation
-  documents: list[int]  # of each shard
-  max_tokens: int  # stored of a text
+  documents: list[int]  # how many each shard has
+  max_tokens: int  # that are stored of a text
   fingerprint: str  # of all records
 
   @property
   def tokenizer(self) -> pathlib.Path:
-    """The tokenizer that made the ids."""
+    """The file of the tokenizer that made the ids."""
     return self.folder / "tokenizer.json"
 
   def records(self, split: str) -> records.Records:
@@ -97,7 +97,7 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
   template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
   with tempfile.TemporaryDirectory() as name:
     temporary: Any = pathlib.Path(name)
-    # It cannot open a split without rows.
+    # TensorFlow Datasets cannot open a split without rows.
     filled = {split: of for split, of in splits.items() if any(shard.records for shard in of)}
     for split, shards in filled.items():
       (temporary / records.file_name(split, 0, len(shards))).touch()  # it looks for such names

@@ -36,19 +36,19 @@ class Batch:
   real_tokens: int
 
   def arrays(self) -> Arrays:
-    """Returns what the device needs."""
+    """Returns the arrays that the update reads."""
     sheets = packing.whole(self.sheets, self.layout)
     return Arrays(self.hashes, self.scores, sheets, self.teacher)
 
   @property
   def computed_tokens(self) -> int:
-    """Places of tokens that this process's devices compute, real ones and padding."""
+    """Tokens that this process's devices compute, real ones and padding."""
     return sum(sheets.tokens.size for sheets in self.sheets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How rows become batches."""
+  """Settings of a run that decide how rows become batches."""
 
   negatives: Mapping[str, int]  # hard ones used per row, by task type; scored pairs have none
   inbatch: Mapping[str, bool]  # whether positives of other rows are candidates, by task type
@@ -63,9 +63,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where batches go."""
+  """How a batch is split over the devices and processes of a run."""
 
-  block_tokens: int  # encoded at a time over all processes
+  block_tokens: int  # that are encoded at a time over all processes
   batch_shards: int  # data-parallel devices over all processes
   process: int = 0
   processes: int = 1  # that read different rows
@@ -83,7 +83,11 @@ class Batches:
     placement: Placement,
     steps: int,
   ):
-    """Raises DataError: a file has nothing to learn from, or teachers differ in width."""
+    """Prepares the shapes of all batches.
+
+    Raises:
+      DataError: a file has nothing to learn from, or teachers differ in width.
+    """
     self._split, self._order, self._steps = split, order, steps
     self._options, self._placement = options, placement
     self._prefix = _prefixes(split, tokenizer)

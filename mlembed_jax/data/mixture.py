@@ -22,8 +22,8 @@ class Unit:
   file: str
   language: str
   rows: int
-  tokens: float  # per row: query and positives, and every stored negative
-  negative_tokens: float  # per row, of that
+  tokens: float  # of a row on average: query, positives and every stored negative
+  negative_tokens: float  # those of the negatives among them
 
 
 def units(shards: Sequence[RowShard]) -> list[Unit]:
@@ -54,7 +54,14 @@ def per_epoch(
 ) -> np.ndarray:
   """Returns how many rows of each unit an epoch has, [U] int64.
 
-  An epoch has as many rows as the files have together, each counted up to `max_rows` (0: all).
+  An epoch has as many rows as the files have together, each counted up to `max_rows`.
+
+  Args:
+    units: U units, the rows of one language in one file each.
+    max_rows: rows of a file that count; 0: all.
+    size_exponent: below 1, small files come more often.
+    language_temperature: above 1, languages with few rows come more often.
+    max_repeats: passes over the rows of a unit or language in one epoch, at most.
   """
   rows = np.array([unit.rows for unit in units], np.float64)
   file, language = (

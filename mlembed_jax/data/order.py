@@ -3,8 +3,8 @@
 All rows of a step come from one file. An epoch visits every batch of every file once, in an order
 of its own; what is left of a file after its last whole batch, other rows each time, is left out.
 Within a file the rows of its languages are mixed at random. There is no iterator state: any step
-costs the same, on any number of hosts. Shuffles are keyed permutations that are computed for one
-index at a time, so nothing of the size of the data is held in memory.
+costs the same, on any number of processes. Shuffles are keyed permutations that are computed for
+one index at a time, so nothing of the size of the data is held in memory.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int64
 
 VERSION = 1  # raise it when the same plan and seed would give other rows
-# Separate every use of the seed from the others.
+# These constants separate every use of the seed from the others.
 BATCHES, ROWS, PASSES = 0x42, 0x52, 0x50
-ROUNDS = 6  # of the Feistel network; 4 are enough for a random-looking order
+ROUNDS = 6  # of the Feistel network; 4 already give an order that looks random
 
 
 def mix(*values: int | np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class Chosen:
 
   file: int
   units: Int64[np.ndarray, "B"]
-  rows: Int64[np.ndarray, "B"]  # of each one's unit
+  rows: Int64[np.ndarray, "B"]  # numbers within their units
 
 
 class Order:
@@ -70,7 +70,15 @@ class Order:
   def __init__(
     self, files: np.ndarray, rows: np.ndarray, per_epoch: np.ndarray, batch_size: int, seed: int
   ):
-    """Of each unit: its file (ascending numbers), its rows, and how many an epoch has of them."""
+    """Lays out an epoch of U units, the rows of one language in one file each.
+
+    Args:
+      files: number of each unit's file, [U], ascending.
+      rows: rows that each unit has, [U].
+      per_epoch: rows of each unit in an epoch, [U]; more than `rows` repeats some.
+      batch_size: rows of a step over all processes.
+      seed: of the run.
+    """
     self._rows, self._per_epoch, self._seed = rows, per_epoch, seed
     self._batch_size = batch_size
     self._units = np.concatenate([[0], np.cumsum(per_epoch)])  # in the list of an epoch
@@ -80,7 +88,7 @@ class Order:
 
   @property
   def steps_per_epoch(self) -> int:
-    """Batches of all files."""
+    """Batches of all files in an epoch."""
     return int(self._batches[-1])
 
   def batches(self) -> np.ndarray:

@@ -23,11 +23,11 @@ TOKENS_PER_TEXT = 4
 class Layout:
   """Shapes of a step's sheets, the same for every step of one kind of rows."""
 
-  widths: tuple[int, ...]  # of sheets, ascending; a text begins one of the narrowest it fits in
-  blocks: tuple[int, ...]  # per width: as many as the longest texts could need
-  sheets: tuple[int, ...]  # per width and block, over all shards
+  widths: tuple[int, ...]  # tokens of sheets, ascending; texts begin the narrowest they fit in
+  blocks: tuple[int, ...]  # per width, as many as the longest texts could need
+  sheets: tuple[int, ...]  # of each block of a width, over all shards
   batch_shards: int  # parts of the batch, one per data-parallel device
-  texts: int  # of one shard
+  texts: int  # that one shard has in a step
   packed: bool  # False: one text per sheet
 
   def slots(self, width: int) -> int:
@@ -55,13 +55,19 @@ def layout(
 ) -> Layout:
   """Returns the shapes for batches of `rows` rows over all shards.
 
-  `longest`: tokens of the longest text there is; wider sheets than it needs are left out.
-  `block_tokens`: tokens encoded at a time over all shards; at least one sheet per shard.
+  Args:
+    rows: of a batch, a multiple of `batch_shards`.
+    texts_per_row: a query, its positives and its negatives.
+    longest: tokens of the longest text there is; wider sheets than it needs are left out.
+    widths: tokens of the sheets, ascending.
+    block_tokens: tokens encoded at a time over all shards; a shard has one sheet at least.
+    batch_shards: data-parallel devices.
+    packed: whether several texts may share a sheet.
   """
   used = tuple(widths)[: bisect.bisect_left(widths, longest) + 1]
   texts = rows // batch_shards * texts_per_row
   per_shard = [max(1, min(texts, block_tokens // (batch_shards * width))) for width in used]
-  # One text per sheet is the worst that packing can come to.
+  # This is capacity for the worst case: one text per sheet.
   blocks = tuple(math.ceil(texts / n) for n in per_shard)
   sheets = tuple(n * batch_shards for n in per_shard)
   return Layout(used, blocks, sheets, batch_shards, texts, packed)
@@ -78,7 +84,7 @@ def balance(tokens: np.ndarray, shards: int) -> np.ndarray:
 
 
 def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
-  """Returns the blocks of each width that hold a text; `ids`: of every text of every shard."""
+  """Returns the blocks of each width that hold a text; `ids` are token ids by shard and text."""
   bins = [_bins(np.array([len(text) for text in texts]), layout) for texts in ids]
   made = []
   for i in range(len(layout.widths)):
@@ -93,9 +99,9 @@ def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
 def _bins(lengths: np.ndarray, layout: Layout) -> list[list[np.ndarray]]:
   """Returns for each width which texts share each sheet.
 
-  Widest first: the texts that need these sheets leave room in them, which shorter ones take.
+  The widest come first: the texts that need them leave room, which shorter texts take.
   """
-  if lengths.max() > layout.widths[-1]:  # it would be missing without a word
+  if lengths.max() > layout.widths[-1]:  # else it would be left out in silence
     raise ValueError(f"a text of {lengths.max()} tokens, but sheets of {layout.widths}")
   left, made = np.arange(len(lengths)), []
   for i, width in reversed(list(enumerate(layout.widths))):

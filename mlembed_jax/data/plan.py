@@ -11,7 +11,7 @@ from mlembed_jax.data.mixture import Unit
 from mlembed_jax.data.order import Order
 
 KNOWN = {*REQUIRED, *OPTIONAL}
-SHOWN = 12  # files and units of a printed difference
+SHOWN = 12  # files, and as many units, stand in a printed difference
 
 
 @dataclasses.dataclass(frozen=True)

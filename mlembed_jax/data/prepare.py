@@ -1,4 +1,4 @@
-"""Prepares a dataset on one machine: every step a process per part, safe to be killed.
+"""Prepares a dataset on one machine, a process per part of each step, safe to be killed.
 
 A part writes its files under temporary names, renames them, and marks itself done last. Run again,
 the command leaves out what is done; what was half written is written anew. The result does not
@@ -36,7 +36,7 @@ from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import copy_file, new_file, write_json
 
-WORK = ".work"  # folder of what is not part of the result
+WORK = ".work"  # names the folder of what is not part of the result
 # Compressed input per documents file: 1,000 files for 60 GB. A process holds one at a time, which
 # uncompressed and with each text once is about twice this.
 PARTITION_BYTES = 64 * 2**20
@@ -48,7 +48,7 @@ MAX_TOKENS = 60_000  # counts are stored in 16 bits, and a query has a few more 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What every process knows."""
+  """What every process of the preparation knows."""
 
   recipe: Recipe
   out: pathlib.Path
@@ -57,12 +57,12 @@ class Job:
 
   @property
   def work(self) -> pathlib.Path:
-    """Folder of intermediate files."""
+    """The folder of intermediate files."""
     return self.out / WORK
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
-    """Opened once per process."""
+    """The tokenizer, opened once per process."""
     return Tokenizer(self.tokenizer_path, self.pooled_token)
 
 
@@ -77,7 +77,7 @@ def make_dataset_folder(path: str) -> pathlib.Path:
 
 
 def make_recipe(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> Recipe:
-  """Returns what there is to do.
+  """Returns what is to be prepared, from the files that it is made of.
 
   Raises:
     DataError: a file is missing, unreadable or of another form than its entry says, or the
@@ -270,11 +270,11 @@ def _write_rows(job: Job, item: tuple[int, int, int, int]) -> dict[str, RowShard
   table = _read_table(job, file, chunk, "rows")
   places, lengths = _look_up(job, _read_table(job, file, chunk, "texts")["hash"].to_numpy())
   texts = transforms.document_places(table)
-  new = lambda name: new_file(job.out / name)  # noqa: E731
-  with transforms.row_files(job.recipe.files[file], number, shards, new) as paths:
+  source = job.recipe.files[file]
+  with transforms.row_files(source, number, shards, lambda n: new_file(job.out / n)) as paths:
     return transforms.write_rows(
       paths,
-      job.recipe.files[file],
+      source,
       table,
       places[texts],
       lengths[texts],
@@ -289,7 +289,7 @@ def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   start = 0
   for number in range(job.recipe.partitions):
     part = transforms.partition(hashes, number, job.recipe.partitions)
-    # Mapped, not read: of a large partition few pages are needed.
+    # The file is mapped, not read: few pages of a large partition are needed.
     known, tokens = (np.load(_index(job, number, n), mmap_mode="r") for n in ("hashes", "lengths"))
     found = np.searchsorted(known, hashes[part])
     places[part], lengths[part] = start + found, tokens[found]

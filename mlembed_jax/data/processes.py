@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Makes processes end with the one that started them."""
 
 import os
 import threading

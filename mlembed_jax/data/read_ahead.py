@@ -17,9 +17,9 @@ from mlembed_jax.data.loader import Batch, Batches
 from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.errors import DataError
 
-PREFETCH = 2  # batches ready per worker
-STALLED_S = 300.0  # without a batch from a worker: it is ended, and another one reads the step
-TRIES = 3  # of one step
+PREFETCH = 2  # batches that each worker has ready
+STALLED_S = 300.0  # a worker that gives no batch for so long is ended; another reads the step
+TRIES = 3  # workers that may die at one step
 
 
 def iterate(batches: Batches, start: int, workers: int) -> Iterator[Batch]:
@@ -150,4 +150,4 @@ def _work(pipe: Connection, batches: Batches, first: int, stride: int, parent: i
     if not isinstance(error, DataError):  # its message says all
       error.add_note(traceback.format_exc())
     ready.put(error)
-  threading.Event().wait()  # until it is ended: what is sent may not be read yet
+  threading.Event().wait()  # it waits to be ended: what it sent may not be read yet

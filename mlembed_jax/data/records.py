@@ -25,7 +25,7 @@ TRAIN, VALIDATION, DOCUMENTS = "train", "validation", "documents"
 # Records per compressed group. Rows: what TensorFlow Datasets and grain advise. A reader holds 8
 # bytes per group: for 400 million documents, each alone, that would be 3 GB in every process.
 GROUP = {TRAIN: 1, VALIDATION: 1, DOCUMENTS: 16}
-# No reading ahead: rows are read in random order. With a buffer of 4 kB instead of the default
+# Nothing is read ahead: rows are read in random order. With a buffer of 4 kB instead of the default
 # 1 MB that is 20 times as fast.
 READER = "readahead_buffer_size:0,max_parallelism:0"
 BUFFER = 4096
@@ -50,7 +50,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What a query has beside its text; documents have none of it."""
+  """What the record of a query holds beside its text; records of documents hold none of it."""
 
   dataset: str  # file of the manifest
   language: str
@@ -157,7 +157,7 @@ class Records:
   """Random access to the records of one split; its files are opened when first read."""
 
   def __init__(self, folder: pathlib.Path, split: str, shards: list[int]):
-    """`shards`: records of each."""
+    """Opens nothing yet; `shards` are the numbers of records of each shard."""
     self._paths = [folder / file_name(split, i, len(shards)) for i in range(len(shards))]
     self._starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
     self._readers: dict[int, Any] = {}

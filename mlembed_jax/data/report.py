@@ -16,7 +16,7 @@ FILE = "prepare_report.json"
 
 @dataclasses.dataclass
 class FileCount:
-  """What was read of one file."""
+  """How many rows of one file were read, and why others were dropped."""
 
   name: str
   chunks: int = 0

@@ -24,7 +24,7 @@ class Rows:
   """
 
   def __init__(self, shards: list[RowShard], chosen: list[Unit]):
-    """`chosen`: the units of the files that are trained on."""
+    """Finds the runs of the units `chosen`, those of the files that are trained on."""
     number = {(unit.file, unit.language): n for n, unit in enumerate(chosen)}
     found: list[tuple[int, int, int]] = []  # unit, first record, rows
     start = 0

@@ -46,7 +46,7 @@ class Tokenizer:
 
   @property
   def size(self) -> int:
-    """One more than the largest id, i.e. the smallest table that holds every token."""
+    """Rows of the smallest token table that holds every token: the largest id plus one."""
     return max(self.vocabulary.values()) + 1
 
   @property
@@ -60,7 +60,7 @@ class Tokenizer:
     return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
   def ids(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns all ids of each text, and no others."""
+    """Returns the ids of each whole text; no token is added."""
     return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
   def prefix(self, instruction: str) -> list[int]:

@@ -22,8 +22,8 @@ from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
 
-BATCH = 8192  # texts tokenised at a time
-VALIDATION_OF = 100  # one query in so many, by its text: equal queries are on one side
+BATCH = 8192  # texts are tokenised at a time
+VALIDATION_OF = 100  # one query in so many is held out, by its text: equal ones stay together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """What rows must know of a partition's documents, in their order."""
+  """The hashes and lengths by which rows find the documents of a partition."""
 
   hashes: np.ndarray  # [N] uint64, ascending
   lengths: np.ndarray  # [N] tokens
@@ -110,7 +110,7 @@ def tokenized(
   tokenizer: Tokenizer,
   max_tokens: int,
 ) -> Iterator[Text]:
-  """Yields the token ids of each text; with those of its form as a query where that is asked."""
+  """Yields the token ids of each text, and those of its form as a query where `as_query`."""
   for start in range(0, len(texts), BATCH):
     part = slice(start, start + BATCH)
     bare = tokenizer.ids(texts[part])
@@ -120,7 +120,7 @@ def tokenized(
     for i, ids in enumerate(bare):
       head, skip = _head(ids, by_place[i]) if i in by_place else ([], 0)
       if len(head) > max_tokens:
-        skip = len(ids)  # nothing stands behind a head that is cut
+        skip = len(ids)  # a head that is cut leaves no room for the rest
       yield Text(
         np.array(ids[:max_tokens], np.int32),
         np.array(head[:max_tokens], np.int32),

@@ -14,7 +14,8 @@ class Chip:
   hbm_bytes: int  # of memory; what programs may use is a few percent less
 
 
-# By `device_kind`, with NVIDIA's data sheets; where those give only "with sparsity", half of it.
+# Keys are jax's `device_kind`. Figures of GPUs are from NVIDIA's data sheets; where these give only
+# "with sparsity", half of it stands here.
 GPUS: dict[str, Chip] = {
   "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB),  # A100 data sheet, all four forms
   "NVIDIA A100-PCIE-40GB": Chip(312e12, 40 * GIB),

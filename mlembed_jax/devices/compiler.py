@@ -14,8 +14,8 @@ GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
 def cache(folder: pathlib.Path, platform: str) -> None:
   """Keeps compiled programs in a folder, unless JAX_COMPILATION_CACHE_DIR names another.
 
-  A run that goes on then loads what took minutes to compile. Not on
-  CPU, whose programs compile in seconds and are bound to one kind of processor.
+  A run that goes on then loads what took minutes to compile. Programs
+  for CPUs are not kept: they compile in seconds and are bound to one kind of processor.
   """
   if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(folder))

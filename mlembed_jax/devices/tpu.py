@@ -54,12 +54,12 @@ class Tpu:
 
   @property
   def peak_flops(self) -> float:
-    """Per second, of one device in bfloat16."""
+    """FLOPs per second of one device in bfloat16."""
     return self.chip_flops / self.devices_per_chip
 
   @property
   def hbm_bytes(self) -> int:
-    """Memory of one device."""
+    """Bytes of memory of one device."""
     return self.chip_hbm_bytes // self.devices_per_chip
 
   def gather_tokens(self, torus: Sequence[int], group: int) -> float:

@@ -25,7 +25,7 @@ from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh
 from mlembed_jax.training import lowering, micro_batch, optimizer, train_state, train_step
 from mlembed_jax.training.gradcache import BLOCKS
 
-# Updates of the run that the step belongs to. The schedule holds it as one number, so any will do.
+# The step belongs to a run of so many updates. The schedule holds it as one number, so any will do.
 RUN_STEPS = 1000
 
 
@@ -36,7 +36,7 @@ def gib(size: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Chips to compile for."""
+  """The TPU slices that a step is compiled for."""
 
   name: str
   tpu: Tpu
@@ -196,12 +196,12 @@ class _Case:
 
 @dataclasses.dataclass(frozen=True)
 class _Account:
-  """What the compiler says of an update; where it gave up, nothing but the memory."""
+  """What the compiler says of an update; of one that it gave up, the memory alone."""
 
   by_kind: dict[str, int]  # bytes of one chip by what they hold
   spent: hlo.Seconds = dataclasses.field(default_factory=hlo.Seconds)
   collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  seconds: float = 0.0  # that compiling took
+  seconds: float = 0.0  # how long compiling took
 
 
 def _compile(case: _Case) -> _Account:
@@ -287,7 +287,7 @@ def _memory(case: _Case, compiled: Any) -> dict[str, int]:
 
 
 class _Trips:
-  """How often the loops over blocks run for texts of equal length."""
+  """Says how often the loops over blocks run for texts of equal length."""
 
   def __init__(self, layout: packing.Layout, length: int):
     self.blocks = {}

@@ -26,7 +26,7 @@ class Operation:
   name: str
   shape: str
   opcode: str
-  operands: str  # and attributes: the rest of the line
+  operands: str  # the rest of the line, attributes too
 
   def attribute(self, pattern: str) -> str:
     """Returns what the first group of `pattern` finds in the rest of the line, or ""."""
@@ -35,12 +35,12 @@ class Operation:
 
   @property
   def cycles(self) -> int:
-    """What the compiler estimates, 0 where it says nothing."""
+    """Cycles that the compiler estimates, 0 where it says nothing."""
     return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
 
   @property
   def scope(self) -> str:
-    """The name stack of the source."""
+    """The name stack of the source code that the operation comes from."""
     return self.attribute(r'op_name="([^"]*)"')
 
 
@@ -50,16 +50,16 @@ class Seconds:
 
   compute: float = 0.0
   attention: float = 0.0
-  collectives: float = 0.0  # that nothing hides
-  hidden: float = 0.0  # collectives beside computation; not part of the total
+  collectives: float = 0.0  # exchanges that nothing hides
+  hidden: float = 0.0  # exchanges that run beside computation; they are not part of the total
 
   @property
   def total(self) -> float:
-    """The length of the step."""
+    """Seconds of the whole step."""
     return self.compute + self.attention + self.collectives
 
   def add(self, other: "Seconds", times: float = 1.0) -> None:
-    """Adds `times` the other."""
+    """Adds every part of another account, multiplied by `times`."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name) + times * getattr(other, field.name)
       setattr(self, field.name, value)
@@ -74,17 +74,21 @@ class Collective:
   group: int  # devices that take part
 
   def seconds(self, tpu: Tpu, torus: Sequence[int]) -> float:
-    """Returns its length on a torus: bytes that a device receives, over the links of the axes.
+    """Returns how long the exchange takes: bytes that a device receives, over the links it uses.
 
     An exchange in a group that spans several axes of the torus uses the links of all of them, in
     both directions. Source: chapter "Sharded matrices" of "How to scale your model" (jax-ml).
+
+    Args:
+      tpu: generation of the chips.
+      torus: chips along each axis of the slice.
     """
     share = (self.group - 1) / max(1, self.group)
     one_link = self.bytes / tpu.link_bytes_per_second
     if self.opcode == "collective-permute":  # to a neighbour
       return one_link
     links = tpu.links(torus, self.group)
-    # What goes to all passes a quarter of each ring on its way, on average.
+    # Data of an all-to-all passes a quarter of each ring on its way, on average.
     hops = max(1.0, sum(tpu.axes(torus, self.group)) / 4)
     passed = {"all-reduce": 2 * share, "all-to-all": share * hops}.get(self.opcode, share)
     return one_link * passed / links

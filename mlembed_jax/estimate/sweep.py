@@ -10,7 +10,7 @@ from mlembed_jax.estimate.estimate import Estimate, Step, Target, estimate_step,
 from mlembed_jax.parallel.sharding import make_mesh, smallest_micro_batch
 from mlembed_jax.training import micro_batch
 
-COPIES = (1, 4, 16)  # of the parameters, on each slice
+COPIES = (1, 4, 16)  # of the parameters are tried on each slice
 REMAT = ("full", "context", "products")
 HEAD = """\
 | mesh | model.remat | data.micro_batch | data.kept_tokens | GiB | free | step | MFU |
@@ -24,7 +24,7 @@ def sweep_settings(config: Config, target: Target, step: Step) -> list[Estimate]
   the tokens encoded at a time. A compilation each, of a minute to several; progress goes to stderr.
 
   Raises:
-    ConfigError: of none there is an estimate.
+    ConfigError: no setting can be estimated.
   """
   search = _Search(target, step)
   print(HEAD, file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ class _Search:
     self.errors: dict[Config, ConfigError] = {}
 
   def cost(self, config: Config) -> tuple[bool, float]:
-    """Returns what orders settings."""
+    """Returns the sort key of a configuration, the best first."""
     if config not in self.found and config not in self.errors:
       self._estimate(config)
     return _order(self.found[config]) if config in self.found else (True, float("inf"))
@@ -94,7 +94,7 @@ def _blocks(config: Config, target: Target, step: Step) -> Iterator[Config]:
 
 
 def _kept(config: Config, _: Target, step: Step) -> Iterator[Config]:
-  """Yields what is computed again, with nothing kept between the passes or everything."""
+  """Yields the remat policies, with no block or every block kept between the passes."""
   everything = config.data.global_batch * step.kind(config).texts * config.data.lengths[-1]
   for tokens in (0, everything):
     data = dataclasses.replace(config.data, kept_tokens=tokens)

@@ -4,7 +4,7 @@ from mlembed_jax.estimate.estimate import Estimate, gib
 
 
 def report_text(estimate: Estimate) -> str:
-  """Returns the report."""
+  """Returns an estimate as lines of text."""
   e = estimate
   used, there = gib(e.hbm_bytes_per_device), gib(e.hbm_capacity)
   memory = ", ".join(f"{name} {gib(size)}" for name, size in e.hbm_by_kind.items())

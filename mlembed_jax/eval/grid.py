@@ -1,4 +1,4 @@
-"""Held-out quality of every slice: each rank is one pass over the texts, giving all depths."""
+"""Held-out quality of every slice: one pass over the texts per rank gives all depths."""
 
 import dataclasses
 import itertools

@@ -22,7 +22,7 @@ from mlembed_jax.files import write_text
 from mlembed_jax.slice_scores import Size, SliceScore
 
 HERE = pathlib.Path(__file__).parent
-DIGITS = 6  # of a score; shown are three: rounding to four before changed the last one
+DIGITS = 6  # of a score are stored. The page shows three; four stored ones would round twice
 
 
 def write_page(path: str | pathlib.Path, evaluation: Evaluation) -> None:
@@ -35,7 +35,7 @@ def write_page(path: str | pathlib.Path, evaluation: Evaluation) -> None:
 
 
 def page(evaluation: Evaluation) -> str:
-  """Returns the page."""
+  """Returns the HTML page about an evaluation."""
   points = summary.points(evaluation)
   data = payload(evaluation)
   costs = [cost for cost in summary.varying(points) if len(points) > 1]
@@ -247,7 +247,7 @@ def _cheapest_table(evaluation: Evaluation, points: Sequence[Point], data: dict[
 
 
 def _slice(point: Point, points: Sequence[Point], data: dict[str, Any]) -> str:
-  """Returns its name; the script makes it a button that chooses the slice."""
+  """Returns the name of a slice; the script makes it a button that chooses the slice."""
   sizes = [Size(*(cut[name] for name in summary.AXES)) for cut in data["slices"]]
   name = _escape(summary.name(point, points))
   return f'<span data-slice="{sizes.index(point.size)}">{name}</span>'

@@ -24,7 +24,7 @@ SEED = 42
 EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # of a classification
 BOOTSTRAPS, DRAWS = 10, 2048  # of a clustering; MTEB's tasks draw 2,048 or 16,384 texts
 TOP = 10
-TIE = 1e-6  # apart; products of bits that are equally far are rounded in another order
+TIE = 1e-6  # scores this near are ties: sums of equal products may round in another order
 QUERIES_AT_ONCE = 1024  # their similarities to all documents stand in memory
 
 

@@ -26,7 +26,7 @@ UNITS = {  # as they follow `shown`
   "parameters": "parameters",
   "latency": "per text",
 }
-SHARES = (0.01, 0.05)  # of the best score, that a cheaper slice may lose
+SHARES = (0.01, 0.05)  # a cheaper slice may lose this much of the best score
 ROUNDING = 1e-12  # 0.95 * 0.8 and 0.76 are the same score
 
 
@@ -43,7 +43,7 @@ class Point:
 
   @property
   def size(self) -> Size:
-    """Its place on the four axes."""
+    """The place of the slice on the four axes."""
     return Size(self.rank, self.depth, self.dim, self.precision)
 
 
@@ -199,7 +199,7 @@ def shown(cost: str, value: float) -> str:
 
 
 def times(factor: float | None) -> str:
-  """Returns a saving, a dash for none."""
+  """Returns a factor of cost as text, a dash where it is not known."""
   return "–" if factor is None else f"{factor:.1f} x" if factor < 9.95 else f"{factor:.0f} x"
 
 

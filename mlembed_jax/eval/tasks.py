@@ -39,7 +39,7 @@ COLUMNS = {
   "clustering": ("lang", "label", "text"),
   SCORED: ("lang", "query", "passage", SCORE),
 }
-METRICS = {  # by which a model is chosen; MTEB's main score
+METRICS = {  # the main score of each task type, as in MTEB
   "bitext": "f1",
   "retrieval": "ndcg_at_10",
   "classification": "accuracy",
@@ -60,7 +60,7 @@ class HeldoutTask:
 
   @property
   def metric(self) -> str:
-    """The main one of its scores."""
+    """The name of the task's main score."""
     return METRICS[self.type]
 
 
@@ -120,7 +120,10 @@ class _Texts:
     return self._add([with_instruction(self._instruction, text) for text in texts])
 
   def documents(self, texts: Sequence[str]) -> np.ndarray:
-    """Returns the same; they are queries, too, where both are of one kind."""
+    """Returns the place of each document among the unique texts.
+
+    Documents are encoded as queries where the task is symmetric.
+    """
     return self.queries(texts) if self._symmetric else self._add(texts)
 
   def _add(self, texts: Sequence[str]) -> np.ndarray:

@@ -57,7 +57,7 @@ def card(
   prompts: Mapping[str, str],
   evaluation: StepScores | None,
 ) -> str:
-  """Returns README.md; `evaluation`: the held-out scores of the step."""
+  """Returns README.md; `evaluation` holds the held-out scores of the step."""
   bodies = (
     _what_it_is(variant, pooled_token, prompts),
     _use(variant),

@@ -65,7 +65,7 @@ class Variant:
 
   @property
   def axes(self) -> Matryoshka:
-    """Returns what was trained."""
+    """Returns the axes that were trained."""
     return axes_of(self.run.config.model, self.run.config.matryoshka)
 
   @property

@@ -210,7 +210,7 @@ def _write(
 
 
 def _check(folder: pathlib.Path) -> None:
-  """Raises ExportError with all errors that mlembed_jax.doctor would find, but for vectors."""
+  """Raises ExportError with all errors of mlembed_jax.doctor; vectors are not compared."""
   errors = [f for f in examine.examine(folder) if f.level == ERROR]
   if errors:
     lines = [f"{f.check} {f.file}: {f.found}. {f.remedy}" for f in errors]
@@ -229,7 +229,7 @@ def _write_weights(folder: pathlib.Path, variant: Variant, params: Mapping[str, 
     size = parameter_count(variant.body) * dtype.itemsize
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
   if variant.form == "merged":
-    # Float32 whatever the weights are: rounded factors multiply to another table.
+    # They are float32 whatever the weights are: rounded factors multiply to another table.
     _write_small(folder / FACTORS, {"U": params["table"], "V": params["up"]})
   if variant.dim < variant.body.width:
     identity = np.eye(variant.dim, variant.body.width)
@@ -293,7 +293,7 @@ def _write_small(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
 
 
 def _own_file(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> OwnFile:
-  """Returns mlembed.json; to be called when every other file is written."""
+  """Returns the content of mlembed.json, with digests of all other files, which must be there."""
   config, axes = variant.run.config, variant.axes
   return OwnFile(
     name=variant.name,
@@ -357,7 +357,7 @@ def _config_sha256(config: Config) -> str:
 
 
 def _digests(folder: pathlib.Path) -> dict[str, own_file.Digest]:
-  """Returns the digests of all files."""
+  """Returns the digests of all files of a folder, by path."""
   found = {}
   for path in sorted(p for p in folder.rglob("*") if p.is_file()):
     with path.open("rb") as file:

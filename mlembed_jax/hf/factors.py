@@ -1,6 +1,6 @@
 """The token table of a folder as two factors: those it was trained with, or new ones by SVD.
 
-New ones take minutes for a large table, so they are kept by the hash of the table.
+New factors of a large table take minutes, so they are kept on disk by the hash of the table.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ RELEASED = ("U.pth", "V.pth")  # of the released ML-Embed folders, the same pair
 # Product of the trained factors against the stored table, which may be rounded to bfloat16 (2^-9);
 # the second is for sums in another order, relative to the largest value.
 RTOL, ATOL = 2**-8, 1e-5
-ROWS = 1024  # compared
+ROWS = 1024  # of the table are compared
 
 Factors = tuple[np.ndarray, np.ndarray]
 
@@ -67,7 +67,7 @@ def _stored(folder: Folder) -> Factors:
 
 
 def _trained(folder: Folder) -> tuple[pathlib.Path, np.ndarray, np.ndarray] | None:
-  """Returns (where, U, V), None where the folder has none."""
+  """Returns (file or folder, U, V) of trained factors, None where the folder has none."""
   path = folder.path
   if folder.rank:
     return path, *_stored(folder)

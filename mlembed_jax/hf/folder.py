@@ -1,6 +1,7 @@
 """A folder in Hugging Face layout, opened: its shape, its tensors, and all that is wrong with it.
 
-Headers only: no weight is read before `Stored.read`. All that does not fit is one error.
+Only headers are read; no weight is read before `Stored.read`. One error lists all that does not
+fit.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ FIXED = {
   "mlp_bias": False,
   "use_sliding_window": False,
 }
-# Beside the sizes, which are as in ModelConfig.
+# Types of keys beside the sizes, whose types are those of ModelConfig.
 OTHER_TYPES = {
   "rope_theta": float,
   "rope_parameters": dict,
@@ -39,12 +40,12 @@ OTHER_TYPES = {
   param_mapping.RANK_KEY: int,
 }
 ALLOWED = {int: (int,), float: (float, int), dict: (dict,)}  # True is no int here
-NAMES_SHOWN = 3  # of each kind of problem
+NAMES_SHOWN = 3  # names are listed for each kind of problem
 
 HUB = "hf:"  # begins the name of a model of the Hugging Face Hub
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json")
 FILES += ("mlembed/*", "mlembed.json", "U.pth", "V.pth")
-# An encoder without them would have no prompts, and cut texts elsewhere.
+# Without these files an encoder would have no prompts, and would cut texts elsewhere.
 FILES += ("config_sentence_transformers.json", "sentence_bert_config.json")
 
 

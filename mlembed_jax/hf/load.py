@@ -1,7 +1,7 @@
 """Import of a folder in Hugging Face layout, one of ours or anyone's, straight into sharded arrays.
 
-Weights are read tensor by tensor from mapped files, and cast on the device: a host holds one tensor
-beside what its devices hold.
+Weights are read tensor by tensor from mapped files, and cast on the device: a process holds one
+tensor beside what its devices hold.
 """
 
 import functools
@@ -109,7 +109,8 @@ def _factorised(folder: Folder, model: ModelConfig, like: Params) -> Params:
   with processes.agreed():
     if processes.is_first():
       found["table"][: folder.rows], found["up"][:] = factors.of_folder(folder, model.rank)
-  # A factorisation may round in another way on another machine; parts of two do not fit.
+  # A factorisation may round in another way on another machine; factors of two machines do not fit
+  # each other.
   found = processes.from_first(found)
   return {name: _placed(found[name], shapes[name]) for name in shapes}
 

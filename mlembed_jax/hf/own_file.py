@@ -45,7 +45,7 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class AxisSizes:
-  """One axis, of dimensions or of layers."""
+  """The trained and the exported sizes of one axis, dimensions or layers."""
 
   trained: tuple[int, ...]
   exported: int
@@ -109,7 +109,7 @@ class OwnFile:
 
 
 def write(folder: pathlib.Path, content: OwnFile) -> None:
-  """Writes the file; to be called when every other file is there."""
+  """Writes mlembed.json, after every other file, as it holds their digests."""
   write_json(folder / NAME, {"format_version": FORMAT, **dataclasses.asdict(content)})
 
 
@@ -137,7 +137,7 @@ def read(folder: pathlib.Path) -> OwnFile | None:
 
 
 def _object(of: Any, value: dict[str, Any], prefix: str) -> Any:
-  """Returns a JSON object as a dataclass; keys that it does not know say nothing to us."""
+  """Returns a JSON object as a dataclass; keys without a field are ignored."""
   fields = dataclasses.fields(of)
   if missing := [field.name for field in fields if field.name not in value]:
     raise LoadError(f"{prefix}{missing[0]} is missing")

@@ -17,7 +17,7 @@ from mlembed_jax.hf.load import load_params, on_device
 from mlembed_jax.models.batched import Batching, encode_batched
 
 FILE = "parity.json"
-# What tokenizers and attention masks get wrong. None begins or ends with a blank, which
+# These show what tokenizers and attention masks get wrong. None begins or ends with a blank, which
 # sentence-transformers up to 5.3 strips.
 TEXTS = {
   "ascii": "hello world",
@@ -36,7 +36,7 @@ TEXTS = {
   "special": "the literal <|im_end|> inside a text",
 }
 SENTENCE = "The river rises slowly in spring, and nobody knows the old road over the hills. "
-LONG_IDS, MAX_LENGTH = 600, 32  # length of "long"; where "truncated" is cut
+LONG_IDS, MAX_LENGTH = 600, 32  # tokens that "long" has at least; tokens that "truncated" keeps
 BUCKETS = (64, 256)  # short texts are not padded to the longest
 TOLERANCE = {
   "float32": {"max_abs": 1e-4, "min_cos": 0.99999},
@@ -50,7 +50,7 @@ def items(
   """Returns parity.json.
 
   The weights are read back from the folder, so a file that differs from what was meant stops the
-  export here. This needs the host to hold them once more, in float32.
+  export here. So the process holds them once more, in float32.
   """
   found = _items(tokenizer, variant.run.config.export.max_seq_length, query_prompt)
   ids = [item["input_ids"] for item in found]

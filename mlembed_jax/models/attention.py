@@ -17,9 +17,9 @@ from mlembed_jax.parallel import mesh_context
 
 # Finite, so that a padding row, which may attend to nothing else, never becomes NaN.
 MASKED = -1e30
-LANES = 128  # of a TPU's vector registers: tokens and head width come in multiples of it
+LANES = 128  # a TPU's vector registers have so many; tokens and head width are multiples of it
 SPLASH_BLOCK = 1024
-# Name of what the backward pass of attention needs beside q, k and v, for remat policies.
+# Remat policies know by this name what the backward pass of attention needs beside q, k and v.
 SAVED = "context"
 Rotation = tuple[Float[Array, "B T 1 K"], Float[Array, "B T 1 K"]]  # cosine and sine
 
@@ -37,7 +37,7 @@ def attention(
   Query head h reads key/value head h // (N / G).
 
   Raises:
-    ConfigError: as of `choose`.
+    ConfigError: `choose` finds no implementation for these shapes.
   """
   _, size, _, width = q_BTNK.shape
   name = choose(implementation, mesh_context.platform(), size, width, str(q_BTNK.dtype))
@@ -182,7 +182,7 @@ KERNELS = {"tpu": ("splash",), "gpu": ("cudnn",)}  # the best first; einsum runs
 def rotation(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Rotation:
   """Returns cosine and sine of the angles of each position, [B, T, 1, width], float32.
 
-  Once for all layers: XLA would compute them again for every head.
+  Call it once for all layers: XLA would compute the angles again for every head.
   """
   half = width // 2
   frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -203,7 +203,7 @@ def quarter_turn(x_BTNK: Float[Array, "B T N K"], platform: str) -> Float[Array,
   if platform != "tpu":
     a, b = jnp.split(x_BTNK, 2, axis=-1)
     return jnp.concatenate([-b, a], axis=-1)
-  # A product with a permutation, exact. Halves of a register's lanes would be written to memory
-  # and read again: three times the time.
+  # This product with a permutation is exact. Halves of a register's lanes would be written to
+  # memory and read again: three times the time.
   turn = jnp.eye(width, k=width // 2) - jnp.eye(width, k=-width // 2)
   return jnp.tensordot(x_BTNK, turn.astype(x_BTNK.dtype), 1, precision="highest")

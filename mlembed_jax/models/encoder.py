@@ -24,10 +24,12 @@ _saved = jax.checkpoint_policies.save_only_these_names
 # has 8 KiB.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "context": _saved(SAVED),  # 8 KiB: splash attention runs once, other kinds again
-  # 68 KiB: nor MLP
+  # 8 KiB: splash attention runs once; other kernels run again.
+  "context": _saved(SAVED),
+  # 68 KiB: also keeps the MLP's products, so neither attention nor the MLP is computed again.
   "products": _saved("query", "key", "value", SAVED, "gate", "up"),
-  "dots": _saved("product"),  # 68 KiB: all products but those of attention
+  # 68 KiB: keeps all products but those of attention.
+  "dots": _saved("product"),
   # The input itself waits in the memory of the host.
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -65,9 +67,9 @@ def project(x: Array, w: Array, axes: int = 1) -> Array:
   if mesh_context.platform() == "tpu":
     out = _product(x, w, axes)
   else:
-    # Tokens as one axis. For a weight gradient that contracts two (batch and token), XLA's CPU
-    # backend transposes both operands, which doubles the time of the layer. On TPU, where attention
-    # has its heads before its tokens, it is the flattening that transposes.
+    # Tokens are made one axis. For a weight gradient that contracts two (batch and token), XLA's
+    # CPU backend transposes both operands, which doubles the time of the layer. On TPU, where
+    # attention has its heads before its tokens, it is the flattening that transposes.
     fan_in = math.prod(w.shape[:axes])
     out = x.reshape(-1, fan_in) @ w.reshape(fan_in, -1)
   return checkpoint_name(out, "product").reshape(*rows, *w.shape[axes:])
@@ -75,7 +77,7 @@ def project(x: Array, w: Array, axes: int = 1) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, w: Array, axes: int) -> Array:
-  # With the axes of heads as one: a result in pieces of a head takes twice the time on TPU (8B on
+  # The axes of heads are made one: a result in pieces of a head takes twice the time on TPU (8B on
   # v5e, 6,144 tokens on a chip).
   out = jnp.tensordot(x, w.reshape(*w.shape[:axes], -1), axes)
   return out.reshape(*out.shape[:-1], *w.shape[axes:])
@@ -87,8 +89,9 @@ def _product_fwd(x: Array, w: Array, axes: int) -> tuple[Array, tuple[Array, Arr
 
 def _product_bwd(axes: int, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
   x, w = saved
-  # Written to memory. XLA would compute the gradient of a norm or of the gate twice, inside of both
-  # products: the backward pass of a layer of the 8B then takes 11 % more on v5e.
+  # The gradient is written to memory. XLA would else compute the gradient of a norm or of the gate
+  # twice, inside of both products: the backward pass of a layer of the 8B then takes 11 % more on
+  # v5e.
   d_out = jax.lax.optimization_barrier(d_out)
   rows = tuple(range(x.ndim - axes))
   transposed = w.transpose(*range(axes, w.ndim), *range(axes))
@@ -100,7 +103,7 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 class RMSNorm(nn.Module):
-  """scale * x / rms(x) over the last axis, statistics in float32."""
+  """Computes scale * x / rms(x) over the last axis, with statistics in float32."""
 
   config: ModelConfig
 

@@ -25,7 +25,7 @@ def match_exits(
   from the deepest, as the published code does, whose depths then differ.
 
   Raises:
-    ValueError: by position, and the teacher has fewer exits.
+    ValueError: exits are matched by position, and the teacher has fewer than the student.
   """
   if match == "index":
     if len(teacher_exits) < len(exits):
@@ -64,7 +64,7 @@ def from_teacher(
 ) -> Float[Array, ""]:
   """Returns the distance of a batch's states at one exit to the teacher's.
 
-  The teacher may know fewer texts of a row than there are: those stand first.
+  The teacher may know only the first texts of each row; the others are left out.
   """
   known = states_BCD[:, : teacher_BCD.shape[1]]
   student, teacher = (
@@ -93,7 +93,7 @@ class Choice:
 
 
 def choice_of(full: Logits) -> Choice:
-  """Returns the choice that a model's logits at one dim stand for."""
+  """Returns the softmax over each row's candidates of a model's logits at one dim."""
   log_total = _log_total(full)[:, 0]
   choice = Choice(
     own=jnp.exp(full.own[..., 0] - log_total[:, None]),

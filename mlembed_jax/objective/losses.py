@@ -71,7 +71,7 @@ class _Known:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is static of the objective of a batch."""
+  """What the objective of a batch depends on beside arrays; programs are compiled for it."""
 
   kind: Kind
   axes: Matryoshka
@@ -108,7 +108,7 @@ class AtExit:
 
 
 def main_terms(at: AtExit, logits: Logits) -> Terms:
-  """Returns what the task type learns from: its contrastive terms, or `scored` of scored pairs."""
+  """Returns the terms that a task type always has: contrastive ones, or `scored`."""
   if at.known.scores is not None:
     return {"scored": cosent(logits.own[:, 0], at.known.scores)}
   if not at.known.pairings:
@@ -150,7 +150,8 @@ class Term(NamedTuple):
   """A term beside the main ones. It is added where its weight is not 0."""
 
   weight: str  # the setting
-  value: Callable[[AtExit], Array | None]  # [M], or [] of all dims; None: not of this batch
+  # Gives one number per dim, [M], or one for all, []; None where the batch has no such term.
+  value: Callable[[AtExit], Array | None]
 
 
 TERMS = {
@@ -186,9 +187,9 @@ def objective(
 
   Args:
     states_EBCD: states after the final norm, not normalised.
-    batch: of it the hashes are read, and the scores where the rows are scored pairs.
-    settings: what is static.
-    temperature: a number by which cosines are divided.
+    batch: arrays of B rows; hashes are read, and scores where the rows are scored pairs.
+    settings: what the objective depends on beside arrays.
+    temperature: a scalar by which cosines are divided.
     teachers: states to learn from.
   """
   temperature = jnp.asarray(temperature, jnp.float32)
@@ -252,7 +253,8 @@ def _mean_over_exits_fwd(
 ) -> Any:
   def share(states_BCD: Array, temperature: Array, index: Array) -> tuple[Array, Any]:
     value, others = _loss_at(AtExit(settings, states_BCD, index, temperature, known))
-    # Divided here, the gradients need no further pass over them: the cotangent of the mean is 1.
+    # As the value is divided here, the gradients need no further pass over them: the cotangent of
+    # the mean is 1.
     return value / len(states_EBCD), others
 
   def each(numbered: tuple[Array, Array]) -> Any:

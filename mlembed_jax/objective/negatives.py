@@ -105,7 +105,7 @@ def cut_texts(
   states_BCD: Float[Array, "B C D"], dims: Sequence[int], positives: int, temperature: Any
 ) -> CutTexts:
   """Returns the texts of a batch; `states` are not normalised."""
-  # split, not slices: its transpose is one concatenation instead of a sum of padded arrays.
+  # A split, unlike slices, has one concatenation as its transpose, not a sum of padded arrays.
   query, positive, negative = jnp.split(states_BCD, (1, 1 + positives), axis=1)
   return CutTexts(
     divide(texts(query[:, 0], dims), temperature), texts(positive, dims), texts(negative, dims)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-ABSENT = -1  # number of a text that only fills up a tile
+ABSENT = -1  # numbers a text that only fills up a tile
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ class Anchors:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-  """The other side of `Anchors`."""
+  """What decides of which anchors each candidate is a negative."""
 
   row: Int[Array, "N"]
   text: Int[Array, "N"]
@@ -133,7 +133,8 @@ def tile_pull(
   d_scale_a, d_scale_c, d_products = [], [], []
   for m, (d, x) in enumerate(zip(d_logits, tile_products(a, c), strict=True)):
     scale_a, scale_c = a.scale[:, m], c.scale[:, m]
-    # Written to memory once: otherwise XLA takes the exponentials again for each of the uses.
+    # The cotangents are written to memory once: otherwise XLA takes the exponentials again for each
+    # of the uses.
     d = jax.lax.optimization_barrier(d * scale_a[:, None] * scale_c[None])
     d_scale_a.append(jnp.sum(d * x, axis=1) / scale_a)
     d_scale_c.append(jnp.sum(d * x, axis=0) / scale_c)

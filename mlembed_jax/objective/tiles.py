@@ -106,8 +106,8 @@ def _sweep(update: Callable[..., Any], start: Any, anchors: Any, candidates: Any
 
   def chunk(state: Any, c: Any) -> tuple[Any, None]:
     gathered = on.gather(c)
-    tile = lambda _, x: (None, update(x[0], x[1], gathered))  # noqa: E731
-    return jax.lax.scan(tile, None, (state, rows))[1], None
+    _, state = jax.lax.scan(lambda _, x: (None, update(*x, gathered)), None, (state, rows))
+    return state, None
 
   state, _ = jax.lax.scan(chunk, _split(start, TILE_ROWS), on.chunks(candidates))
   return _join(state, jax.tree.leaves(start)[0].shape[0])
@@ -157,7 +157,7 @@ def _on_devices(function: Callable[..., Any], *args: Any) -> Any:
   if not on.axes:
     return function(*args, on)
   rows = PartitionSpec(on.axes)
-  # Without check_vma: carries start as constants, which would have to be marked as varying.
+  # check_vma is off: carries start as constants, which would have to be marked as varying.
   return jax.shard_map(
     lambda *local: function(*local, on), in_specs=rows, out_specs=rows, check_vma=False
   )(*args)
@@ -180,7 +180,8 @@ def log_sum_exp(
 
 
 def _masked(values: list[Array], allowed: Array) -> list[Array]:
-  # Written to memory once: otherwise XLA compares the ids again for every use of every dim.
+  # The mask is written to memory once: otherwise XLA compares the ids again for every use of every
+  # dim.
   bias = jax.lax.optimization_barrier(jnp.where(allowed, 0.0, MASKED))
   return [x + bias for x in values]
 

@@ -25,7 +25,7 @@ RETRY_S = 0.5
 # jax aborts with a stack trace when its own time is over; ours comes first, with a message.
 JAX_LATER_S = 60
 NO_CLUSTER = "coordinator_address should be defined"  # what jax says on a single machine
-LEAVE_S = 5.0  # in which processes that end together have left
+LEAVE_S = 5.0  # processes that end together have left within these seconds
 CHECK = (
   f"check that process 0 is running, that a firewall lets its port through, and that {ADDRESS} and "
   f"{COUNT} are the same everywhere. --join_timeout_s waits longer"
@@ -34,7 +34,7 @@ CHECK = (
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """One process of a run, as the three variables say."""
+  """One process of a run, as the three environment variables describe it."""
 
   address: str  # HOST:PORT of process 0
   processes: int
@@ -80,8 +80,8 @@ def _integer(name: str, text: str) -> int:
 def cluster(variables: Mapping[str, str]) -> str | None:
   """Returns jax's name of the cluster that the environment shows, None for a single process.
 
-  Only where there are several processes: jax would else show one GPU of eight to a job of one task.
-  Virtual machines of a TPU pod have no variables; `join` asks jax about them.
+  It names one only where there are several processes: jax would else show one GPU of eight to a job
+  of one task. Virtual machines of a TPU pod have no variables; `join` asks jax about them.
   """
   several = lambda name: variables.get(name, "").isdigit() and int(variables[name]) > 1  # noqa: E731
   slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
@@ -104,7 +104,7 @@ def _may_use_tpus(variables: Mapping[str, str]) -> bool:
 
 
 def join(timeout_s: int) -> None:
-  """Connects this process with the others of the run; nothing where it is the only one.
+  """Connects this process with the others of the run; does nothing where it is the only one.
 
   Processes other than 0 print nothing from here on, but errors and warnings. Waits for the others
   at most `timeout_s` seconds, then ends the program with status 1 and a message.

@@ -23,7 +23,7 @@ from mlembed_jax.errors import ConfigError, OtherProcessError
 
 LONGEST_WAIT_S = 24 * 3600  # one process prepares data or exports while the others wait
 SEEN_WITHIN_S = 10.0  # a new file on shared storage; nobody has asked for it before it is there
-PIECE_BYTES = 256 * 2**20  # of an array that is gathered at a time
+PIECE_BYTES = 256 * 2**20  # are gathered of an array at a time
 
 _waits = itertools.count()
 

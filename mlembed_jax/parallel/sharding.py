@@ -33,7 +33,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 
 
-# Larger arrays must be split. Norm scales are the largest that are not: 0.6 MB in the 8B.
+# Arrays of more bytes must be split. Norm scales, 0.6 MB in the 8B, are the largest that are not.
 LARGEST_WHOLE = 4 * 2**20
 
 

@@ -14,7 +14,7 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
   """Turns SIGTERM, which preempted machines get, and Ctrl-C into a flag read between steps."""
 
   def __init__(self, mesh: Mesh) -> None:
-    """Several processes exchange their flags over the devices of `mesh`."""
+    """Installs the handlers. Several processes exchange their flags over the devices of `mesh`."""
     self._received, self._mesh = 0, mesh
     whole = NamedSharding(mesh, PartitionSpec())
     self._largest = jax.jit(lambda flags: flags.max(), out_shardings=whole)

@@ -71,12 +71,15 @@ def check_same_run(
   With `accept_changed_data`, differences of the data are printed instead.
   """
   before, now = (flatten(run.config) for run in (stored, current))
-  fields = [name for name in now if before[name] != now[name] and not SETTINGS[name].free]
-  data = [name for name in fields if name.startswith(DATA)]
-  other = [name for name in fields if name not in data]
-  show = lambda name: f"{name}: {before[name]} in the workdir, {now[name]} now"  # noqa: E731
-  changed = [*map(show, data), *difference(stored.plan, current.plan)]
-  refused = [*map(show, other), *([] if accept_changed_data else changed)]
+  lines = [
+    f"{name}: {before[name]} in the workdir, {now[name]} now"
+    for name in now
+    if before[name] != now[name] and not SETTINGS[name].free
+  ]
+  data = [line for line in lines if line.startswith(DATA)]
+  other = [line for line in lines if line not in data]
+  changed = [*data, *difference(stored.plan, current.plan)]
+  refused = [*other, *([] if accept_changed_data else changed)]
   if refused:
     hint = " --accept_changed_data goes on with other data." if changed else ""
     raise ConfigError(

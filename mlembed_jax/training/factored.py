@@ -14,17 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-# Below this, a matrix keeps a number for each element, as in Adafactor: it saves nothing.
+# A matrix with a smaller axis keeps a number for each element, as in Adafactor: factors of it would
+# save nothing.
 SMALLEST = 128
-LAYERS = "layers"  # in the path of parameters with a leading axis of layers
+LAYERS = "layers"  # stands in the path of parameters with a leading axis of layers
 
 
 class FactoredState(NamedTuple):
   """Means of squared gradients, each tree like the parameters, float32."""
 
   count: Any  # updates done, int32
-  rows: Any  # over the largest axis, which has size 1; of what is not factored: no mean
-  columns: Any  # over the second largest; of what is not factored: a single zero
+  # Means over the largest axis, which has size 1. A leaf that is too small to factor has its full
+  # second moment here.
+  rows: Any
+  columns: Any  # means over the second largest axis; a leaf that is not factored has a single zero
 
 
 def scale_by_factored_rms(beta2: float, eps: float) -> optax.GradientTransformation:
@@ -34,18 +37,20 @@ def scale_by_factored_rms(beta2: float, eps: float) -> optax.GradientTransformat
   """
 
   def init(params: Any) -> FactoredState:
-    pick = lambda i: jax.tree_util.tree_map_with_path(functools.partial(_zeros, i), params)  # noqa: E731
-    return FactoredState(jnp.zeros((), jnp.int32), pick(0), pick(1))
+    rows, columns = (
+      jax.tree_util.tree_map_with_path(functools.partial(_zeros, i), params) for i in (0, 1)
+    )
+    return FactoredState(jnp.zeros((), jnp.int32), rows, columns)
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FactoredState]:
     del params
     count = optax.safe_increment(state.count)
     # With this decay the mean is that of Adam divided by 1 - beta2 ** count (section 7.1).
     decay = beta2 * (1 - beta2 ** (count - 1.0)) / (1 - beta2**count)
-    mean = lambda i, old: jax.tree_util.tree_map_with_path(  # noqa: E731
-      lambda path, v, g: decay * v + (1 - decay) * _mean_square(i, eps, path, g), old, updates
+    rows, columns = (
+      jax.tree_util.tree_map_with_path(functools.partial(_decayed, i, eps, decay), old, updates)
+      for i, old in enumerate((state.rows, state.columns))
     )
-    rows, columns = mean(0, state.rows), mean(1, state.columns)
     scaled = jax.tree_util.tree_map_with_path(_scaled, updates, rows, columns)
     return scaled, FactoredState(count, rows, columns)
 
@@ -53,7 +58,7 @@ def scale_by_factored_rms(beta2: float, eps: float) -> optax.GradientTransformat
 
 
 def _axes(path: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-  """Returns the largest axis and the second largest, None where nothing is factored."""
+  """Returns the largest axis and the second largest, None for a leaf that is not factored."""
   first = 1 if any(getattr(key, "key", None) == LAYERS for key in path) else 0
   largest = [first + int(i) for i in np.argsort(shape[first:], kind="stable")[::-1]]
   if len(largest) < 2 or shape[largest[1]] < SMALLEST:
@@ -66,10 +71,14 @@ def _zeros(which: int, path: Any, param: Any) -> jax.Array:
 
 
 def _mean_square(which: int, eps: float, path: Any, grad: Any) -> jax.Array:
-  """Returns the mean over one of the two axes: 0 for `rows`, 1 for `columns`."""
+  """Returns the mean of the squared gradient over one axis: 0 gives `rows`, 1 gives `columns`."""
   if axes := _axes(path, grad.shape):
     return jnp.mean(jnp.square(grad) + eps**2, axis=axes[which], keepdims=True)
   return jnp.zeros((1,) * grad.ndim) if which else jnp.square(grad) + eps**2
+
+
+def _decayed(which: int, eps: float, decay: Any, path: Any, mean: Any, grad: Any) -> jax.Array:
+  return decay * mean + (1 - decay) * _mean_square(which, eps, path, grad)
 
 
 def _scaled(path: Any, grad: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:

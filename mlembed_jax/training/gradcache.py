@@ -26,7 +26,7 @@ from mlembed_jax.training.split_vjp import Pull
 Encode = Callable[[Any, Sheets], Float[Array, "E S K D"]]
 ROWS = PartitionSpec(RULES["batch"])
 STATES = PartitionSpec(None, RULES["batch"])
-BLOCKS = "blocks_"  # scope of a loop over blocks: their width, first and end follow
+BLOCKS = "blocks_"  # names the scope of a loop over blocks; width, first and end follow
 
 
 def value_and_grad(
@@ -47,7 +47,7 @@ def value_and_grad(
       batch, [E, B, C, D].
     params: what the states depend on.
     head: what the loss depends on beside them.
-    batch: of it the sheets are encoded; its rows and texts per row are B and C.
+    batch: arrays of B rows of C texts; its sheets are encoded.
     kept_tokens: blocks that hold the first so many tokens of each width are encoded once.
   """
   alone, rows = len(batch.sheets) == 1, batch.hashes.shape[:2]
@@ -69,7 +69,7 @@ def value_and_grad(
 
 
 def kept_bytes(encode: Encode, params: Any, sheets: Sequence[Sheets], kept_tokens: int) -> int:
-  """Returns the bytes of what is kept of `sheets` (shapes) between the passes."""
+  """Returns the bytes that wait between the passes, for sheets given as shapes."""
   total = 0
   for width in sheets:
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), width)
@@ -178,7 +178,7 @@ class _Passes:
     if start == end:
       return carry
     if self.alone and (start, end) == (0, 1):
-      # Without a loop what is kept is not copied to where the loop keeps it.
+      # A single block runs without a loop, which would copy what is kept to its own place.
       return body(jnp.int32(0), carry)
     with jax.named_scope(f"{BLOCKS}{width}_{start}_{end}"):
       # The loop runs as often on every device: collectives are in its body.
@@ -203,7 +203,7 @@ def _put(
 
   def local(into: Array, states: Array, texts: Array) -> Array:
     flat, states = (x.reshape(len(x), -1, x.shape[-1]) for x in (into, states))
-    # Added, not set: its transpose is a plain look-up.
+    # States are added, not set: the transpose is a plain look-up.
     return flat.at[:, texts.reshape(-1)].add(states, mode="drop").reshape(into.shape)
 
   return jax.shard_map(local, in_specs=(STATES, STATES, ROWS), out_specs=STATES)(

@@ -52,7 +52,7 @@ class Inputs:
 
   @property
   def tokens_per_step(self) -> float:
-    """Mean over an epoch, without instructions and end tokens."""
+    """Tokens of a step, the mean over an epoch, without instructions and end tokens."""
     files = plan_report.lines(self.plan, lambda unit: unit.file, 1.0, self.used_negatives)
     return sum(line.tokens for line in files) / self.plan.order().steps_per_epoch
 
@@ -61,7 +61,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   """Returns the opened files, built first where `data.builder` says so.
 
   Raises:
-    ConfigError, DataError: something cannot be used.
+    ConfigError, DataError: a setting, a file or a tokenizer cannot be used.
   """
   data = _built(config, workdir) if config.data.builder else config.data
   opened = catalog.load_catalog(pathlib.Path(data.dataset))
@@ -138,7 +138,7 @@ def _check_lengths(lengths: tuple[int, ...], opened: Catalog, split: Split) -> N
 
 
 def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
-  """Returns which rows come how often.
+  """Returns how often the rows of each file and language come.
 
   Raises:
     DataError: a file has fewer rows than one batch.
@@ -181,7 +181,7 @@ def steps(config: Config, inputs: Inputs) -> int:
   """Returns the updates of the run.
 
   Raises:
-    ConfigError: the warm-up is longer.
+    ConfigError: the warm-up is longer than the run.
   """
   per_epoch = inputs.plan.order().steps_per_epoch
   found = config.train.steps or max(1, round(config.train.epochs * per_epoch))

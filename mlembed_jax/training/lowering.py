@@ -14,7 +14,7 @@ from mlembed_jax.parallel.sharding import abstract_batch, batch_shards
 from mlembed_jax.training import optimizer, train_state, train_step
 from mlembed_jax.training.teacher import Teacher
 
-VMEM = "memory space vmem"  # in an error: tiles of one operation, no matter of the step's size
+VMEM = "memory space vmem"  # errors with it are about tiles of one operation, not the step's size
 
 
 def check_attention(config: Config, platform: str) -> None:
@@ -64,7 +64,7 @@ def lowered_step(
 def needed_bytes(compiled: Any) -> int:
   """Returns the bytes of one device that a compiled program takes, with its code."""
   m = compiled.memory_analysis()
-  donated = m.alias_size_in_bytes  # outputs in the place of inputs
+  donated = m.alias_size_in_bytes  # outputs take the place of these inputs
   held = m.argument_size_in_bytes + m.output_size_in_bytes - donated
   return held + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 

@@ -28,14 +28,14 @@ from mlembed_jax.slice_scores import SliceScore
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
 AVERAGED = ("loss", "gradient_norm", "negatives")
-ROWS_SHOWN = 8  # of the batch that made the loss infinite
+ROWS_SHOWN = 8  # are named, of the batch that made the loss infinite
 
 
 class Window:
   """Numbers of the steps since the last logged line."""
 
   def __init__(self, model: ModelConfig, devices: int, chip: Chip | None):
-    """`devices` of all hosts, each a `chip`; None: unknown."""
+    """Counts steps on `devices` devices over all processes, each a `chip` (None: unknown)."""
     self._model, self._devices, self._chip = model, devices, chip
     self._reset()
 
@@ -51,17 +51,17 @@ class Window:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """The block does not count as time of the steps."""
+    """Runs a block whose time does not count as that of the steps."""
     start = time.perf_counter()
     yield
     self._start += time.perf_counter() - start
 
   def summary(self) -> dict[str, Any]:
-    """Returns one line, and starts anew.
+    """Returns the metrics since the last line, and starts a new line.
 
     Losses, gradient norm and negatives per row are means; learning rate, temperature and rank
     those of the last step; rows without any negative are counted. Texts and tokens are those of
-    all hosts, tokens real ones; padding is not work.
+    all processes; padding does not count.
     """
     elapsed = time.perf_counter() - self._start
     by_dataset: dict[str, list[float]] = {}
@@ -129,7 +129,7 @@ class Writer:
         self._board.add_scalar(f"{name}/{key}" if key else name, scalar, line["step"])
 
   def close(self) -> None:
-    """Flushes both."""
+    """Flushes and closes both files."""
     self._file.close()
     self._board.close()
 
@@ -151,7 +151,7 @@ def _step(line: str) -> float:
 def write_scores(workdir: pathlib.Path, step: int, scores: Sequence[SliceScore]) -> None:
   """Writes held-out scores to TensorBoard: of the whole model, and with one axis cut at a time."""
   axes = ("rank", "depth", "dim")
-  # Of a folder TensorBoard follows the newest file alone: beside those of the steps, this one would
+  # In a folder TensorBoard follows the newest file alone: beside those of the steps, this one would
   # end their curves.
   folder = workdir / "tensorboard" / "eval"
   full = {axis: max(getattr(s, axis) for s in scores) for axis in axes}

@@ -19,9 +19,10 @@ from mlembed_jax.parallel.sharding import batch_shards, smallest_micro_batch
 from mlembed_jax.training import lowering
 from mlembed_jax.training.teacher import Teacher
 
-# Of a device's memory; the rest is for batches on their way, and for fragmentation.
+# A step may take this share of a device's memory; the rest is for batches on their way, and for
+# fragmentation.
 USABLE = 0.9
-PADDING = 0.02  # of a step's tokens
+PADDING = 0.02  # of a step's tokens may be padding of last blocks
 # Tokens on a device whose products take as long as gathering their weights, where its links are not
 # known: H100s over NVLink, 989e12 FLOPs / 450e9 bytes per second. Over a slower network between
 # machines it would be more.
@@ -30,7 +31,7 @@ CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
 def device_bytes() -> int:
-  """Returns what one step may take on each device."""
+  """Returns the bytes that one step may take on each device of this process."""
   device = jax.local_devices()[0]
   stats = device.memory_stats() if device.platform != "cpu" else None
   if stats:
@@ -114,8 +115,17 @@ def with_micro_batch(
 ) -> Config:
   """Returns the configuration with `data.micro_batch` chosen where it is 0.
 
-  The largest of `sizes` with which every kind of batch fits. `chosen` is the choice of the run that
-  is continued, 0 for a new one; it stays while it fits and the mesh can split it.
+  The choice is the largest of `sizes` with which every kind of batch fits.
+
+  Args:
+    config: of the run.
+    chosen: tokens that the continued run chose, 0 for a new run; the choice stays while it fits and
+      the mesh can split it.
+    kinds: kinds of batches of the run.
+    tokens_per_step: tokens of a step on average, over all devices.
+    steps: updates of the run.
+    mesh: devices that share a step.
+    teacher: online teacher, whose weights need memory too.
 
   Raises:
     ConfigError: not even one sheet per device fits, or what the configuration gives does not.
@@ -174,7 +184,7 @@ def sized(config: Config, micro_batch: int) -> Config:
 
 
 def widest(config: Config, kinds: Sequence[Kind]) -> Kind:
-  """Returns a kind that needs as much as any of `kinds`.
+  """Returns a kind of batch that needs as much memory as any of `kinds`.
 
   Of those with most texts per row the one with most beside them (other rows, both directions, a
   teacher's vectors), with the longest texts of all kinds.

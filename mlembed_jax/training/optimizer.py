@@ -67,7 +67,7 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Returns gradients to updates of rate 1, before decay."""
+  """Returns the transformation of gradients to updates of rate 1, before decay."""
   c = config
   if c.moments == "factored":
     return optax.chain(
@@ -92,8 +92,9 @@ def _in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 def _cast(state: Any, dtype: Any) -> Any:
   """Returns the state with its moments in `dtype`; the count of updates stays what it is."""
-  floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-  return jax.tree.map(lambda x: x.astype(dtype) if floating(x) else x, state)
+  return jax.tree.map(
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+  )
 
 
 def _decays(tree: Any) -> Any:

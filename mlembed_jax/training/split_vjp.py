@@ -15,12 +15,12 @@ Function = Callable[[Any, Any], Any]  # params, input -> output
 
 
 class Pull:
-  """From cotangents of `function(params, x)` to those of `params`, for many x of one shape."""
+  """Maps cotangents of `function(params, x)` to those of `params`, for many x of one shape."""
 
   def __init__(self, function: Function, params: Any, example: Any):
     self._function = function
-    pull_of = lambda params, x: self._vjp(params, x)[1]  # noqa: E731
-    jaxpr, pull = jax.make_jaxpr(pull_of, return_shape=True)(params, example)
+    program = jax.make_jaxpr(lambda params, x: self._vjp(params, x)[1], return_shape=True)
+    jaxpr, pull = program(params, example)
     self._shapes, self._tree = jax.tree.flatten(pull)
     reached = _reached(jaxpr.jaxpr, len(jax.tree.leaves(params)))
     self._varies = [isinstance(v, core.Var) and v in reached for v in jaxpr.jaxpr.outvars]
@@ -31,7 +31,7 @@ class Pull:
 
   @property
   def bytes(self) -> int:
-    """Bytes of the residuals of one input."""
+    """Bytes of the residuals that are kept of one input."""
     return sum(x.size * x.dtype.itemsize for x in jax.eval_shape(lambda: self.empty(1)))
 
   def empty(self, count: int) -> list[jax.Array]:

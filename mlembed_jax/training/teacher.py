@@ -123,7 +123,10 @@ def _check_judged(config: Config, file: File) -> None:
 
 
 def _check_norms(config: Config, split: Split, file: File) -> None:
-  """Final-norm states have coordinates of about 1; unit vectors would shrink the student's."""
+  """Raises ConfigError where vectors of unit length are to be learned as final-norm states.
+
+  States have coordinates of about 1; unit vectors would shrink those of the student.
+  """
   queries = split.first_vectors(file, 100)[:, 0].astype(np.float32)
   norms = np.linalg.norm(queries, axis=-1)
   if config.kd.space == "raw" and config.kd.weight and np.all(np.abs(norms - 1) < 0.01):
@@ -134,7 +137,7 @@ def _check_norms(config: Config, split: Split, file: File) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-  """What a teacher's folder says of it."""
+  """The shape, exits and version of a teacher, as its folder states them."""
 
   model: ModelConfig
   exits: tuple[int, ...]
@@ -171,7 +174,10 @@ def _check_width(config: Config, width: int, name: str) -> None:
 
 
 def _check_tokenizer(path: pathlib.Path, found: _Found, tokenizer: Tokenizer) -> None:
-  """The teacher reads the student's ids, and is pooled at the student's pooled token."""
+  """Raises ConfigError where the teacher cannot read the student's token ids.
+
+  It is pooled at the student's pooled token.
+  """
   other = path / "tokenizer.json"
   if not other.is_file():
     raise ConfigError(f"kd.teacher: {path} has no tokenizer.json to compare with the student's")

@@ -17,7 +17,7 @@ from mlembed_jax.parallel.sharding import shardings
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """A pytree of plain arrays."""
+  """All arrays that an update reads and replaces."""
 
   step: Any  # updates done, int32
   params: Any
@@ -46,7 +46,7 @@ def initial_log_temperature(config: Config) -> dict[str, jax.Array]:
   if not config.losses.learn_temperature:
     return {}
   task_types = (*config.losses.contrastive_tasks(), "scored_pairs")
-  # float32 by name: weakly typed ones would change type with the first update, and recompile.
+  # The dtype is named: weakly typed scalars would change type with the first update, and recompile.
   return {
     name: jnp.asarray(math.log(getattr(config.losses, name).temperature), jnp.float32)
     for name in task_types
@@ -78,7 +78,7 @@ def _averaged_axes_whole(boxed: Any) -> Any:
 
 
 def create(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Returns a new state, made where it will live: no host ever holds the whole model."""
+  """Returns a new state, made where it will live: no process ever holds the whole model."""
   out = jax.tree.map(lambda x: x.sharding, abstract(config, tx, mesh))
   init = jax.jit(functools.partial(_init, config, tx, nn.unbox), out_shardings=out)
   return init(jax.random.key(config.train.seed))

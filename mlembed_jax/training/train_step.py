@@ -29,7 +29,7 @@ RANK_STREAM = 0x52414E4B  # separates the draw of ranks from every other use of 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherShape:
-  """What is static of an online teacher."""
+  """The shape and exits of an online teacher; programs are compiled for them."""
 
   model: ModelConfig
   exits: tuple[int, ...]  # one per exit of the student
@@ -63,7 +63,7 @@ def encode_block(
 
 @dataclasses.dataclass(frozen=True)
 class BatchLoss:
-  """The loss of a kind's batches, with its gradient."""
+  """The loss of batches of one kind, with its gradient."""
 
   config: Config
   kind: Kind
@@ -126,7 +126,7 @@ class BatchLoss:
       states = encode_block(self.teacher.model, self.teacher.exits, teacher_params, block)
       exits = states[..., : model.width]
     distils = settings.self_distillation and settings.task(self.kind.task_type)
-    # At full rank the states of the batch are the full model's already.
+    # Where every step has full rank, the states of the batch are the full model's already.
     if distils and len(axes.ranks) > 1:
       full = encode_block(model, axes.exits[-1:], params, block)
     return jax.lax.stop_gradient(Teachers(exits, full))
