@@ -9,16 +9,9 @@ from mlembed_jax.config import load_module
 base = load_module(pathlib.Path(__file__).with_name("base.py"))
 
 
-PODS = {  # v5e:16x16, v5p:4x4x4, v6e:16x16
-  "v5e": base.pod(remat="context", copies=4),
-  "v5p": base.pod(remat="context", copies=4),
-  "v6e": base.pod(remat="context", copies=4),
-}
-
-
 def get_config(variant: str = "") -> ConfigDict:
   config = base.get_config()
   config.model.update(width=2048, layers=28, ffn=6144, rank=1024)
   config.optimizer.learning_rate = 9e-06
   config.export.name = "mlembed-1.7b"
-  return base.apply_variant(config, base.VARIANTS | PODS, variant)
+  return base.apply_variant(config, base.VARIANTS | base.pods("1_7b"), variant)

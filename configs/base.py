@@ -28,6 +28,30 @@ def pod(remat: str, copies: int = 1) -> dict:
   }
 
 
+# What a size needs on the pod of a generation, whose shape mlembed_jax/devices/tpu.py gives; found
+# with `python -m mlembed_jax.aot --sweep`.
+PODS = {
+  "v5e": {
+    "0_6b": pod(remat="context", copies=16),
+    "1_7b": pod(remat="context", copies=4),
+    "4b": pod(remat="full"),
+    "8b": pod(remat="full"),
+  },
+  "v5p": {size: pod(remat="context", copies=4) for size in ("0_6b", "1_7b", "4b", "8b")},
+  "v6e": {
+    "0_6b": pod(remat="context", copies=16),
+    "1_7b": pod(remat="context", copies=4),
+    "4b": pod(remat="full", copies=4),
+    "8b": pod(remat="full", copies=4),
+  },
+}
+
+
+def pods(size: str) -> dict[str, dict]:
+  """Returns the variants of a configuration that are named after generations of TPUs."""
+  return {generation: sizes[size] for generation, sizes in PODS.items()}
+
+
 def get_config(variant: str = "") -> ConfigDict:
   """Returns the 0.6B-shaped defaults, changed by a named variant."""
   return apply_variant(ConfigDict(nested(DEFAULTS)), VARIANTS, variant)

@@ -40,26 +40,27 @@ def main() -> None:
   # Imported here, jax does not slow down --help.
   import jax
 
-  from mlembed_jax.estimate import pod, sweep
+  from mlembed_jax.estimate import sweep
   from mlembed_jax.estimate import text as estimate_text
-  from mlembed_jax.training import memory
+  from mlembed_jax.estimate.estimate import Step, Target, estimate_step, gib
+  from mlembed_jax.training import micro_batch
 
   jax.config.update("jax_platforms", "cpu")  # the compiler is asked, not a device
   config = cli.read_config(CONFIG, {"data.builder": "", "data.dataset": "nothing is read"})
-  target = pod.Target.parse(str(TOPOLOGY.value), SLICES.value)
-  step = pod.Step(TASK.value, TEXT_TOKENS.value)
+  target = Target.parse(str(TOPOLOGY.value), SLICES.value)
+  step = Step(TASK.value, TEXT_TOKENS.value)
   if SWEEP.value:
     found = sweep.run(config, target, step)
     print(json.dumps([dataclasses.asdict(e) for e in found]) if JSON.value else sweep.table(found))
     fits = found[0].fits
     sys.exit(None if fits else "error: no setting that was tried fits; use more chips")
-  estimate = pod.estimate(config, target, step)
+  estimate = estimate_step(config, target, step)
   print(json.dumps(dataclasses.asdict(estimate)) if JSON.value else estimate_text.report(estimate))
   if not estimate.fits:
-    needed, there = pod.gib(estimate.hbm_bytes_per_device), pod.gib(estimate.hbm_capacity)
+    needed, there = gib(estimate.hbm_bytes_per_device), gib(estimate.hbm_capacity)
     sys.exit(
       f"error: the step needs {needed} GiB per chip, {target.name} has {there}, of which "
-      f"{memory.USABLE:.0%} may be used; use more chips, a smaller data.micro_batch or "
+      f"{micro_batch.USABLE:.0%} may be used; use more chips, a smaller data.micro_batch or "
       "data.kept_tokens, or model.remat that keeps less (--sweep finds them)"
     )
 

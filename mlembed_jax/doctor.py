@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf.checks.finding import (
   ERROR,
   OK,
   OURS,
@@ -36,7 +36,7 @@ from mlembed_jax.hf.checks.subject import (
 
 # What imports jax is imported in the functions, so that --help does not wait for it.
 if TYPE_CHECKING:
-  from mlembed_jax.hf.checks.examination import Verdict
+  from mlembed_jax.hf.checks.examine import Verdict
 
 TORCH = flags.DEFINE_bool(
   "torch", True, "Load the folder with sentence-transformers and transformers, if installed."
@@ -51,7 +51,7 @@ def main(directory: str) -> None:
   """Examines a folder; ends with the status."""
   import jax
 
-  from mlembed_jax.hf.checks import examination
+  from mlembed_jax.hf.checks import examine
 
   path = pathlib.Path(directory).absolute()
   if not (path / "config.json").is_file():
@@ -59,17 +59,17 @@ def main(directory: str) -> None:
     sys.exit(STATUS[ERROR])
   jax.config.update("jax_platforms", "cpu")  # parity.json is of it, and accelerators may be in use
   os.environ["HF_HUB_OFFLINE"] = "1"
-  findings = examination.examine(path, [*examination.CHECKS, *_of_vectors()])
-  found = examination.verdicts(path, findings)
+  findings = examine.examine(path, [*examine.CHECKS, *_of_vectors()])
+  found = examine.verdicts(path, findings)
   print(_json(path, findings, found) if JSON.value else _text(findings, found))
-  sys.exit(STATUS[examination.worst(findings)])
+  sys.exit(STATUS[examine.worst(findings)])
 
 
 def _of_vectors() -> list[Check]:
-  from mlembed_jax.hf.checks import agreement, installed
+  from mlembed_jax.hf.checks import installed, vectors
   from mlembed_jax.hf.parity import FILE as PARITY
 
-  checks = [Check("D16", agreement.d16, (OURS,), (PARITY, OWN))]
+  checks = [Check("D16", vectors.d16, (OURS,), (PARITY, OWN))]
   if TORCH.value:
     checks.append(Check("D16", installed.sentence_transformers, (ST,)))
     checks.append(Check("D16", installed.transformers, (TRANSFORMERS,)))
@@ -88,9 +88,9 @@ def _line(finding: Finding) -> str:
 
 
 def _json(path: pathlib.Path, findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
-  from mlembed_jax.hf.checks import examination
+  from mlembed_jax.hf.checks import examine
 
-  level = examination.worst(findings)
+  level = examine.worst(findings)
   report = {
     "folder": str(path),
     "result": level,

@@ -5,6 +5,7 @@
 
 Writes OUT/scores.json and OUT/report.html, one file that any browser shows. The same command goes
 on after a stop: tasks that were scored with the same settings are not scored again.
+`mlembed_jax.eval.evaluation.Evaluation.load` reads scores.json.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from absl import flags
 
 from mlembed_jax import cli
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.files import make_writable_folder, write_json
+from mlembed_jax.files import make_writable_folder
 from mlembed_jax.quantize import PRECISIONS
 
 # What imports jax is imported in the functions, so that --help does not wait for it.
 if TYPE_CHECKING:
   from mlembed_jax.eval.grid import Axes
-  from mlembed_jax.eval.tasks import Task
+  from mlembed_jax.eval.tasks import HeldoutTask
   from mlembed_jax.inference import Encoder
 
 MODEL = flags.DEFINE_string(
@@ -73,7 +74,7 @@ def axes_of(encoder: Encoder) -> Axes:
     raise ConfigError(f"--{error}") from error
 
 
-def _read_tasks() -> tuple[list[Task], list[str]]:
+def _read_tasks() -> tuple[list[HeldoutTask], list[str]]:
   """Returns the tasks of folders, and the names of those of MTEB."""
   from mlembed_jax.eval import scoring
   from mlembed_jax.eval.tasks import load_folder
@@ -106,11 +107,11 @@ def main() -> None:
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
   axes = axes_of(encoder)
-  evaluation = scoring.evaluate(encoder, tasks, named, axes, out, POOLED_TOKEN.value)
-  write_json(out / "scores.json", evaluation)
+  evaluation = scoring.evaluate_encoder(encoder, tasks, named, axes, out, POOLED_TOKEN.value)
+  evaluation.save(out / "scores.json")
   report.write(out / "report.html", evaluation)
   print(summary.text_table(evaluation))
-  if cut := evaluation["skipped"]["texts_truncated"]:
+  if cut := evaluation.skipped["texts_truncated"]:
     print(f"\n{cut:,} texts were cut to {encoder.max_seq_length} tokens")
   print(f"\n{out / 'scores.json'}\n{out / 'report.html'}")
 

@@ -55,7 +55,7 @@ def main() -> None:
   from mlembed_jax.data.tokenizer import Tokenizer
   from mlembed_jax.hf.export import check_target, export_folder, plan_variant
   from mlembed_jax.training.checkpoint import load_params
-  from mlembed_jax.workdir import Run, read_evaluation
+  from mlembed_jax.workdir import Run, StepScores
 
   workdir = pathlib.Path(CHECKPOINT.value).absolute()
   run, wanted = Run.load(workdir), _wanted()
@@ -64,7 +64,7 @@ def main() -> None:
     plan_variant(run, 0, cut, force=FORCE.value, factors=factors)
     check_target(out.with_name(out.name + suffix))
   step, params = load_params(workdir, run.config.model)
-  evaluation = {"step": step, "scores": read_evaluation(workdir, step)}
+  evaluation = StepScores.load(workdir, step)
   for suffix, (cut, factors) in wanted.items():
     folder = export_folder(
       out.with_name(out.name + suffix),
@@ -74,7 +74,7 @@ def main() -> None:
       step=step,
       cut=cut,
       name=NAME.value and NAME.value + suffix,
-      evaluation=evaluation if evaluation["scores"] else None,
+      evaluation=evaluation,
       force=FORCE.value,
       factors=factors,
     )

@@ -26,8 +26,9 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file
-from mlembed_jax.hf.folder import open_folder, read_model, read_positions, resolve
+from mlembed_jax.hf.folder import open_model_folder, read_model, read_positions, resolve
 from mlembed_jax.hf.load import load_params
+from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.models.states import states
@@ -89,10 +90,10 @@ class Encoder:
     folder = resolve(os.fspath(path))
     platform = jax.local_devices()[0].platform
     model = dataclasses.replace(read_model(folder), dtype=dtype or DTYPES[platform])
-    open_folder(folder, model)  # what is wrong with it is said now
+    open_model_folder(folder, model)  # what is wrong with it is said now
     _keep_programs()
-    ours = own_file.read(folder)
-    token = pooled_token or ours.get("pooling", {}).get("token") or _appended(folder)
+    own = own_file.read(folder)
+    token = pooled_token or (own and own.pooling.token) or _appended(folder)
     st = _json(folder / "config_sentence_transformers.json")
     bert = _json(folder / "sentence_bert_config.json")
     positions = read_positions(folder) or WIDTHS[-1]
@@ -100,8 +101,8 @@ class Encoder:
       folder,
       model,
       Tokenizer(folder / "tokenizer.json", token),
-      _sizes(ours, model),
-      dim=ours.get("dims", {}).get("exported", model.width),
+      _sizes(own, model),
+      dim=own.dims.exported if own else model.width,
       prompts={name: text for name, text in st.get("prompts", {}).items() if text is not None},
       max_seq_length=min(bert.get("max_seq_length") or positions, WIDTHS[-1]),
     )
@@ -143,7 +144,8 @@ class Encoder:
   @property
   def name(self) -> str:
     """What the export was named, or its folder."""
-    return _json(self.folder / "mlembed.json").get("name") or self.folder.resolve().name
+    own = own_file.read(self.folder)
+    return (own and own.name) or self.folder.resolve().name
 
   @property
   def fingerprint(self) -> str:
@@ -293,13 +295,13 @@ def _appended(folder: pathlib.Path) -> str:
   )
 
 
-def _sizes(ours: Mapping[str, Any], model: ModelConfig) -> Sizes:
+def _sizes(own: OwnFile | None, model: ModelConfig) -> Sizes:
   """Returns what mlembed.json says; of other folders, that the whole was trained."""
-  if not ours:
+  if not own:
     return Sizes((model.layers,), (), (model.width,))
-  table = ours["table"]
-  factors = table["uv_file"] or table["form"] == "uv"
-  kept = [rank for rank in table["ranks"] if factors and rank <= table["rank_exported"]]
-  depths = [depth for depth in ours["exits"]["trained"] if depth <= model.layers]
-  dims = [dim for dim in ours["dims"]["trained"] if dim <= ours["dims"]["exported"]]
-  return Sizes(tuple(depths), tuple(kept), tuple(dims))
+  most = own.table.rank_exported if own.table.uv_file or own.table.form == "uv" else None
+  return Sizes(
+    depths=tuple(depth for depth in own.exits.trained if depth <= model.layers),
+    ranks=tuple(rank for rank in own.table.ranks if rank <= (most or 0)),
+    dims=tuple(dim for dim in own.dims.trained if dim <= own.dims.exported),
+  )

@@ -12,7 +12,7 @@ from absl import flags
 
 from mlembed_jax import cli
 from mlembed_jax.data import manifest, prepare, report
-from mlembed_jax.data.catalog import Plan
+from mlembed_jax.data.catalog import Recipe
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError
 
@@ -53,26 +53,26 @@ def main() -> None:
   start = time.perf_counter()
   files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
   tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
-  plan = prepare.make_plan(files, tokenizer, MAX_TOKENS.value)
+  recipe = prepare.make_recipe(files, tokenizer, MAX_TOKENS.value)
   if BEAM_OPTIONS.value is None:
     if "://" in OUT.value:
       raise DataError(f"--out: {OUT.value}: without --beam_options it is a local folder")
-    out = prepare.open_folder(OUT.value)
-    job = prepare.Job(plan, out, tokenizer.path.absolute(), tokenizer.pooled_token)
+    out = prepare.make_dataset_folder(OUT.value)
+    job = prepare.Job(recipe, out, tokenizer.path.absolute(), tokenizer.pooled_token)
     prepare.run(job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value)
   else:
-    _run_beam(plan, tokenizer)
+    _run_beam(recipe, tokenizer)
   seconds = time.perf_counter() - start
   print(f"{OUT.value}: prepared in {seconds:.0f} s; see {report.FILE} there")
 
 
-def _run_beam(plan: Plan, tokenizer: Tokenizer) -> None:
+def _run_beam(recipe: Recipe, tokenizer: Tokenizer) -> None:
   try:
     from mlembed_jax.data import beam
   except ImportError as error:
     raise DataError(f"--beam_options: {error}; pip install 'mlembed_jax[beam]'") from error
   content = tokenizer.path.read_text(encoding="utf-8")
-  job = beam.Job(plan, OUT.value, content, tokenizer.pooled_token, MAX_DROPPED_SHARE.value)
+  job = beam.BeamJob(recipe, OUT.value, content, tokenizer.pooled_token, MAX_DROPPED_SHARE.value)
   beam.run(job, shlex.split(BEAM_OPTIONS.value))
 
 

@@ -52,16 +52,16 @@ def main() -> None:
   # Imported here, jax and orbax do not slow down --help.
   import jax
 
-  from mlembed_jax.parallel import distributed, hosts
+  from mlembed_jax.parallel import join, processes
   from mlembed_jax.training.loop import train
 
-  with distributed.joined(JOIN_TIMEOUT_S.value):
-    with hosts.agreed():
+  with join.joined(JOIN_TIMEOUT_S.value):
+    with processes.agreed():
       config, workdir = cli.read_config(CONFIG), make_writable_folder(WORKDIR.value, "--workdir")
-    hosts.check_shared(workdir)
+    processes.check_shared(workdir)
     versions = {"jax": jax.__version__, "mlembed_jax": mlembed_jax.__version__}
     options = {"--accept_changed_data": ACCEPT_CHANGED_DATA.value}
-    hosts.check_same(versions | options | flatten(config))
+    processes.check_same(versions | options | flatten(config))
     train(config, workdir, accept_changed_data=ACCEPT_CHANGED_DATA.value)
 
 

@@ -21,8 +21,10 @@ from mlembed_jax.config import from_mapping, with_older_values
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.files import check_format, write_json
+from mlembed_jax.slice_scores import SliceScore
 
 FORMAT = 1  # of run.json
+SCORES_FORMAT = 1  # of eval/step_N.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +54,8 @@ class Run:
     path = workdir / "run.json"
     if not path.is_file():
       raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
-    try:
-      run = json.loads(path.read_text(encoding="utf-8"))
-      version = run.get("format_version")
-    except (ValueError, AttributeError) as error:
-      raise ConfigError(f"{path}: {error}") from error
-    check_format(path, version, FORMAT)
+    run = _read_object(path)
+    check_format(path, run.get("format_version"), FORMAT)
     try:
       config = from_mapping(with_older_values(run["config"]))
       return cls(config, run["datasets"], run["plan"])
@@ -70,18 +68,51 @@ class Run:
       raise ConfigError(f"{path}: {error}") from error
 
 
-def evaluation_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
-  """Returns where the held-out scores of a step stand."""
+@dataclasses.dataclass(frozen=True)
+class StepScores:
+  """The held-out scores of one step, content of eval/step_N.json."""
+
+  step: int
+  tasks: dict[str, str]  # the digest of each held-out task that was scored
+  scores: list[SliceScore]
+
+  def of_task(self, task: str) -> list[SliceScore]:
+    """Returns the scores of one task."""
+    return [s for s in self.scores if s.task == task]
+
+  def save(self, workdir: pathlib.Path) -> None:
+    """Writes eval/step_N.json."""
+    value = {"format_version": SCORES_FORMAT} | dataclasses.asdict(self)
+    write_json(_scores_path(workdir, self.step), value)
+
+  @classmethod
+  def load(cls, workdir: pathlib.Path, step: int) -> "StepScores":
+    """Returns the scores of a step, none where it was not evaluated.
+
+    Raises:
+      ConfigError: the file is damaged, or a newer version of the package wrote it.
+    """
+    path = _scores_path(workdir, step)
+    if not path.exists():
+      return cls(step, {}, [])
+    value = _read_object(path)
+    check_format(path, value.get("format_version"), SCORES_FORMAT)
+    try:
+      scores = [SliceScore.from_json(score) for score in value["scores"]]
+      return cls(value["step"], value.get("tasks", {}), scores)
+    except (KeyError, TypeError, AttributeError) as error:
+      raise ConfigError(f"{path}: {error}") from error
+
+
+def _scores_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
   return workdir / "eval" / f"step_{step}.json"
 
 
-def evaluated(workdir: pathlib.Path, step: int) -> dict[str, str]:
-  """Returns {held-out task: digest} of what was scored at a step."""
-  path = evaluation_path(workdir, step)
-  return json.loads(path.read_text(encoding="utf-8")).get("tasks", {}) if path.exists() else {}
-
-
-def read_evaluation(workdir: pathlib.Path, step: int) -> list[dict[str, Any]]:
-  """Returns the held-out scores of a step, an empty list where it was not evaluated."""
-  path = evaluation_path(workdir, step)
-  return json.loads(path.read_text(encoding="utf-8"))["scores"] if path.exists() else []
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ConfigError(f"{path}: {error}") from error
+  if not isinstance(value, dict):
+    raise ConfigError(f"{path}: no JSON object")
+  return value

@@ -24,6 +24,33 @@ from mlembed_jax.matryoshka import Slice  # noqa: E402
 from mlembed_jax.workdir import Run  # noqa: E402
 from tests import material  # noqa: E402
 
+# Files and folders of tests that import torch, or what brings it.
+NEED_TORCH = (
+  "eval/test_mteb.py",
+  "hf",
+  "objective/test_distillation.py",
+  "objective/test_losses.py",
+  "objective/test_regularizers.py",
+  "objective/test_streaming.py",
+  "test_inference.py",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  text = "Leave out the tests that need torch, and say which they are."
+  parser.addoption("--without-torch", action="store_true", help=text)
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+  """Leaves a test out where that is asked for; without the flag a missing torch is an error."""
+  paths = [pathlib.Path(__file__).parent / name for name in NEED_TORCH]
+  return True if config.getoption("--without-torch") and collection_path in paths else None
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+  if config.getoption("--without-torch"):
+    terminalreporter.write_line(f"Left out, as they need torch: {', '.join(NEED_TORCH)}")
+
 
 def pytest_configure(config: pytest.Config) -> None:
   assert jax.device_count() == 8, "another platform was started before the tests"

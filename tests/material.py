@@ -121,8 +121,8 @@ def prepare_dataset(
   """Prepares the files of FOLDER/manifest.json that match; returns FOLDER/OUT."""
   opened = Tokenizer(tokenizer or folder / "tokenizer.json", "<|endoftext|>")
   files = manifest.select(str(folder / "manifest.json"), [pattern], "--files")
-  plan = prepare.make_plan(files, opened, max_tokens)
-  job = prepare.Job(plan, folder / out, opened.path, opened.pooled_token)
+  recipe = prepare.make_recipe(files, opened, max_tokens)
+  job = prepare.Job(recipe, folder / out, opened.path, opened.pooled_token)
   prepare.run(job, processes=processes, max_dropped_share=max_dropped_share)
   return job.out
 
@@ -141,8 +141,8 @@ def batches_of(
   dataset: pathlib.Path,
   files: Sequence[str] = (),
   *,
-  host: int = 0,
-  hosts: int = 1,
+  process: int = 0,
+  processes: int = 1,
   shards: int = 1,
   block_tokens: int = 4096,
   steps: int = 100_000,
@@ -165,7 +165,7 @@ def batches_of(
   chosen = loader.Options(**settings)
   per_epoch = np.array([unit.rows for unit in split.units])
   made = plan.Plan(split.files, split.units, per_epoch, chosen.batch_size, chosen.seed, "")
-  placement = loader.Placement(block_tokens, shards, host, hosts)
+  placement = loader.Placement(block_tokens, shards, process, processes)
   tokenizer = Tokenizer(opened.tokenizer, "<|endoftext|>")
   return loader.Batches(split, made.order(), tokenizer, chosen, placement, steps)
 
@@ -263,7 +263,7 @@ def packed(
     longest=size,
     widths=widths,
     block_tokens=block_tokens,
-    shards=shards,
+    batch_shards=shards,
     packed=share,
   )
   flat = zip(tokens.reshape(-1, size), lengths.reshape(-1), strict=True)

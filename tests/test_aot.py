@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mlembed_jax.config import from_mapping
 from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.estimate import hlo, pod, sweep
+from mlembed_jax.estimate import hlo, sweep
+from mlembed_jax.estimate.estimate import Step, Target, estimate_step
 from mlembed_jax.models import flops
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.parallel.sharding import make_mesh
@@ -120,19 +121,19 @@ def test_what_does_not_fit_ends_with_a_sentence():
 )
 def test_unknown_chips_are_refused(name, slices, message):
   with pytest.raises(ConfigError, match=message):
-    pod.Target.parse(name, slices)
+    Target.parse(name, slices)
 
 
 def test_a_shape_without_hardware_is_refused_by_name():
   with pytest.raises(ConfigError, match="--topology: v5e:3x5"):
-    pod.Target.parse("v5e:3x5", 1).devices()
+    Target.parse("v5e:3x5", 1).devices()
 
 
 @pytest.mark.parametrize(
   ("step", "message"),
   [
-    (pod.Step("retrieval", 65), "--text_tokens: 65 is not between 1 and 64"),
-    (pod.Step("ranking", 0), "--task: 'ranking' is not one of those that are estimated: retr"),
+    (Step("retrieval", 65), "--text_tokens: 65 is not between 1 and 64"),
+    (Step("ranking", 0), "--task: 'ranking' is not one of those that are estimated: retr"),
   ],
 )
 def test_unknown_steps_are_refused(step, message):
@@ -143,7 +144,7 @@ def test_unknown_steps_are_refused(step, message):
 
 
 def test_slices_hold_copies():
-  devices = pod.Target.parse("v5e:2x4", 2).devices()
+  devices = Target.parse("v5e:2x4", 2).devices()
   mesh = make_mesh(from_mapping(config_dict(**{"mesh.data": 2})), devices)
   assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 1}
   assert [{d.slice_index for d in copy.flat} for copy in mesh.devices] == [{0}, {1}]
@@ -153,7 +154,7 @@ def test_slices_hold_copies():
 
 def module_of(function, *shapes, name="v5e:2x4", axis=None):
   """Returns the module of `function` on one chip, or on all with the first axis of each split."""
-  devices = pod.Target.parse(name, 1).devices()
+  devices = Target.parse(name, 1).devices()
   mesh = Mesh(np.array(devices[: 8 if axis else 1]), ("x",))
   split = NamedSharding(mesh, PartitionSpec(axis))
   inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
@@ -171,7 +172,7 @@ def test_products_in_a_loop_take_their_flops_over_the_peak(name, most):
 
   module = module_of(layers, (8192, 4096), (5, 4096, 4096), name=name)
   tpu = TPUS[name[:3]]
-  found = module.seconds(tpu, pod.Target.parse(name, 1).torus, no_trips)
+  found = module.seconds(tpu, Target.parse(name, 1).torus, no_trips)
   ideal = 5 * 2 * 8192 * 4096**2 / tpu.peak_flops
   assert ideal < found.compute < most * ideal
   assert found.collectives == found.attention == found.hidden == 0
@@ -320,7 +321,7 @@ def test_only_a_fused_sum_is_scattered(kind):
 
 def test_the_state_of_a_pod_is_split():
   config = load_config(CONFIGS / "8b.py")
-  mesh = make_mesh(config, pod.Target.parse("v5e:16x16", 1).devices())
+  mesh = make_mesh(config, Target.parse("v5e:16x16", 1).devices())
   state = train_state.abstract(config, optimizer.make(config.optimizer, 10), mesh)
   local = sum(
     np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
@@ -358,7 +359,7 @@ def test_only_whole_closed_axes_count_twice(name, torus, group, links):
 def test_teachers_are_not_estimated():
   config = from_mapping(config_dict(**{"kd.teacher": "stored"}))
   with pytest.raises(ConfigError, match=r"kd\.teacher: a teacher is not part"):
-    pod.estimate(config, pod.Target.parse("v5e:2x4", 1), pod.Step("retrieval", 0))
+    estimate_step(config, Target.parse("v5e:2x4", 1), Step("retrieval", 0))
 
 
 def test_a_sweep_goes_from_axis_to_axis(monkeypatch):
@@ -374,10 +375,10 @@ def test_a_sweep_goes_from_axis_to_axis(monkeypatch):
       fits=fits, estimated_step_seconds=seconds, hbm_bytes_per_device=10**10, config=config
     )
 
-  monkeypatch.setattr(pod, "estimate", estimate)
+  monkeypatch.setattr(sweep, "estimate_step", estimate)
   monkeypatch.setattr(sweep, "line", lambda _: "")
   config = load_config(CONFIGS / "8b.py", **{"data.lengths": (1024,)})
-  found = sweep.run(config, pod.Target.parse("v5e:8x8", 1), pod.Step("", 256))
+  found = sweep.run(config, Target.parse("v5e:8x8", 1), Step("", 256))
   assert len(asked) == len(set(asked)) == len(found)
   assert not found[-1].fits and found[0].config.model.remat == "full"
   best = found[0].config
@@ -391,4 +392,4 @@ def test_a_sweep_goes_from_axis_to_axis(monkeypatch):
 def test_a_sweep_without_an_estimate_says_why(field, value, message):
   config = from_mapping(config_dict(**{field: value}))
   with pytest.raises(ConfigError, match=message):
-    sweep.run(config, pod.Target.parse("v5e:2x4", 1), pod.Step("", 0))
+    sweep.run(config, Target.parse("v5e:2x4", 1), Step("", 0))

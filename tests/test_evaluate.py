@@ -14,6 +14,7 @@ import safetensors.numpy
 from mlembed_jax.eval import grid, tasks
 from mlembed_jax.inference import Encoder
 from mlembed_jax.quantize import quantize, ranges, rounded, unit
+from mlembed_jax.slice_scores import Size
 from tests.material import entry, write_parquet
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def evaluation(out):
 
 def test_the_grid_has_every_trained_slice_once(evaluation):
   sizes = [
-    (r["task"], r["rank"], r["exit"], r["dim"], r["precision"]) for r in evaluation["scores"]
+    (r["task"], r["rank"], r["depth"], r["dim"], r["precision"]) for r in evaluation["scores"]
   ]
   assert len(set(sizes)) == len(sizes) == 2 * 2 * 2 * 2 * 3
   found = [sorted({size[i] for size in sizes}) for i in range(1, 5)]
@@ -64,23 +65,24 @@ def test_a_record_is_the_score_of_that_slice_alone(
     (record,) = (
       r
       for r in evaluation["scores"]
-      if (r["task"], r["rank"], r["exit"], r["dim"], r["precision"])
+      if (r["task"], r["rank"], r["depth"], r["dim"], r["precision"])
       == (task.name, rank, depth, dim, precision)
     )
     alone = Encoder.load(exported["full"]).encode(task.texts, depth=depth, rank=rank, dim=dim)
-    found = grid.summary(task.metric, task.score(unit(rounded(alone, precision))))
+    size = Size(rank, depth, dim, precision)
+    found = grid.slice_score(task, size, task.score(unit(rounded(alone, precision))))
     assert record["score"] == pytest.approx(
-      found["score"], abs=1e-3 if precision == "float32" else 0.02
+      found.score, abs=1e-3 if precision == "float32" else 0.02
     )
-    assert record["by_language"].keys() == found["by_language"].keys()
+    assert record["by_language"].keys() == found.by_language.keys()
 
 
 def test_costs_grow_with_depth_and_rank(evaluation):
-  costs = {(c["rank"], c["exit"]): c for c in evaluation["costs"]["parameters"]}
+  costs = {(c["rank"], c["depth"]): c for c in evaluation["costs"]["parameters"]}
   for small, large in (((8, 1), (8, 3)), ((8, 1), (24, 1))):
     assert costs[small]["count"] < costs[large]["count"]
     assert costs[small]["flops_per_token"] < costs[large]["flops_per_token"]
-  assert [latency["exit"] for latency in evaluation["costs"]["latency_ms"]] == [1, 3]
+  assert [latency["depth"] for latency in evaluation["costs"]["latency_ms"]] == [1, 3]
 
 
 def test_page_and_table_are_written(out):
@@ -103,7 +105,7 @@ def test_one_slice_in_one_precision(exported, data, tmp_path):
   result = run(exported["full"], data / "heldout", tmp_path, *flags)
   assert result.returncode == 0, result.stderr
   evaluation = json.loads((tmp_path / "scores.json").read_text())
-  cut = {"rank": 8, "exit": 1, "dim": 16, "precision": "int8"}
+  cut = {"rank": 8, "depth": 1, "dim": 16, "precision": "int8"}
   assert [record | cut for record in evaluation["scores"]] == evaluation["scores"]
   cut = evaluation["skipped"]["texts_truncated"]
   assert cut > 100 and f"{cut:,} texts were cut to 8 tokens" in result.stdout

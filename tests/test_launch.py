@@ -14,6 +14,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
+from mlembed_jax.devices.tpu import TPUS
+
 ROOT = pathlib.Path(__file__).parent.parent
 TPU_VM, WORKER, SLURM = "launch/tpu_vm.sh", "launch/worker.sh", "launch/slurm.sbatch"
 JOBSET = "launch/gke/jobset.py"
@@ -353,6 +355,15 @@ CHANGES = {
 def test_every_flag_changes_the_jobset(flag):
   value = CHANGES[flag]
   assert jobset(flag if value is None else f"{flag}={value}") != jobset()
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_the_jobset_asks_for_nodes_of_the_generation_where_nothing_is_installed(name):
+  bare = [sys.executable, "-I", "-S", JOBSET]  # neither this package nor any other
+  command = [*bare, *RUN, f"--tpu={name}", "--", *TRICKY]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+  label = f'"cloud.google.com/gke-tpu-accelerator": "{TPUS[name].gke_accelerator}"'
+  assert label in done.stdout
 
 
 def test_other_commands_of_jobset():

@@ -20,7 +20,8 @@ from mlembed_jax.errors import ConfigError, DataError, LoadError
 from mlembed_jax.files import write_json
 from mlembed_jax.hf import own_file
 from mlembed_jax.inference import Encoder
-from mlembed_jax.workdir import Run
+from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.workdir import Run, StepScores
 from tests.test_train import ENVIRONMENT, ROOT, lines
 
 STORED = pathlib.Path(__file__).parent / "stored/run_0_1_0.tar.gz"
@@ -93,6 +94,35 @@ def test_run_json_of_another_format_is_refused(stored, version):
   write_json(path, json.loads(path.read_text()) | {"format_version": version})
   with pytest.raises(ConfigError, match=rf"run.json: format_version {version!r} .*upgrade"):
     Run.load(stored / "workdir")
+
+
+def test_scores_of_0_1_0_call_the_depth_exit(tmp_path):
+  score = SliceScore("a", "f1", 8, 2, 16, "float32", 0.5, {"de": 0.5}, {"accuracy": 0.25})
+  old = vars(score) | {"exit": 2}
+  del old["depth"]
+  value = {"step": 4, "tasks": {"a": "digest"}, "scores": [old]}
+  write_json(tmp_path / "eval/step_4.json", value)
+  expected = StepScores(4, {"a": "digest"}, [score])
+  assert StepScores.load(tmp_path, 4) == expected
+  expected.save(tmp_path)
+  assert StepScores.load(tmp_path, 4) == expected
+  written = json.loads((tmp_path / "eval/step_4.json").read_text())
+  assert written["scores"] == [vars(score)] and written["format_version"] == 1
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ('{"format_version": 2}', "format_version 2 .*upgrade"),
+    ("[]", "no JSON object"),
+    ("{}", "sco"),
+  ],
+)
+def test_scores_that_cannot_be_meant_are_refused(tmp_path, text, message):
+  (tmp_path / "eval").mkdir()
+  (tmp_path / "eval/step_4.json").write_text(text)
+  with pytest.raises(ConfigError, match=rf"step_4.json: .*{message}"):
+    StepScores.load(tmp_path, 4)
 
 
 def test_catalog_of_another_format_is_refused(stored):

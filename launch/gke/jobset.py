@@ -1,7 +1,8 @@
 """Trains on TPU slices of GKE: python launch/gke/jobset.py COMMAND --name NAME ...
 
-Needs kubectl with credentials for a cluster that has JobSet 0.6 or newer, and nothing of this
-package: flags of mlembed_jax.train stand after `--` and are handed on as they are.
+Needs kubectl with credentials for a cluster that has JobSet 0.6 or newer, and this repository, of
+which nothing has to be installed: flags of mlembed_jax.train stand after `--` and are handed on as
+they are.
 """
 
 import argparse
@@ -18,16 +19,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-# Generation -> value of the node label cloud.google.com/gke-tpu-accelerator.
-ACCELERATORS = {
-  "v4": "tpu-v4-podslice",
-  "v5e": "tpu-v5-lite-podslice",
-  "v5p": "tpu-v5p-slice",
-  "v6e": "tpu-v6e-slice",
-  "tpu7x": "tpu7x",
-}
+from mlembed_jax.devices.tpu import TPUS
+
+TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 
 # gcsfuse, as needed by a run. Metadata are not cached: every host must see at once what another
 # wrote. The bucket needs a hierarchical namespace: checkpoints are written to a folder that is
@@ -66,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 def add_run_flags(add: Callable[..., Any]) -> None:
   """Adds the flags that fill the template."""
   add("--image", required=True, help="made with launch/gke/Dockerfile")
-  add("--tpu", required=True, help=f"generation: {', '.join(ACCELERATORS)}")
+  add("--tpu", required=True, help=f"generation: {', '.join(TPUS)}")
   add("--topology", required=True, help="chips of one slice, such as 4x4 or 4x4x8")
   add("--slices", type=int, default=1, help="how many (default: 1)")
   add("--chips_per_host", type=int, default=4, help="of the node pool's machines (default: 4)")
@@ -126,8 +122,8 @@ def hosts(topology: str, chips_per_host: int) -> int:
 def check_run(args: argparse.Namespace, train: list[str]) -> None:
   """Raises InputError where a flag of `run` cannot be meant."""
   workdir = train_workdir(train)
-  if args.tpu not in ACCELERATORS:
-    raise InputError(f"--tpu {args.tpu}: one of {', '.join(ACCELERATORS)}")
+  if args.tpu not in TPUS:
+    raise InputError(f"--tpu {args.tpu}: one of {', '.join(TPUS)}")
   for name, least in (("slices", 1), ("max_restarts", 0), ("grace_s", 1)):
     if (value := getattr(args, name)) < least:
       raise InputError(f"--{name} {value}: {least} or more")
@@ -149,7 +145,7 @@ def volume(bucket: str) -> dict:
 def placeholders(args: argparse.Namespace, train: list[str]) -> dict[str, object]:
   """Returns name -> value of every placeholder of the template."""
   selector = {
-    "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[args.tpu],
+    "cloud.google.com/gke-tpu-accelerator": TPUS[args.tpu].gke_accelerator,
     "cloud.google.com/gke-tpu-topology": args.topology,
   }
   taints = ["google.com/tpu"]

@@ -1,7 +1,6 @@
-"""What one step reads and of what shape: kinds of batches, drawn negatives, padded rows."""
+"""What one step reads and of what shape: kinds of batches, drawn negatives and instructions."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -38,21 +37,8 @@ def negative_columns(stored: int, used: int, seed: int, step: int) -> Int[np.nda
   return np.sort(generator.choice(stored, size=min(used, stored), replace=False))
 
 
-def with_instruction(
+def instructed_documents(
   shape: tuple[int, int], share: float, seed: int, step: int
 ) -> Bool[np.ndarray, "B D"]:
   """Returns which documents of a step have the instruction, each with a chance of `share`."""
   return _generator(INSTRUCTIONS, seed, step).random(shape) < share
-
-
-def bucket(length: int, lengths: Sequence[int]) -> int:
-  """Returns the smallest of `lengths` that holds `length` tokens."""
-  return next(size for size in sorted(lengths) if size >= length)
-
-
-def pad(ids: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens [N, size], padded on the right with 0, and lengths [N]; both int32."""
-  tokens = np.zeros((len(ids), size), np.int32)
-  for row, values in zip(tokens, ids, strict=True):
-    row[: len(values)] = values
-  return tokens, np.array([len(values) for values in ids], np.int32)

@@ -23,12 +23,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsDict, AsList, AsSingleton, TaggedOutput
 
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
-from mlembed_jax.data.catalog import Plan
+from mlembed_jax.data.catalog import Recipe
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.rows import Chunk
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import RowShard, Slice, Written
+from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
 from mlembed_jax.errors import DataError
 
 ChunkId = tuple[int, int]  # file, chunk of it
@@ -37,17 +37,17 @@ Found = tuple[int, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class BeamJob:
   """What every worker knows. The tokenizer travels with it: workers share no disk."""
 
-  plan: Plan
+  recipe: Recipe
   out: str
   tokenizer: str  # content of its file
   pooled_token: str
   max_dropped_share: float
 
 
-def run(job: Job, options: Sequence[str]) -> None:
+def run(job: BeamJob, options: Sequence[str]) -> None:
   """Writes the dataset to `job.out`, on the engine that the options name.
 
   Raises:
@@ -59,13 +59,13 @@ def run(job: Job, options: Sequence[str]) -> None:
     raise DataError(f"--out: {job.out} is not empty; name another folder")
   filesystem.makedirs(path, exist_ok=True)
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-    files = pipeline | "files" >> beam.Create(range(len(job.plan.files))) | beam.Reshuffle()
-    read = files | "read" >> beam.FlatMap(_read, job).with_outputs("counts", "slices", "rows")
+    files = pipeline | "files" >> beam.Create(range(len(job.recipe.files))) | beam.Reshuffle()
+    read = files | "read" >> beam.FlatMap(_read, job).with_outputs("counts", "parts", "rows")
     counts: Any = read.counts | beam.GroupByKey() | "count" >> beam.Map(_count, job)
     start: Any = pipeline | "start" >> beam.Create([None])
     checked = start | "check" >> beam.Map(_check, job, AsDict(counts))
     made = (
-      read.slices
+      read.parts
       | "partitions" >> beam.GroupByKey()
       | "documents"
       >> beam.FlatMap(_write_documents, job, AsSingleton(checked)).with_outputs("written", "found")
@@ -90,7 +90,7 @@ def _tokenizer(content: str, pooled_token: str) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def _new_file(job: Job, name: str) -> Iterator[pathlib.Path]:
+def _new_file(job: BeamJob, name: str) -> Iterator[pathlib.Path]:
   """Yields a local path, whose file becomes OUT/name at the end unless there is an error."""
   with tempfile.TemporaryDirectory() as folder:
     local = pathlib.Path(folder) / name
@@ -106,8 +106,8 @@ def _new_file(job: Job, name: str) -> Iterator[pathlib.Path]:
       raise
 
 
-def _read(number: int, job: Job) -> Iterator[TaggedOutput]:
-  file, partitions = job.plan.files[number], job.plan.partitions
+def _read(number: int, job: BeamJob) -> Iterator[TaggedOutput]:
+  file, partitions = job.recipe.files[number], job.recipe.partitions
   for k, chunk in enumerate(rows.read(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
     bare = dataclasses.replace(chunk, rows=pa.table({}), texts=pa.table({}))
@@ -115,24 +115,24 @@ def _read(number: int, job: Job) -> Iterator[TaggedOutput]:
     yield TaggedOutput("rows", ((number, k), chunk.rows))
     for p in range(partitions):
       part = transforms.documents_of(chunk.texts, p, partitions, file.symmetric)
-      yield TaggedOutput("slices", (p, ((number, k), part)))
+      yield TaggedOutput("parts", (p, ((number, k), part)))
 
 
-def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: Job) -> tuple[int, FileCount]:
+def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: BeamJob) -> tuple[int, FileCount]:
   number, chunks = item
-  count = FileCount(job.plan.files[number].name)
+  count = FileCount(job.recipe.files[number].name)
   for _, chunk in sorted(chunks, key=lambda item: item[0]):
     count.add(chunk)
   return number, count
 
 
-def _counts(job: Job, counts: dict[int, FileCount]) -> list[FileCount]:
-  return [counts.get(i, FileCount(file.name)) for i, file in enumerate(job.plan.files)]
+def _counts(job: BeamJob, counts: dict[int, FileCount]) -> list[FileCount]:
+  return [counts.get(i, FileCount(file.name)) for i, file in enumerate(job.recipe.files)]
 
 
-def _check(_: None, job: Job, counts: dict[int, FileCount]) -> bool:
+def _check(_: None, job: BeamJob, counts: dict[int, FileCount]) -> bool:
   found = _counts(job, counts)
-  for file, count in zip(job.plan.files, found, strict=True):
+  for file, count in zip(job.recipe.files, found, strict=True):
     vectors.check_shapes(file, count.read)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -143,22 +143,22 @@ def _check(_: None, job: Job, counts: dict[int, FileCount]) -> bool:
   return True
 
 
-def _copy(job: Job, path: pathlib.Path) -> None:
+def _copy(job: BeamJob, path: pathlib.Path) -> None:
   with _new_file(job, path.name) as new:
     new.write_bytes(path.read_bytes())
 
 
 def _write_documents(
-  item: tuple[int, Iterable[tuple[ChunkId, Slice]]], job: Job, checked: bool
+  item: tuple[int, Iterable[tuple[ChunkId, DocumentPart]]], job: BeamJob, checked: bool
 ) -> Iterator[TaggedOutput]:
   """Writes a partition after all files were checked; tells each chunk where its texts stand."""
   assert checked
-  number, slices = item
-  ordered = sorted(slices, key=lambda item: item[0])
+  number, parts = item
+  ordered = sorted(parts, key=lambda item: item[0])
   tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
-  with _new_file(job, file_name(DOCUMENTS, number, job.plan.partitions)) as new:
+  with _new_file(job, file_name(DOCUMENTS, number, job.recipe.partitions)) as new:
     written, documents = transforms.write_documents(
-      new, [part for _, part in ordered], tokenizer, job.plan.max_tokens
+      new, [part for _, part in ordered], tokenizer, job.recipe.max_tokens
     )
   yield TaggedOutput("written", (number, written))
   for chunk, part in ordered:
@@ -168,29 +168,29 @@ def _write_documents(
 
 def _write_rows(
   item: tuple[ChunkId, dict[str, Iterable[Any]]],
-  job: Job,
+  job: BeamJob,
   chunks: list[ChunkId],
   documents: dict[int, Written],
 ) -> tuple[ChunkId, dict[str, RowShard]]:
   chunk, parts = item
   (table,), found = parts["rows"], sorted(parts["found"], key=lambda item: item[0])
-  sizes = [documents[p].records for p in range(job.plan.partitions)]
+  sizes = [documents[p].records for p in range(job.recipe.partitions)]
   starts = np.concatenate([[0], np.cumsum(sizes)])
   places = np.concatenate([starts[p] + place for p, place, _ in found])
   lengths = np.concatenate([length for _, _, length in found])
-  file, number = job.plan.files[chunk[0]], sorted(chunks).index(chunk)
+  file, number = job.recipe.files[chunk[0]], sorted(chunks).index(chunk)
   new = functools.partial(_new_file, job)
   with transforms.row_files(file, number, len(chunks), new) as paths:
     texts = transforms.document_places(table)
     tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
     return chunk, transforms.write_rows(
-      paths, file, table, places[texts], lengths[texts], tokenizer, job.plan.max_tokens
+      paths, file, table, places[texts], lengths[texts], tokenizer, job.recipe.max_tokens
     )
 
 
 def _finish(
   _: None,
-  job: Job,
+  job: BeamJob,
   counts: dict[int, FileCount],
   made: dict[ChunkId, dict[str, RowShard]],
   documents: dict[int, Written],
@@ -203,7 +203,7 @@ def _finish(
     folder = pathlib.Path(name)
     (folder / "tokenizer.json").write_text(job.tokenizer, encoding="utf-8")
     report.write(folder, _counts(job, counts), shards, written)
-    catalog.save(folder, job.plan, shards, written)
+    catalog.save(folder, job.recipe, shards, written)
     names = sorted(path.name for path in folder.iterdir() if path.name != catalog.FILE)
     for file in (*names, catalog.FILE):
       _copy(job, folder / file)

@@ -19,7 +19,7 @@ from typing import Any
 
 from mlembed_jax.data import records
 from mlembed_jax.data.manifest import File, check_entry
-from mlembed_jax.data.transforms import RowShard, Run, Written, suffixes
+from mlembed_jax.data.transforms import LanguageRun, RowShard, Written, suffixes
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json, write_text
 
@@ -28,7 +28,7 @@ FILE = "catalog.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Recipe:
   """Everything that decides what a prepared folder holds."""
 
   files: list[File]
@@ -69,7 +69,7 @@ class Catalog:
 
 def save(
   folder: pathlib.Path,
-  plan: Plan,
+  recipe: Recipe,
   shards: dict[str, list[RowShard]],
   documents: list[Written],
 ) -> None:
@@ -82,11 +82,11 @@ def save(
   digests = [shard.written.digest for of in shards.values() for shard in of]
   digests += [written.digest for written in documents]
   value = {
-    "plan": plan.as_json(),
+    "plan": recipe.as_json(),
     "shards": {split: [dataclasses.asdict(s) for s in of] for split, of in shards.items()},
     "documents": [written.records for written in documents],
   }
-  decides = plan.as_json() | {"inputs": digests}  # what was in the files, not when
+  decides = recipe.as_json() | {"inputs": digests}  # what was in the files, not when
   value["fingerprint"] = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
   write_json(folder / FILE, value)
 
@@ -172,7 +172,7 @@ def load(folder: pathlib.Path) -> Catalog:
 
 
 def _row_shard(value: dict[str, Any]) -> RowShard:
-  runs = [Run(**run) for run in value["runs"]]
+  runs = [LanguageRun(**run) for run in value["runs"]]
   return RowShard(value["file"], Written(**value["written"]), value["longest"], runs)
 
 

@@ -20,17 +20,17 @@ from mlembed_jax.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """One host's rows of one step. Text 0 of a row is its query, then positives, then negatives."""
+  """A process's rows of one step. Text 0 of a row is its query, then positives, then negatives."""
 
   step: int
   dataset: str
   task_type: str
   positives: int  # per row
   rows: Int64[np.ndarray, "B"]  # of the file, counted from 0
-  global_rows: int  # of all hosts
+  global_rows: int  # of all processes
   languages: list[str]  # of the rows
-  sheets: list[Sheets]  # by width; the used blocks of this host
-  layout: Layout  # of this host
+  sheets: list[Sheets]  # by width; the used blocks of this process
+  layout: Layout  # of this process
   hashes: UInt32[np.ndarray, "B C 2"]  # 64 bits of each text without instruction
   scores: Float32[np.ndarray, "B"] | None  # of scored pairs
   teacher: Float32[np.ndarray, "B C2 D2"] | None  # a teacher's vectors of the first C2 texts
@@ -47,7 +47,7 @@ class Batch:
 
   @property
   def computed_tokens(self) -> int:
-    """Places of tokens that this host's devices compute, real ones and padding."""
+    """Places of tokens that this process's devices compute, real ones and padding."""
     return sum(sheets.tokens.size for sheets in self.sheets)
 
 
@@ -62,7 +62,7 @@ class Options:
   teacher_vectors: bool
   lengths: tuple[int, ...]
   packing: bool
-  batch_size: int  # rows over all hosts
+  batch_size: int  # rows over all processes
   seed: int
 
 
@@ -70,14 +70,14 @@ class Options:
 class Placement:
   """Where batches go."""
 
-  block_tokens: int  # encoded at a time over all hosts
-  shards: int  # data-parallel devices over all hosts
-  host: int = 0
-  hosts: int = 1  # that read different rows
+  block_tokens: int  # encoded at a time over all processes
+  batch_shards: int  # data-parallel devices over all processes
+  process: int = 0
+  processes: int = 1  # that read different rows
 
 
 class Batches:
-  """Random access: element n is this host's part of step n's batch."""
+  """Random access: element n is this process's part of step n's batch."""
 
   def __init__(
     self,
@@ -102,12 +102,12 @@ class Batches:
   def _layout(self, kind: Kind) -> Layout:
     options, placement = self._options, self._placement
     return packing.layout(
-      rows=options.batch_size // placement.hosts,
+      rows=options.batch_size // placement.processes,
       texts_per_row=kind.texts,
       longest=kind.longest,
       widths=options.lengths,
-      block_tokens=placement.block_tokens // placement.hosts,
-      shards=placement.shards // placement.hosts,
+      block_tokens=placement.block_tokens // placement.processes,
+      batch_shards=placement.batch_shards // placement.processes,
       packed=options.packing,
     )
 
@@ -126,7 +126,7 @@ class Batches:
       for i, (_, texts) in zip(mine, read, strict=True)
     ]
     layout = self._layouts[kind]
-    shards = [[text for row in part for text in row] for part in _split(ids, layout.shards)]
+    shards = [[text for row in part for text in row] for part in _split(ids, layout.batch_shards)]
     rows = [row for row, _ in read]
     scored = file.entry["task_type"] == SCORED
     return Batch(
@@ -156,26 +156,26 @@ class Batches:
       asked[:, 0] = options.query_instructions
       if file.symmetric and options.document_instructions:
         shape, share = (len(asked), kind.texts - 1), options.document_instructions
-        asked[:, 1:] = batching.with_instruction(shape, share, options.seed, step)
+        asked[:, 1:] = batching.instructed_documents(shape, share, options.seed, step)
     return asked
 
   def _mine(
     self, places: np.ndarray, columns: np.ndarray, instructed: np.ndarray, prefix: int
   ) -> np.ndarray:
-    """Returns which rows of the batch are this host's, shard after shard.
+    """Returns which rows of the batch are this process's, shard after shard.
 
-    Rows go to shards by their tokens, which every host knows of all rows without reading them.
+    Rows go to shards by their tokens, which every process knows of all rows without reading them.
     """
     placement = self._placement
     order = np.arange(len(places))
-    if placement.shards > 1:
+    if placement.batch_shards > 1:
       counts = np.array(
         [self._split.lengths.row(*self._split.queries.place(int(p)))[columns] for p in places]
       )
       longest = self._options.lengths[-1]
       tokens = np.minimum(counts + prefix * instructed + 1, longest).sum(axis=1)
-      order = packing.balance(tokens, placement.shards)
-    return np.split(order, placement.hosts)[placement.host]
+      order = packing.balance(tokens, placement.batch_shards)
+    return np.split(order, placement.processes)[placement.process]
 
   def _read(self, place: int, columns: np.ndarray) -> tuple[Row, list[Text]]:
     """Returns a row and its texts: the query, then the documents of these columns."""

@@ -25,7 +25,7 @@ class Layout:
   widths: tuple[int, ...]  # of sheets, ascending; a text begins one of the narrowest it fits in
   blocks: tuple[int, ...]  # per width: as many as the longest texts could need
   sheets: tuple[int, ...]  # per width and block, over all shards
-  shards: int  # parts of the batch, one per data-parallel device
+  batch_shards: int  # parts of the batch, one per data-parallel device
   texts: int  # of one shard
   packed: bool  # False: one text per sheet
 
@@ -57,7 +57,7 @@ def layout(
   longest: int,
   widths: Sequence[int],
   block_tokens: int,
-  shards: int,
+  batch_shards: int,
   packed: bool,
 ) -> Layout:
   """Returns the shapes for batches of `rows` rows over all shards.
@@ -66,11 +66,12 @@ def layout(
   `block_tokens`: tokens encoded at a time over all shards; at least one sheet per shard.
   """
   used = tuple(widths)[: bisect.bisect_left(widths, longest) + 1]
-  texts = rows // shards * texts_per_row
-  per_shard = [max(1, min(texts, block_tokens // (shards * width))) for width in used]
+  texts = rows // batch_shards * texts_per_row
+  per_shard = [max(1, min(texts, block_tokens // (batch_shards * width))) for width in used]
   # One text per sheet is the worst that packing can come to.
-  blocks = tuple(math.ceil(texts / sheets) for sheets in per_shard)
-  return Layout(used, blocks, tuple(n * shards for n in per_shard), shards, texts, packed)
+  blocks = tuple(math.ceil(texts / n) for n in per_shard)
+  sheets = tuple(n * batch_shards for n in per_shard)
+  return Layout(used, blocks, sheets, batch_shards, texts, packed)
 
 
 def balance(tokens: np.ndarray, shards: int) -> np.ndarray:
@@ -88,7 +89,7 @@ def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
   bins = [_bins(np.array([len(text) for text in texts]), layout) for texts in ids]
   made = []
   for i in range(len(layout.widths)):
-    per_shard = layout.sheets[i] // layout.shards
+    per_shard = layout.sheets[i] // layout.batch_shards
     sheets = _empty(layout, i, math.ceil(max(len(of[i]) for of in bins) / per_shard))
     for shard, (texts, of) in enumerate(zip(ids, bins, strict=True)):
       _write(sheets, shard, per_shard, of[i], texts)

@@ -26,13 +26,13 @@ import pyarrow as pa
 import tqdm
 
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
-from mlembed_jax.data.catalog import Plan
+from mlembed_jax.data.catalog import Recipe
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import RowShard, Slice, Written
+from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import copy_file, new_file, write_json
 
@@ -50,7 +50,7 @@ MAX_TOKENS = 60_000  # counts are stored in 16 bits, and a query has a few more 
 class Job:
   """What every process knows."""
 
-  plan: Plan
+  recipe: Recipe
   out: pathlib.Path
   tokenizer_path: pathlib.Path
   pooled_token: str
@@ -66,8 +66,8 @@ class Job:
     return Tokenizer(self.tokenizer_path, self.pooled_token)
 
 
-def open_folder(path: str) -> pathlib.Path:
-  """Returns the folder, made if needed; raises DataError where that cannot be."""
+def make_dataset_folder(path: str) -> pathlib.Path:
+  """Returns the folder of a dataset, made if needed; raises DataError where that cannot be."""
   folder = pathlib.Path(path).absolute()
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def open_folder(path: str) -> pathlib.Path:
   return folder
 
 
-def make_plan(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> Plan:
+def make_recipe(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> Recipe:
   """Returns what there is to do.
 
   Raises:
@@ -94,7 +94,7 @@ def make_plan(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) -> P
   }
   needed = max(LEAST_PARTITIONS, sum(of[0][0] for of in states.values()) // PARTITION_BYTES)
   partitions = 1 << (needed - 1).bit_length()
-  return Plan(list(files), states, tokenizer.fingerprint, max_tokens, partitions)
+  return Recipe(list(files), states, tokenizer.fingerprint, max_tokens, partitions)
 
 
 def _state(path: str) -> tuple[int, str]:
@@ -121,16 +121,16 @@ def run(job: Job, *, processes: int, max_dropped_share: float) -> None:
 
 def _run(job: Job, processes: int, max_dropped_share: float) -> None:
   each = functools.partial(_each, job=job, processes=processes)
-  counts = each("reading", _read_file, items=range(len(job.plan.files)))
+  counts = each("reading", _read_file, items=range(len(job.recipe.files)))
   report.check(counts, max_dropped_share, job.out)
-  documents = each("documents", _write_documents, items=range(job.plan.partitions))
+  documents = each("documents", _write_documents, items=range(job.recipe.partitions))
   chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
   numbered = [(number, len(chunks), *chunk) for number, chunk in enumerate(chunks)]
   made = each("rows", _write_rows, items=numbered)
   shards = {split: [shards[split] for shards in made] for split in (TRAIN, VALIDATION)}
   report.write(job.out, counts, shards, documents)
   copy_file(job.tokenizer_path, job.out / "tokenizer.json")
-  catalog.save(job.out, job.plan, shards, documents)
+  catalog.save(job.out, job.recipe, shards, documents)
   _clear(job)
 
 
@@ -142,7 +142,7 @@ def _clear(job: Job) -> None:
 
 
 def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
-  asked = json.loads(json.dumps(job.plan.as_json()))
+  asked = json.loads(json.dumps(job.recipe.as_json()))
   different = [key for key in asked if asked[key] != found.get(key)]
   if different:
     raise DataError(
@@ -165,7 +165,7 @@ def _open_work(job: Job) -> Iterator[None]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds it no more
     except BlockingIOError as error:
       raise DataError(f"--out: another command is preparing {job.out}; wait for it") from error
-    write_json(path, job.plan.as_json())
+    write_json(path, job.recipe.as_json())
     yield
 
 
@@ -223,7 +223,7 @@ def _chunk(job: Job, file: int, chunk: int, table: str) -> pathlib.Path:
 
 def _read_file(job: Job, number: int) -> FileCount:
   """Writes rows and texts of every chunk; returns what there was."""
-  file = job.plan.files[number]
+  file = job.recipe.files[number]
   count = FileCount(file.name)
   for k, chunk in enumerate(rows.read(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
@@ -243,9 +243,9 @@ def _read_table(job: Job, file: int, chunk: int, name: str) -> pa.Table:
     return pa.ipc.open_file(source).read_all()
 
 
-def _slice(job: Job, file: int, chunk: int, number: int) -> Slice:
-  texts, queried = _read_table(job, file, chunk, "texts"), job.plan.files[file].symmetric
-  return transforms.documents_of(texts, number, job.plan.partitions, queried)
+def _document_part(job: Job, file: int, chunk: int, number: int) -> DocumentPart:
+  texts, queried = _read_table(job, file, chunk, "texts"), job.recipe.files[file].symmetric
+  return transforms.documents_of(texts, number, job.recipe.partitions, queried)
 
 
 def _index(job: Job, number: int, name: str) -> pathlib.Path:
@@ -255,10 +255,10 @@ def _index(job: Job, number: int, name: str) -> pathlib.Path:
 def _write_documents(job: Job, number: int) -> Written:
   paths = sorted((job.work / "chunks").glob("*.texts.arrow"))
   chunks = [tuple(map(int, path.name.split(".")[0].split("-"))) for path in paths]
-  slices = [_slice(job, file, chunk, number) for file, chunk in chunks]
-  target = job.out / file_name(DOCUMENTS, number, job.plan.partitions)
-  with new_file(target) as new:
-    written, documents = transforms.write_documents(new, slices, job.tokenizer, job.plan.max_tokens)
+  parts = [_document_part(job, file, chunk, number) for file, chunk in chunks]
+  recipe = job.recipe
+  with new_file(job.out / file_name(DOCUMENTS, number, recipe.partitions)) as new:
+    written, documents = transforms.write_documents(new, parts, job.tokenizer, recipe.max_tokens)
   for name in ("hashes", "lengths"):
     with new_file(_index(job, number, name)) as new, new.open("wb") as file:
       np.save(file, getattr(documents, name))
@@ -271,15 +271,15 @@ def _write_rows(job: Job, item: tuple[int, int, int, int]) -> dict[str, RowShard
   places, lengths = _look_up(job, _read_table(job, file, chunk, "texts")["hash"].to_numpy())
   texts = transforms.document_places(table)
   new = lambda name: new_file(job.out / name)  # noqa: E731
-  with transforms.row_files(job.plan.files[file], number, shards, new) as paths:
+  with transforms.row_files(job.recipe.files[file], number, shards, new) as paths:
     return transforms.write_rows(
       paths,
-      job.plan.files[file],
+      job.recipe.files[file],
       table,
       places[texts],
       lengths[texts],
       job.tokenizer,
-      job.plan.max_tokens,
+      job.recipe.max_tokens,
     )
 
 
@@ -287,8 +287,8 @@ def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns the place of each text in the split `documents`, and its tokens; hashes ascend."""
   places, lengths = np.zeros(hashes.size, np.int64), np.zeros(hashes.size, np.uint16)
   start = 0
-  for number in range(job.plan.partitions):
-    part = transforms.partition(hashes, number, job.plan.partitions)
+  for number in range(job.recipe.partitions):
+    part = transforms.partition(hashes, number, job.recipe.partitions)
     # Mapped, not read: of a large partition few pages are needed.
     known, tokens = (np.load(_index(job, number, n), mmap_mode="r") for n in ("hashes", "lengths"))
     found = np.searchsorted(known, hashes[part])

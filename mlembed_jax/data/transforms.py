@@ -27,7 +27,7 @@ VALIDATION_OF = 100  # one query in so many, by its text: equal queries are on o
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class DocumentPart:
   """The documents of one chunk that belong to one partition."""
 
   hashes: np.ndarray  # [N] uint64, ascending
@@ -60,24 +60,24 @@ def partition(hashes: np.ndarray, number: int, partitions: int) -> slice:
   return slice(int(first), int(np.searchsorted(hashes, bounds[1], side="right")))
 
 
-def documents_of(texts: pa.Table, number: int, partitions: int, queried: bool) -> Slice:
+def documents_of(texts: pa.Table, number: int, partitions: int, queried: bool) -> DocumentPart:
   """Returns what belongs to a partition of a chunk's texts."""
   hashes = texts["hash"].to_numpy()
   part = partition(hashes, number, partitions)
   inside = texts["text"].slice(part.start, part.stop - part.start).combine_chunks()
-  return Slice(hashes[part], inside, queried)
+  return DocumentPart(hashes[part], inside, queried)
 
 
 def write_documents(
-  path: pathlib.Path, slices: Sequence[Slice], tokenizer: Tokenizer, max_tokens: int
+  path: pathlib.Path, parts: Sequence[DocumentPart], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[Written, Documents]:
   """Writes the documents of a partition, each text once, in the order of their hashes."""
-  hashes = np.concatenate([part.hashes for part in slices])
-  queried = np.concatenate([np.full(part.hashes.size, part.queried) for part in slices])
+  hashes = np.concatenate([part.hashes for part in parts])
+  queried = np.concatenate([np.full(part.hashes.size, part.queried) for part in parts])
   unique, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
   as_query = np.zeros(unique.size, bool)
   np.logical_or.at(as_query, inverse, queried)
-  texts = pa.concat_arrays([part.texts for part in slices]).take(pa.array(first))
+  texts = pa.concat_arrays([part.texts for part in parts]).take(pa.array(first))
   lengths = np.zeros(unique.size, np.uint16)
 
   def messages() -> Iterator[bytes]:
@@ -139,7 +139,7 @@ def _head(bare: list[int], query: list[int]) -> tuple[list[int], int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LanguageRun:
   """Successive rows of one language in a shard, and the tokens of their texts."""
 
   language: str
@@ -156,7 +156,7 @@ class RowShard:
   file: str
   written: Written
   longest: int  # tokens of its longest text
-  runs: list[Run]
+  runs: list[LanguageRun]
 
 
 LENGTHS, VECTORS = ".lengths.npy", ".vectors.npy"  # files beside a shard of rows
@@ -245,7 +245,7 @@ def _messages(
     yield records.encode(text, Row(file.name, language, row, score, positives, negatives))
 
 
-def _runs(file: File, languages: list[str], counts: np.ndarray) -> list[Run]:
+def _runs(file: File, languages: list[str], counts: np.ndarray) -> list[LanguageRun]:
   names, starts = np.unique(np.array(languages, object), return_index=True)
   runs = []
   parts = np.split(counts.astype(np.int64), starts[1:]) if languages else []
@@ -253,7 +253,7 @@ def _runs(file: File, languages: list[str], counts: np.ndarray) -> list[Run]:
     query, documents = part[:, 0], part[:, 1:]
     positives, negatives = documents[:, : file.positives], documents[:, file.positives :]
     sums = (int(x.sum()) for x in (query, positives, negatives))
-    runs.append(Run(str(name), len(part), *sums))
+    runs.append(LanguageRun(str(name), len(part), *sums))
   return runs
 
 

@@ -1,11 +1,9 @@
-"""What one device can do, by the name that jax gives it. No jax.
-
-A device is a chip, but for TPU7x, where jax shows each of a chip's two cores as a device.
-"""
+"""What one device can do, by the name that jax gives it. No jax."""
 
 import dataclasses
 
-GIB = 2**30
+from mlembed_jax.devices import tpu
+from mlembed_jax.devices.tpu import GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +14,8 @@ class Chip:
   hbm_bytes: int  # of memory; what programs may use is a few percent less
 
 
-# By `device_kind`. A kind that is not here gives no MFU rather than a guess.
-CHIPS: dict[str, Chip] = {
-  # https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x
-  "TPU v4": Chip(275e12, 32 * GIB),
-  "TPU v5 lite": Chip(197e12, 16 * GIB),  # v5e
-  "TPU v5": Chip(459e12, 95 * GIB),  # v5p
-  "TPU v6 lite": Chip(918e12, 32 * GIB),  # v6e
-  "TPU7x": Chip(2307e12 / 2, 96 * GIB),  # a chip has 2307e12 and 192 GiB in two devices
-  # NVIDIA's data sheets; where those give only "with sparsity", half of it.
+# By `device_kind`, with NVIDIA's data sheets; where those give only "with sparsity", half of it.
+GPUS: dict[str, Chip] = {
   "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB),  # A100 data sheet, all four forms
   "NVIDIA A100-PCIE-40GB": Chip(312e12, 40 * GIB),
   "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB),
@@ -41,15 +32,10 @@ CHIPS: dict[str, Chip] = {
   "NVIDIA L40S": Chip(362e12, 48 * GIB),  # L40S data sheet: 362.05
   "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24 * GIB),  # Ada whitepaper, float32 accumulation
 }
-# Names that newer versions of jax give some of them.
-ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
-
-
-def canonical(device_kind: str) -> str:
-  """Returns the name of a jax `device_kind` that the tables of this project use."""
-  return ALIASES.get(device_kind, device_kind)
 
 
 def find(device_kind: str) -> Chip | None:
-  """Returns the chip of a jax `device_kind`, None for one that is not in the table."""
-  return CHIPS.get(canonical(device_kind))
+  """Returns the limits of a jax `device_kind`; None, not a guess, for one that is not known."""
+  if generation := tpu.find(device_kind):
+    return Chip(generation.peak_flops, generation.hbm_bytes)
+  return GPUS.get(device_kind)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.estimate import pod
+from mlembed_jax.estimate.estimate import Estimate, Step, Target, estimate_step, gib
 from mlembed_jax.parallel.sharding import make_mesh, smallest_micro_batch
-from mlembed_jax.training import memory
+from mlembed_jax.training import micro_batch
 
 COPIES = (1, 4, 16)  # of the parameters, on each slice
 REMAT = ("full", "context", "products")
@@ -17,7 +17,7 @@ HEAD = """\
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
-def run(config: Config, target: pod.Target, step: pod.Step) -> list[pod.Estimate]:
+def run(config: Config, target: Target, step: Step) -> list[Estimate]:
   """Returns the estimates of all settings tried, the fastest first, those that do not fit last.
 
   One axis after another, each from the best found before: the mesh, how many tokens keep how much,
@@ -38,9 +38,9 @@ def run(config: Config, target: pod.Target, step: pod.Step) -> list[pod.Estimate
 class _Search:
   """Estimates every configuration once."""
 
-  def __init__(self, target: pod.Target, step: pod.Step):
+  def __init__(self, target: Target, step: Step):
     self.target, self.step = target, step
-    self.found: dict[Config, pod.Estimate] = {}
+    self.found: dict[Config, Estimate] = {}
     self.errors: dict[Config, ConfigError] = {}
 
   def cost(self, config: Config) -> tuple[bool, float]:
@@ -51,7 +51,7 @@ class _Search:
 
   def _estimate(self, config: Config) -> None:
     try:
-      self.found[config] = pod.estimate(config, self.target, self.step)
+      self.found[config] = estimate_step(config, self.target, self.step)
     except ConfigError as error:
       self.errors[config] = error
       print(f"left out: {error}", file=sys.stderr, flush=True)
@@ -59,12 +59,12 @@ class _Search:
       print(line(self.found[config]), file=sys.stderr, flush=True)
 
 
-def _order(e: pod.Estimate) -> tuple[bool, float]:
+def _order(e: Estimate) -> tuple[bool, float]:
   """Returns (it does not fit, seconds or bytes)."""
   return not e.fits, e.estimated_step_seconds if e.fits else e.hbm_bytes_per_device
 
 
-def _meshes(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Config]:
+def _meshes(config: Config, target: Target, step: Step) -> Iterator[Config]:
   """Yields meshes that split the parameters over a slice, or over a part of it and copy them.
 
   On a torus of three axes XLA sums full arrays instead of gathering parts where one group takes
@@ -76,24 +76,24 @@ def _meshes(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Conf
       mesh = dataclasses.replace(config.mesh, data=copies * target.slices, fsdp=-1)
       changed = dataclasses.replace(config, mesh=mesh)
       chosen = config.data.micro_batch or _sizes(changed, target, step)[-1]
-      yield memory.sized(changed, chosen)
+      yield micro_batch.sized(changed, chosen)
 
 
-def _sizes(config: Config, target: pod.Target, step: pod.Step) -> list[int]:
+def _sizes(config: Config, target: Target, step: Step) -> list[int]:
   tokens = config.data.global_batch * step.kind(config).texts * step.tokens(config)
-  return memory.sizes(config, tokens, make_mesh(config, target.devices()))
+  return micro_batch.sizes(config, tokens, make_mesh(config, target.devices()))
 
 
-def _blocks(config: Config, target: pod.Target, step: pod.Step) -> Iterator[Config]:
+def _blocks(config: Config, target: Target, step: Step) -> Iterator[Config]:
   """Yields half of the micro-batch, the same, twice as many tokens, and all of the step."""
   smallest = smallest_micro_batch(config, make_mesh(config, target.devices()).shape)
   texts = config.data.global_batch * step.kind(config).texts
   whole, chosen = texts * config.data.lengths[-1], config.data.micro_batch
   for size in sorted({max(smallest, chosen // 2), chosen, min(whole, 2 * chosen), whole}):
-    yield memory.sized(config, size)
+    yield micro_batch.sized(config, size)
 
 
-def _kept(config: Config, _: pod.Target, step: pod.Step) -> Iterator[Config]:
+def _kept(config: Config, _: Target, step: Step) -> Iterator[Config]:
   """Yields what is computed again, with nothing kept between the passes or everything."""
   everything = config.data.global_batch * step.kind(config).texts * config.data.lengths[-1]
   for tokens in (0, everything):
@@ -103,15 +103,15 @@ def _kept(config: Config, _: pod.Target, step: pod.Step) -> Iterator[Config]:
       yield dataclasses.replace(config, data=data, model=model)
 
 
-def line(e: pod.Estimate) -> str:
+def line(e: Estimate) -> str:
   """Returns one setting as a row of a Markdown table."""
   time = f"{1e3 * e.estimated_step_seconds:,.0f} ms | {e.estimated_mfu:.3f}" if e.fits else "- | -"
   return (
     f"| {e.mesh} | {e.remat} | {e.micro_batch:,} | {e.kept_tokens:,} | "
-    f"{pod.gib(e.hbm_bytes_per_device)} | {e.free:.0%} | {time} |"
+    f"{gib(e.hbm_bytes_per_device)} | {e.free:.0%} | {time} |"
   )
 
 
-def table(found: Sequence[pod.Estimate]) -> str:
+def table(found: Sequence[Estimate]) -> str:
   """Returns all settings as a Markdown table."""
   return "\n".join([HEAD, *map(line, found)])

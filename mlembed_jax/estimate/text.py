@@ -1,14 +1,13 @@
 """An estimate as text for people."""
 
-from mlembed_jax.estimate import pod
-from mlembed_jax.estimate.pod import Estimate
+from mlembed_jax.estimate.estimate import Estimate, gib
 
 
 def report(estimate: Estimate) -> str:
   """Returns the report."""
   e = estimate
-  used, there = pod.gib(e.hbm_bytes_per_device), pod.gib(e.hbm_capacity)
-  kinds = ", ".join(f"{name} {pod.gib(size)}" for name, size in e.hbm_by_kind.items())
+  used, there = gib(e.hbm_bytes_per_device), gib(e.hbm_capacity)
+  kinds = ", ".join(f"{name} {gib(size)}" for name, size in e.hbm_by_kind.items())
   return f"""\
 {e.topology}: {e.devices} chips, mesh {e.mesh}, model.remat {e.remat}
 data.micro_batch {e.micro_batch:,} ({e.block:,} on each part of the batch), \

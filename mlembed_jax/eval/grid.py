@@ -1,4 +1,4 @@
-"""Held-out quality of every slice: each rank is one pass over the texts, which gives all exits."""
+"""Held-out quality of every slice: each rank is one pass over the texts, giving all depths."""
 
 import dataclasses
 import itertools
@@ -12,14 +12,14 @@ from jaxtyping import Float
 
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.eval.tasks import ByLanguage, Task
+from mlembed_jax.eval.tasks import ByLanguage, HeldoutTask
 from mlembed_jax.matryoshka import Slice, plan, slice_config, slice_params
 from mlembed_jax.models.states import states
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import batch_sharding
 from mlembed_jax.quantize import rounded, unit
+from mlembed_jax.slice_scores import Size, SliceScore
 
-Record = dict[str, Any]
 Ids = Sequence[Sequence[int]]
 
 
@@ -28,15 +28,15 @@ class Axes:
   """The slices to score: all combinations."""
 
   ranks: tuple[int, ...]  # 0: the token table as it is
-  exits: tuple[int, ...]
+  depths: tuple[int, ...]
   dims: tuple[int, ...]
   precisions: tuple[str, ...] = ("float32",)
 
 
-def evaluate(
-  config: Config, params: Any, tasks: Sequence[Task], tokenizer: Tokenizer, mesh: Mesh
-) -> list[Record]:
-  """Returns the records of all trained slices of parameters on a mesh, on every process."""
+def score_slices(
+  config: Config, params: Any, tasks: Sequence[HeldoutTask], tokenizer: Tokenizer, mesh: Mesh
+) -> list[SliceScore]:
+  """Returns the scores of all trained slices of parameters on a mesh, on every process."""
   trained = plan(config.model, config.matryoshka)
   axes = Axes(trained.ranks or (0,), trained.exits, trained.dims)
 
@@ -46,85 +46,55 @@ def evaluate(
       slice_config(config.model, cut),
       slice_params(params, cut),
       ids,
-      exits=axes.exits,
+      exits=axes.depths,
       lengths=config.data.lengths,
       rows=lambda _: config.eval.batch_size,
       sharding=batch_sharding(mesh),
     )
 
-  def ids(task: Task) -> Ids:
+  def ids(task: HeldoutTask) -> Ids:
     return tokenizer.encode(task.texts, config.data.lengths[-1])
 
-  return [record for task in tasks for record in score(task, ids(task), axes, encode)]
+  return [found for task in tasks for found in score_task(task, ids(task), axes, encode)]
 
 
-def score(
-  task: Task, ids: Ids, axes: Axes, encode: Callable[[Ids, int], Float[np.ndarray, "E N D"]]
-) -> list[Record]:
-  """Returns one record per rank, exit, dim and precision, on every process.
+def score_task(
+  task: HeldoutTask, ids: Ids, axes: Axes, encode: Callable[[Ids, int], Float[np.ndarray, "E N D"]]
+) -> list[SliceScore]:
+  """Returns one score per rank, depth, dim and precision, on every process.
 
-  A record holds task, metric, rank, exit, dim, precision, score (mean over languages),
-  by_language, and others: the means of the other scores. `encode` gives the final-norm states of
-  all exits at a rank; each process of a run scores its part of them.
+  `encode` gives the final-norm states at all depths at a rank; each process of a run scores its
+  part of them.
   """
-  records = []
-  for rank in axes.ranks:
-    states_END = encode(ids, rank)
-    slices = list(itertools.product(range(len(axes.exits)), axes.dims, axes.precisions))
-    records += hosts.shared(
-      slices, lambda s, rank=rank, states=states_END: _record(task, axes, rank, states, *s)
-    )
-  return records
+  return [
+    found for rank in axes.ranks for found in _score_rank(task, rank, axes, encode(ids, rank))
+  ]
 
 
-def _record(
-  task: Task, axes: Axes, rank: int, states_END: np.ndarray, exit: int, dim: int, precision: str
-) -> Record:
-  cut = {"rank": rank, "exit": axes.exits[exit], "dim": dim, "precision": precision}
-  return {"task": task.name, "metric": task.metric, **cut} | summary(
-    task.metric, task.score(vectors(states_END[exit], dim, precision))
-  )
+def _score_rank(
+  task: HeldoutTask, rank: int, axes: Axes, states_END: Float[np.ndarray, "E N D"]
+) -> list[SliceScore]:
+  by_depth = dict(zip(axes.depths, states_END, strict=True))
+
+  def score(size: Size) -> dict[str, Any]:
+    by_language = task.score(vectors(by_depth[size.depth], size.dim, size.precision))
+    return dataclasses.asdict(slice_score(task, size, by_language))
+
+  sizes = [Size(rank, *cut) for cut in itertools.product(axes.depths, axes.dims, axes.precisions)]
+  return [SliceScore.from_json(value) for value in processes.shared(sizes, score)]
 
 
-def summary(metric: str, by_language: ByLanguage) -> dict[str, Any]:
-  """Returns the scores of a record: the mean of the main one, that by language, other means."""
+def slice_score(task: HeldoutTask, size: Size, by_language: ByLanguage) -> SliceScore:
+  """Returns the score of a slice: the mean of the main metric, that by language, other means."""
   names = next(iter(by_language.values())).keys()
-  means = {name: statistics.fmean(found[name] for found in by_language.values()) for name in names}
-  return {
-    "score": means.pop(metric),
-    "by_language": {lang: found[metric] for lang, found in by_language.items()},
-    "others": means,
+  means = {
+    name: statistics.fmean(metrics[name] for metrics in by_language.values()) for name in names
   }
+  main = {lang: metrics[task.metric] for lang, metrics in by_language.items()}
+  score = means.pop(task.metric)
+  return SliceScore(task.name, task.metric, *size, score, main, means)
 
 
 def vectors(states_ND: np.ndarray, dim: int, precision: str) -> Float[np.ndarray, "N M"]:
   """Returns the unit vectors of states that a slice gives, after rounding to a precision."""
   return unit(rounded(unit(states_ND[:, :dim]), precision))
-
-
-def table(before: list[Record], after: list[Record], task: str) -> str:
-  """Returns one task's scores before -> after training in percent: depth x dim, then rank x dim.
-
-  The first table is at the full rank, the second at the full depth.
-  """
-  old, new = (
-    {(r["rank"], r["exit"], r["dim"]): r["score"] for r in records if r["task"] == task}
-    for records in (before, after)
-  )
-  ranks, exits, dims = (sorted({key[i] for key in new}) for i in range(3))
-
-  def percent(score: float | None) -> str:
-    return "–" if score is None else f"{100 * score:.0f}"
-
-  def line(name: str, rank: int, depth: int) -> str:
-    keys = [(rank, depth, dim) for dim in dims]
-    cells = (f"{percent(old.get(key))} → {percent(new[key])}" for key in keys)
-    return f"| {name} | " + " | ".join(cells) + " |"
-
-  header = " | ".join(f"dim {dim}" for dim in dims)
-  lines = [f"| depth | {header} |", "|" + " --- |" * (len(dims) + 1)]
-  lines += [line(str(depth), ranks[-1], depth) for depth in exits]
-  if len(ranks) > 1:
-    lines += ["", f"| rank | {header} |", "|" + " --- |" * (len(dims) + 1)]
-    lines += [line(str(rank), rank, exits[-1]) for rank in ranks]
-  return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from mlembed_jax.eval.mteb import evaluate
 
-records = evaluate(encoder, ["STS22.v2"], [Slice(), Slice(depth=8, dim=256)], "results")
+scores = evaluate(encoder, ["STS22.v2"], [Slice(), Slice(depth=8, dim=256)], "results")
 
 Only this module needs mteb. Text is read from where mteb keeps it; nothing else uses the network.
 """
@@ -44,6 +44,7 @@ from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.quantize import unit
+from mlembed_jax.slice_scores import SliceScore
 
 PREFIX = "mteb:"
 WHOLE = Slice()
@@ -53,39 +54,39 @@ _parameters = functools.cache(parameter_count)  # 0.1 s, asked for every task an
 
 
 class States:
-  """Final-norm states of one rank by prompt and text, at some exits, in a file.
+  """Final-norm states of one rank by prompt and text, at some depths, in a file.
 
-  It takes 4 * exits * dim bytes per text, in a folder that its maker removes.
+  It takes 4 * depths * dim bytes per text, in a folder that its maker removes.
   """
 
   def __init__(
-    self, encoder: Encoder, rank: int | None, exits: Sequence[int], dim: int, folder: str
+    self, encoder: Encoder, rank: int | None, depths: Sequence[int], dim: int, folder: str
   ):
-    """Holds the first `dim` coordinates at `exits`."""
+    """Holds the first `dim` coordinates at `depths`."""
     self._encoder, self._rank, self._dim = encoder, rank, dim
-    self._exits = tuple(sorted(set(exits)))
+    self._depths = tuple(sorted(set(depths)))
     self._rows: dict[bytes, int] = {}
     self._path = pathlib.Path(folder) / "states.float32"
 
   def read(self, texts: Sequence[str], prompt: str, depth: int) -> Float[np.ndarray, "N D"]:
-    """Returns the states of texts at one of the exits; what is not there is computed first."""
+    """Returns the states of texts at one of the depths; what is not there is computed first."""
     keys = [_digest(prompt, text) for text in texts]
     wanted = dict(zip(keys, texts, strict=True))
     missing = [(key, text) for key, text in wanted.items() if key not in self._rows]
     for start in range(0, len(missing), self._pass_texts):
       self._append(dict(missing[start : start + self._pass_texts]), prompt)
-    shape = len(self._rows), len(self._exits), self._dim
+    shape = len(self._rows), len(self._depths), self._dim
     stored = np.memmap(self._path, np.float32, "r", shape=shape)
-    return stored[[self._rows[key] for key in keys], self._exits.index(depth)]
+    return stored[[self._rows[key] for key in keys], self._depths.index(depth)]
 
   @property
   def _pass_texts(self) -> int:
-    return max(1, PASS_BYTES // (4 * len(self._exits) * self._encoder.config().width))
+    return max(1, PASS_BYTES // (4 * len(self._depths) * self._encoder.config().width))
 
   def _append(self, texts: Mapping[bytes, str], prompt: str) -> None:
     ids = self._encoder.ids(list(texts.values()), prompt)
     bar = sys.stderr.isatty()
-    states_END = self._encoder.states(ids, self._exits, self._exits[-1], self._rank, bar)
+    states_END = self._encoder.states(ids, self._depths, self._depths[-1], self._rank, bar)
     with self._path.open("ab") as file:
       file.write(np.ascontiguousarray(states_END[:, :, : self._dim].swapaxes(0, 1)).data)
     self._rows |= {key: row for row, key in enumerate(texts, start=len(self._rows))}
@@ -201,14 +202,14 @@ def evaluate(
   names: Sequence[str | mteb.AbsTask],
   slices: Sequence[Slice],
   out: str | os.PathLike[str],
-) -> list[dict[str, Any]]:
-  """Returns one record per task and slice, in this order.
+) -> list[SliceScore]:
+  """Returns one score per task and slice, in this order.
 
-  `names` are of mteb, with or without "mteb:" before them, or tasks of your own. A record holds
-  task, metric, rank (0: as stored), exit, dim, precision, score (mean over splits and subsets)
-  and by_language (by subset). `out` gets the results as mteb writes them,
-  results/MODEL/REVISION/TASK.json; those that are there are not computed again. Texts are encoded
-  once per rank: states of 4 * exits * dim bytes per text lie in a temporary folder meanwhile.
+  `names` are of mteb, with or without "mteb:" before them, or tasks of your own. A score is the
+  mean over splits and subsets, and its `by_language` has the subsets. `out` gets the results as
+  mteb writes them, results/MODEL/REVISION/TASK.json; those that are there are not computed again.
+  Texts are encoded once per rank: states of 4 * depths * dim bytes per text lie in a temporary
+  folder meanwhile.
 
   Raises:
     DataError: an unknown task, one that does not consist of text, or one whose data is not here.
@@ -220,7 +221,7 @@ def evaluate(
   for cut in slices:
     encoder.check(cut.depth, cut.rank, cut.dim)
   cache = mteb.ResultCache(pathlib.Path(out))
-  return [record for task in tasks for record in _evaluate_task(encoder, task, slices, cache)]
+  return [found for task in tasks for found in _evaluate_task(encoder, task, slices, cache)]
 
 
 def find_task(name: str) -> mteb.AbsTask:
@@ -241,7 +242,7 @@ def _check_modalities(task: mteb.AbsTask) -> None:
 
 def _evaluate_task(
   encoder: Encoder, task: mteb.AbsTask, slices: Sequence[Slice], cache: mteb.ResultCache
-) -> list[dict[str, Any]]:
+) -> list[SliceScore]:
   found: dict[Slice, mteb.TaskResult] = {}
   for cut in slices:
     result = cache.load_task_result(task.metadata.name, model_meta(encoder, cut))
@@ -252,17 +253,17 @@ def _evaluate_task(
     for rank in dict.fromkeys(cut.rank for cut in missing):
       cuts = [cut for cut in missing if cut.rank == rank]
       found |= _evaluate_rank(encoder, task, cuts, cache)
-  return [_record(encoder, task, cut, found[cut]) for cut in slices]
+  return [_slice_score(encoder, task, cut, found[cut]) for cut in slices]
 
 
 def _evaluate_rank(
   encoder: Encoder, task: mteb.AbsTask, cuts: Sequence[Slice], cache: mteb.ResultCache
 ) -> dict[Slice, mteb.TaskResult]:
   """Returns the results of slices of one rank, after one pass over the texts."""
-  exits = [cut.depth or encoder.config().layers for cut in cuts]
+  depths = [cut.depth or encoder.config().layers for cut in cuts]
   dim = max(cut.dim or encoder.dim for cut in cuts)
   with tempfile.TemporaryDirectory(prefix="mlembed-mteb-") as folder:
-    states = States(encoder, cuts[0].rank, exits, dim, folder)
+    states = States(encoder, cuts[0].rank, depths, dim, folder)
     return {cut: _run(MTEBEncoder(encoder, cut, states), task, cache) for cut in cuts}
 
 
@@ -322,23 +323,23 @@ def _seed(task: mteb.AbsTask) -> None:
     part.rng_state, part.np_rng = random.Random(part.seed), np.random.default_rng(part.seed)
 
 
-def _record(
+def _slice_score(
   encoder: Encoder, task: mteb.AbsTask, cut: Slice, result: mteb.TaskResult
-) -> dict[str, Any]:
+) -> SliceScore:
   by_language: dict[str, list[float]] = {}
   for split in result.scores.values():
     for scores in split:
       by_language.setdefault(scores["hf_subset"], []).append(_main_score(scores))
-  return {
-    "task": PREFIX + task.metadata.name,
-    "metric": task.metadata.main_score,
-    "rank": cut.rank or 0,
-    "exit": cut.depth or encoder.config().layers,
-    "dim": cut.dim or encoder.dim,
-    "precision": "float32",
-    "score": round(float(result.get_score(getter=_main_score)), 6),
-    "by_language": {name: round(statistics.fmean(v), 6) for name, v in by_language.items()},
-  }
+  return SliceScore(
+    task=PREFIX + task.metadata.name,
+    metric=task.metadata.main_score,
+    rank=cut.rank or 0,
+    depth=cut.depth or encoder.config().layers,
+    dim=cut.dim or encoder.dim,
+    precision="float32",
+    score=round(float(result.get_score(getter=_main_score)), 6),
+    by_language={name: round(statistics.fmean(v), 6) for name, v in by_language.items()},
+  )
 
 
 def _main_score(scores: Mapping[str, Any]) -> float:

@@ -1,9 +1,9 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const AXES = {exit: "depth", dim: "dimension", rank: "rank", precision: "precision"};
+const AXES = {depth: "depth", dim: "dimension", rank: "rank", precision: "precision"};
 const full = data.slices[data.full];
 const byId = id => document.getElementById(id);
-const key = size => [size.rank, size.exit, size.dim, size.precision].join();
+const key = size => [size.rank, size.depth, size.dim, size.precision].join();
 const slices = new Map(data.slices.map((slice, i) => [key(slice), Object.assign(slice, {i})]));
 const one = data.slices.length === 1;
 const state = {view: 0, size: {...data.slices[data.chosen]}, sort: "chosen", down: false};
@@ -32,7 +32,7 @@ function shown(cost, x) {
 }
 
 function nameOf(slice) {
-  const parts = {exit: `depth ${slice.exit}`, dim: `dim ${slice.dim}`,
+  const parts = {depth: `depth ${slice.depth}`, dim: `dim ${slice.dim}`,
     rank: `rank ${rankName(slice.rank)}`, precision: slice.precision};
   return Object.keys(parts).filter(axis => data.axes[axis].length > 1)
     .map(axis => parts[axis]).join(", ");
@@ -103,19 +103,19 @@ function heatmaps() {
   const {rank, precision} = state.size, named = [];
   if (data.axes.rank.length > 1) named.push(`rank ${rankName(rank)}`);
   byId("depths").querySelector("small").textContent = [...named, precision].join(", ");
-  byId("ranks").querySelector("small").textContent = `depth ${full.exit}, ${precision}`;
+  byId("ranks").querySelector("small").textContent = `depth ${full.depth}, ${precision}`;
   const range = rangeOf(data.slices.filter(slice => slice.precision === precision
-    && (slice.rank === rank || slice.exit === full.exit)));  // the cells of both
-  heatmap("depths", "exit", state.size, range);
-  heatmap("ranks", "rank", {...state.size, exit: full.exit}, range);
+    && (slice.rank === rank || slice.depth === full.depth)));  // the cells of both
+  heatmap("depths", "depth", state.size, range);
+  heatmap("ranks", "rank", {...state.size, depth: full.depth}, range);
   const [low, bar, high] = byId("scale").children;
   [low.textContent, high.textContent] = range.map(percent);
   bar.style.background = `linear-gradient(90deg,${COLOURS.map(rgb => `rgb(${rgb})`)})`;
 }
 
 // Per cost, the axis that lines are drawn by, and the one that runs along them.
-const LINES = {bytes: ["precision", "dim"], flops: ["dim", "exit"], parameters: ["rank", "exit"],
-  latency: ["precision", "exit"]};
+const LINES = {bytes: ["precision", "dim"], flops: ["dim", "depth"], parameters: ["rank", "depth"],
+  latency: ["precision", "depth"]};
 const MARKS = ["M-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0", "M-3,-3h6v6h-6z", "M0,-4l4,7h-8z",
   "M0,-4.5l4.5,4.5l-4.5,4.5l-4.5,-4.5z"];
 const DASHES = ["none", "7 3", "2 3", "9 3 2 3"];

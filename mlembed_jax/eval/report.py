@@ -4,6 +4,7 @@ The answer and the tables are written here, so they are there without JavaScript
 put into report.html, draws the rest from the same numbers.
 """
 
+import dataclasses
 import html
 import json
 import math
@@ -15,8 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlembed_jax.eval import summary
-from mlembed_jax.eval.summary import Evaluation, Point, Size
+from mlembed_jax.eval.evaluation import Evaluation, TaskSummary
+from mlembed_jax.eval.summary import Point
 from mlembed_jax.files import write_text
+from mlembed_jax.slice_scores import Size, SliceScore
 
 HERE = pathlib.Path(__file__).parent
 DIGITS = 6  # of a score; shown are three: rounding to four before changed the last one
@@ -38,12 +41,12 @@ def page(evaluation: Evaluation) -> str:
   costs = [cost for cost in summary.varying(points) if len(points) > 1]
   hidden = {
     "one": len(points) == 1,
-    "no_depths": max(len(summary.axis(points, key)) for key in ("exit", "dim")) == 1,
+    "no_depths": max(len(summary.axis(points, key)) for key in ("depth", "dim")) == 1,
     "no_ranks": len(summary.axis(points, "rank")) == 1,
     "no_curves": not costs,
   }
   parts = {
-    "model": _escape(evaluation["model"]),
+    "model": _escape(evaluation.model),
     "title": "Score" if len(points) == 1 else "What the smaller models give",
     "measured": _measured(evaluation, points),
     "answer": _answer(evaluation, points, data),
@@ -113,7 +116,7 @@ def _slices(
   scores = [{point.size: point.score for point in of} for of in views]
   return [
     {
-      **dict(zip(summary.AXES, size, strict=True)),
+      **size._asdict(),
       "costs": points[size].costs,
       "scores": [_rounded(of.get(size)) for of in scores],
       "languages": [of(size) for of in languages],
@@ -135,11 +138,11 @@ def _languages_of(
   """
   found: dict[Size, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
   having: dict[str, set[str]] = defaultdict(set)
-  for record in evaluation["scores"]:
-    if record["task"] in tasks:
-      for language, score in record["by_language"].items():
-        having[language].add(record["task"])
-        found[summary.size_of(record)][language].append(score)
+  for of_slice in evaluation.scores:
+    if of_slice.task in tasks:
+      for language, score in of_slice.by_language.items():
+        having[language].add(of_slice.task)
+        found[of_slice.size][language].append(score)
   codes = sorted(having)
 
   def scores(size: Size) -> list[float | None]:
@@ -159,12 +162,8 @@ def _chosen(evaluation: Evaluation, points: Sequence[Point]) -> Size:
   If that is the full model, the good one of the smallest vectors.
   """
   whole = summary.full(points)
-  near = [
-    record
-    for record in evaluation["scores"]
-    if (record["rank"], record["precision"]) == (whole.rank, whole.precision)
-  ]
-  found = summary.cheapest({**evaluation, "scores": near}, max(summary.SHARES))
+  near = [s for s in evaluation.scores if (s.rank, s.precision) == (whole.rank, whole.precision)]
+  found = summary.cheapest(dataclasses.replace(evaluation, scores=near), max(summary.SHARES))
   fast = (found.get("flops") or found["bytes"]).size
   small = summary.cheapest(evaluation, max(summary.SHARES))["bytes"].size
   return small if fast == whole.size else fast
@@ -172,10 +171,10 @@ def _chosen(evaluation: Evaluation, points: Sequence[Point]) -> Size:
 
 def _measured(evaluation: Evaluation, points: Sequence[Point]) -> str:
   """Returns a paragraph about tasks, slices and the machine."""
-  languages = {code for record in evaluation["scores"] for code in record["by_language"]}
+  languages = {code for s in evaluation.scores for code in s.by_language}
   # Of tasks of MTEB it is not known.
-  texts = sum(task["texts"] or 0 for task in evaluation["tasks"])
-  names = {"exit": "depths", "dim": "dimensions", "rank": "ranks", "precision": "precisions"}
+  texts = sum(task.texts or 0 for task in evaluation.tasks)
+  names = {"depth": "depths", "dim": "dimensions", "rank": "ranks", "precision": "precisions"}
   counts = [(len(summary.axis(points, key)), plural) for key, plural in names.items()]
   axes = " × ".join(f"{count} {plural}" for count, plural in counts if count > 1)
   tasks = len(summary.task_names(evaluation))
@@ -188,7 +187,7 @@ def _measured(evaluation: Evaluation, points: Sequence[Point]) -> str:
     + ".",
     f"{len(points)} slices of one model: {axes}." if axes else "",
     _latency_note(evaluation),
-    *(f"{key.replace('_', ' ')}: {n:,}." for key, n in evaluation.get("skipped", {}).items() if n),
+    *(f"{key.replace('_', ' ')}: {n:,}." for key, n in evaluation.skipped.items() if n),
   ]
   return _escape(" ".join(filter(None, said)).replace("texts truncated", "Texts truncated"))
 
@@ -198,11 +197,11 @@ def _count(number: int, word: str) -> str:
 
 
 def _latency_note(evaluation: Evaluation) -> str:
-  costs = evaluation.get("costs", {})
-  if not costs.get("latency_ms"):
+  costs = evaluation.costs
+  if not costs.latency_ms:
     return ""
-  tokens = costs["latency_ms"][0]["tokens"]
-  return f"Latency: one text of {tokens} tokens at full rank, {costs.get('device', 'one device')}."
+  tokens = costs.latency_ms[0].tokens
+  return f"Latency: one text of {tokens} tokens at full rank, {costs.device}."
 
 
 def _answer(evaluation: Evaluation, points: Sequence[Point], data: dict[str, Any]) -> str:
@@ -224,7 +223,7 @@ def _answer(evaluation: Evaluation, points: Sequence[Point], data: dict[str, Any
 def _described(point: Point) -> str:
   rank = f"rank {point.rank}" if point.rank else "full token table"
   costs = [f"{summary.shown(c, paid)} {summary.UNITS[c]}" for c, paid in point.costs.items()]
-  size = f"depth {point.exit}, dim {point.dim}, {rank}, {point.precision}"
+  size = f"depth {point.depth}, dim {point.dim}, {rank}, {point.precision}"
   return _escape(f"{size}; {', '.join(costs)}")
 
 
@@ -249,7 +248,7 @@ def _cheapest_table(evaluation: Evaluation, points: Sequence[Point], data: dict[
 
 def _slice(point: Point, points: Sequence[Point], data: dict[str, Any]) -> str:
   """Returns its name; the script makes it a button that chooses the slice."""
-  sizes = [tuple(of[name] for name in summary.AXES) for of in data["slices"]]
+  sizes = [Size(*(cut[name] for name in summary.AXES)) for cut in data["slices"]]
   name = _escape(summary.name(point, points))
   return f'<span data-slice="{sizes.index(point.size)}">{name}</span>'
 
@@ -262,13 +261,17 @@ def _table(css: str, header: Sequence[str], bodies: Sequence[str]) -> str:
 def _depths(points: Sequence[Point]) -> str:
   """Returns depth x dim of the mean at full rank and precision."""
   dims, whole = summary.axis(points, "dim"), summary.full(points)
-  cells = summary.grid(points, "exit", whole)
+  cells = summary.grid(points, "depth", whole)
   rows = [
     f'<tr><th scope="row">{depth}'
-    + "".join(f"<td>{summary.percent(cells.get((depth, dim)))}" for dim in dims)
-    for depth in reversed(summary.axis(points, "exit"))
+    + "".join(f"<td>{summary.percent(_score_of(cells.get((depth, dim))))}" for dim in dims)
+    for depth in reversed(summary.axis(points, "depth"))
   ]
   return _table("heat", ["depth", *map(str, dims)], ["<tbody>", *rows, "</tbody>"])
+
+
+def _score_of(found: Point | SliceScore | None) -> float | None:
+  return found.score if found else None
 
 
 def _chart(cost: str) -> str:
@@ -290,18 +293,17 @@ def _languages(data: dict[str, Any]) -> str:
 
 def _tasks(evaluation: Evaluation, whole: Point) -> str:
   """Returns rows of the full model; the script fills the cell of the chosen slice."""
-  records = {r["task"]: r for r in evaluation["scores"] if summary.size_of(r) == whole.size}
-  return "\n".join(_task(task, records.get(task["name"], {})) for task in evaluation["tasks"])
+  scores = {s.task: s for s in evaluation.scores if s.size == whole.size}
+  return "\n".join(_task(task, scores.get(task.name)) for task in evaluation.tasks)
 
 
-def _task(task: dict[str, Any], record: dict[str, Any]) -> str:
-  others = ", ".join(
-    f"{key} {summary.percent(score)}" for key, score in record.get("others", {}).items()
-  )
-  texts = "–" if task["texts"] is None else f"{task['texts']:,}"
-  cells = [task["type"], task["metric"], texts, task["languages"], others or "–"]
+def _task(task: TaskSummary, found: SliceScore | None) -> str:
+  means = found.others if found else {}
+  others = ", ".join(f"{key} {summary.percent(score)}" for key, score in means.items())
+  texts = "–" if task.texts is None else f"{task.texts:,}"
+  cells = [task.type, task.metric, texts, task.languages, others or "–"]
   return (
-    f'<tr><th scope="row">{_escape(task["name"])}<td>{summary.percent(record.get("score"))}'
-    f'<td class="live chosen" data-task="{_escape(task["name"])}">'
+    f'<tr><th scope="row">{_escape(task.name)}<td>{summary.percent(_score_of(found))}'
+    f'<td class="live chosen" data-task="{_escape(task.name)}">'
     + "".join(f"<td>{_escape(cell)}" for cell in cells)
   )

@@ -8,8 +8,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 from tqdm import tqdm
@@ -17,13 +17,15 @@ from tqdm import tqdm
 from mlembed_jax import __version__
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid
-from mlembed_jax.eval.grid import Axes, Record
-from mlembed_jax.eval.tasks import Task
+from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
+from mlembed_jax.eval.grid import Axes
+from mlembed_jax.eval.tasks import HeldoutTask
 from mlembed_jax.files import write_json
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models import flops
 from mlembed_jax.models.encoder import parameter_count
+from mlembed_jax.slice_scores import SliceScore
 
 GRID_PRECISIONS = ("float32", "int8", "binary")
 TIMED_TOKENS, TIMED_RUNS = 32, 9  # of the text whose latency is measured
@@ -46,55 +48,60 @@ def one_slice(encoder: Encoder, cut: Slice, precision: str, untrained: bool) -> 
   return Axes((cut.rank or 0,), (depth,), (cut.dim or encoder.dim,), (precision,))
 
 
-def score(encoder: Encoder, task: Task, axes: Axes) -> dict[str, Any]:
-  """Returns the records of a task, and how many of its texts were cut.
+@dataclasses.dataclass(frozen=True)
+class TaskScores:
+  """The scores of a finished task, kept in a file until all tasks are finished."""
+
+  scores: list[SliceScore]
+  truncated: int  # of its texts were cut
+
+  @classmethod
+  def load(cls, path: pathlib.Path) -> Self:
+    """Returns the content of a file."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return cls([SliceScore.from_json(score) for score in value["scores"]], value["truncated"])
+
+
+def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:
+  """Returns the scores of a task, and how many of its texts were cut.
 
   Raises:
     DataError: a vector is not finite.
   """
   before, bar = encoder.truncated, sys.stderr.isatty()
-  # A single exit needs no layer above it.
-  depth = axes.exits[-1] if len(axes.exits) == 1 else None
+  # A single depth needs no layer above it.
+  depth = axes.depths[-1] if len(axes.depths) == 1 else None
 
   def encode(ids: grid.Ids, rank: int) -> Any:
-    return encoder.states(ids, axes.exits, depth, rank or None, show_progress_bar=bar)
+    return encoder.states(ids, axes.depths, depth, rank or None, show_progress_bar=bar)
 
   try:
     with warnings.catch_warnings(action="ignore"):  # texts that are cut are counted
       ids = encoder.ids(task.texts, "")
-    records = grid.score(task, ids, axes, encode)
-    return {"records": records, "truncated": encoder.truncated - before}
+    scores = grid.score_task(task, ids, axes, encode)
+    return TaskScores(scores, encoder.truncated - before)
   except ValueError as error:
     raise DataError(f"{task.name}: {error}") from error
 
 
-def kept(path: pathlib.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """Returns the JSON object of a file, which is made if it is not there."""
+def kept(path: pathlib.Path, make: Callable[[], TaskScores]) -> TaskScores:
+  """Returns the scores that a file keeps, which is made if it is not there."""
   if not path.is_file():
-    write_json(path, make())
-  return json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, dataclasses.asdict(make()))
+  return TaskScores.load(path)
 
 
-def costs(encoder: Encoder, axes: Axes) -> dict[str, Any]:
+def measure_costs(encoder: Encoder, axes: Axes) -> Costs:
   """Returns what slices cost: parameters and FLOPs by formula, the latency of a text measured."""
-  sizes = [(rank, depth) for rank in axes.ranks for depth in axes.exits]
-  configs = {size: encoder.config(size[1], size[0] or None) for size in sizes}
-  return {
-    "parameters": [
-      {
-        "rank": rank,
-        "exit": depth,
-        "count": parameter_count(config),
-        "flops_per_token": flops.forward_flops(config, 1.0, 0.0),
-      }
-      for (rank, depth), config in configs.items()
-    ],
-    "latency_ms": [
-      {"exit": depth, "ms": _latency_ms(encoder, depth), "tokens": TIMED_TOKENS}
-      for depth in axes.exits
-    ],
-    "device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-  }
+  latency_ms = [Latency(depth, _latency_ms(encoder, depth), TIMED_TOKENS) for depth in axes.depths]
+  device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+  parameters = [_body_cost(encoder, rank, depth) for rank in axes.ranks for depth in axes.depths]
+  return Costs(parameters, latency_ms, device)
+
+
+def _body_cost(encoder: Encoder, rank: int, depth: int) -> BodyCost:
+  config = encoder.config(depth, rank or None)
+  return BodyCost(rank, depth, parameter_count(config), flops.forward_flops(config, 1.0, 0.0))
 
 
 def _latency_ms(encoder: Encoder, depth: int) -> float:
@@ -117,34 +124,36 @@ def check_named(names: Sequence[str]) -> None:
     mteb.find_task(name)
 
 
-def _of_mteb(encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path) -> list[Record]:
+def _score_mteb(
+  encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path
+) -> list[SliceScore]:
   from mlembed_jax.eval import mteb
 
   slices = [
     Slice(rank=rank or None, depth=depth, dim=dim)
     for rank in axes.ranks
-    for depth in axes.exits
+    for depth in axes.depths
     for dim in axes.dims
   ]
   return mteb.evaluate(encoder, names, slices, out)
 
 
-def evaluate(
+def evaluate_encoder(
   encoder: Encoder,
-  tasks: Sequence[Task],
+  tasks: Sequence[HeldoutTask],
   named: Sequence[str],
   axes: Axes,
   out: pathlib.Path,
   pooled_token: str | None = None,
-) -> dict[str, Any]:
-  """Returns scores.json: what was scored, the records of every slice, and what slices cost.
+) -> Evaluation:
+  """Returns what was scored, the score of every slice in every task, and what slices cost.
 
   Args:
     encoder: the model.
     tasks: held-out tasks that are scored here.
     named: names of tasks of MTEB, scored by MTEB.
     axes: depths, ranks, dims and precisions to score.
-    out: folder where the records of finished tasks are kept; those of the same settings are read.
+    out: folder where the scores of finished tasks are kept; those of the same settings are read.
     pooled_token: the token that was given to `Encoder.load`, if any.
   """
   settings = [__version__, encoder.fingerprint, encoder.config().dtype, encoder.max_seq_length]
@@ -153,26 +162,26 @@ def evaluate(
   for task in tqdm(tasks, desc="tasks", disable=None):
     digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
     file = out / "tasks" / f"{digest[:24]}.json"
-    scored.append(kept(file, lambda task=task: score(encoder, task, axes)))
-  records = [record for task in scored for record in task["records"]]
-  records += _of_mteb(encoder, named, axes, out / "mteb") if named else []
-  texts = {task.name: {"type": task.type, "texts": len(task.texts)} for task in tasks}
-  return {
-    "model": encoder.name,
-    "precisions": list(axes.precisions),
-    "tasks": _described(records, texts),
-    "scores": records,
-    "costs": costs(encoder, axes),
-    "skipped": {"texts_truncated": sum(task["truncated"] for task in scored)},
-  }
+    scored.append(kept(file, lambda task=task: score_task(encoder, task, axes)))
+  scores = [found for task in scored for found in task.scores]
+  scores += _score_mteb(encoder, named, axes, out / "mteb") if named else []
+  return Evaluation(
+    model=encoder.name,
+    precisions=list(axes.precisions),
+    tasks=_summaries(tasks, scores),
+    scores=scores,
+    costs=measure_costs(encoder, axes),
+    skipped={"texts_truncated": sum(task.truncated for task in scored)},
+  )
 
 
-def _described(records: Sequence[Record], texts: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _summaries(tasks: Sequence[HeldoutTask], scores: Sequence[SliceScore]) -> list[TaskSummary]:
   """Returns what was scored; how many texts MTEB has is not known here."""
-  first = {record["task"]: record for record in reversed(records)}
-  return [
-    {"name": name, "type": "mteb", "metric": record["metric"], "texts": None}
-    | texts.get(name, {})
-    | {"languages": len(record["by_language"])}
-    for name, record in reversed(first.items())
-  ]
+  held_out = {task.name: task for task in tasks}
+  first = {score.task: score for score in reversed(scores)}
+  return [_summary(score, held_out.get(score.task)) for score in reversed(first.values())]
+
+
+def _summary(score: SliceScore, task: HeldoutTask | None) -> TaskSummary:
+  task_type, texts = (task.type, len(task.texts)) if task else ("mteb", None)
+  return TaskSummary(score.task, task_type, score.metric, texts, len(score.by_language))

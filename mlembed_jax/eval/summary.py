@@ -1,6 +1,6 @@
 """What the scores of all slices say: means over tasks, the cheapest good slices, Pareto fronts.
 
-An evaluation is the content of scores.json. Pure functions of it; no arrays, no HTML.
+Pure functions of an `Evaluation`, the content of scores.json; no arrays, no HTML.
 """
 
 import dataclasses
@@ -8,12 +8,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-Evaluation = dict[str, Any]
-Size = tuple[int, int, int, str]  # rank, exit, dim, precision
+from mlembed_jax.eval.evaluation import Evaluation
+from mlembed_jax.slice_scores import Size, SliceScore
 
-AXES = ("rank", "exit", "dim", "precision")
+AXES = Size._fields
 COSTS = {
   "bytes": "bytes per vector",
   "flops": "FLOPs per token",
@@ -35,7 +35,7 @@ class Point:
   """One slice of the model."""
 
   rank: int  # 0: one full table
-  exit: int
+  depth: int
   dim: int
   precision: str
   score: float  # higher is better
@@ -44,12 +44,12 @@ class Point:
   @property
   def size(self) -> Size:
     """Its place on the four axes."""
-    return self.rank, self.exit, self.dim, self.precision
+    return Size(self.rank, self.depth, self.dim, self.precision)
 
 
 def task_names(evaluation: Evaluation) -> list[str]:
   """Returns the tasks that have a score, in order."""
-  return list(dict.fromkeys(r["task"] for r in evaluation["scores"] if math.isfinite(r["score"])))
+  return list(dict.fromkeys(s.task for s in evaluation.scores if math.isfinite(s.score)))
 
 
 def points(evaluation: Evaluation, task: str | None = None) -> list[Point]:
@@ -62,9 +62,9 @@ def points(evaluation: Evaluation, task: str | None = None) -> list[Point]:
   """
   names = task_names(evaluation) if task is None else [task]
   scores: dict[Size, dict[str, float]] = defaultdict(dict)
-  for record in evaluation["scores"]:
-    if record["task"] in names and math.isfinite(record["score"]):
-      scores[size_of(record)][record["task"]] = record["score"]
+  for found in evaluation.scores:
+    if found.task in names and math.isfinite(found.score):
+      scores[found.size][found.task] = found.score
   costs = _costs(evaluation)
   whole = [size for size, of in scores.items() if len(of) == len(names)]
   if not whole:
@@ -75,15 +75,9 @@ def points(evaluation: Evaluation, task: str | None = None) -> list[Point]:
   ]
 
 
-def size_of(record: dict[str, Any]) -> Size:
-  """Returns the slice that a record of scores.json is about."""
-  return record["rank"], record["exit"], record["dim"], record["precision"]
-
-
 def by_size(size: Size) -> tuple[float, ...]:
   """Returns the sort key that puts small slices first; a full table is the largest rank."""
-  rank, depth, dim, precision = size
-  return rank or math.inf, depth, dim, vector_bytes(dim, precision)
+  return size.rank or math.inf, size.depth, size.dim, vector_bytes(size.dim, size.precision)
 
 
 def vector_bytes(dim: int, precision: str) -> int:
@@ -95,33 +89,34 @@ def vector_bytes(dim: int, precision: str) -> int:
 
 def _costs(evaluation: Evaluation) -> Callable[[Size], dict[str, float]]:
   """Returns the function from a slice to its known costs."""
-  costs = evaluation.get("costs", {})
-  models = {(of["rank"], of["exit"]): of for of in costs.get("parameters") or ()}
-  latency = {of["exit"]: of["ms"] for of in costs.get("latency_ms") or ()}
+  bodies = {(cost.rank, cost.depth): cost for cost in evaluation.costs.parameters}
+  latency = {cost.depth: cost.ms for cost in evaluation.costs.latency_ms}
 
   def of_size(size: Size) -> dict[str, float]:
-    rank, depth, dim, precision = size
-    model = models.get((rank, depth), {})
+    body = bodies.get((size.rank, size.depth))
     known = {
-      "bytes": vector_bytes(dim, precision),
-      "flops": model.get("flops_per_token"),
-      "parameters": model.get("count"),
-      "latency": latency.get(depth),
+      "bytes": vector_bytes(size.dim, size.precision),
+      "flops": body.flops_per_token if body else None,
+      "parameters": body.count if body else None,
+      "latency": latency.get(size.depth),
     }
     return {name: value for name, value in known.items() if value is not None}
 
   return of_size
 
 
-def axis(points: Sequence[Point], name: str) -> list[Any]:
+AnySlice = TypeVar("AnySlice", Point, SliceScore)
+
+
+def axis(slices: Sequence[AnySlice], name: str) -> list[Any]:
   """Returns the values of one axis, smallest first."""
-  ordered = sorted(points, key=lambda point: by_size(point.size)[AXES.index(name)])
-  return list(dict.fromkeys(getattr(point, name) for point in ordered))
+  ordered = sorted(slices, key=lambda s: by_size(s.size)[AXES.index(name)])
+  return list(dict.fromkeys(getattr(s, name) for s in ordered))
 
 
-def full(points: Sequence[Point]) -> Point:
+def full(slices: Sequence[AnySlice]) -> AnySlice:
   """Returns the largest slice."""
-  return max(points, key=lambda point: by_size(point.size))
+  return max(slices, key=lambda s: by_size(s.size))
 
 
 def best(points: Sequence[Point]) -> Point:
@@ -175,15 +170,15 @@ def saving(point: Point, whole: Point, cost: str) -> float | None:
   return whole.costs[cost] / point.costs[cost] if cost in whole.costs else None
 
 
-def percent(score: float | None) -> str:
+def percent(score: float | None, digits: int = 1) -> str:
   """Returns a score times 100, a dash for none."""
-  return "–" if score is None or not math.isfinite(score) else f"{100 * score:.1f}"
+  return "–" if score is None or not math.isfinite(score) else f"{100 * score:.{digits}f}"
 
 
 def name(point: Point, among: Sequence[Point]) -> str:
   """Returns what tells a slice from the others; axes with one value are not named."""
   parts = {
-    "exit": f"depth {point.exit}",
+    "depth": f"depth {point.depth}",
     "dim": f"dim {point.dim}",
     "rank": f"rank {point.rank or 'full'}",
     "precision": point.precision,
@@ -219,13 +214,17 @@ def text_table(evaluation: Evaluation) -> str:
   if len(tasks) > 1:
     by_task["mean"] = points(evaluation)
   means = points(evaluation)
-  if len(axis(means, "exit")) == len(axis(means, "dim")) == len(axis(means, "rank")) == 1:
+  if len(axis(means, "depth")) == len(axis(means, "dim")) == len(axis(means, "rank")) == 1:
     parts = [_by_precision(by_task)]
   else:
-    parts = [f"{task}:\n\n{_by_dim(of, 'exit')}" for task, of in by_task.items()]
+    parts = [f"{task}:\n\n{_by_dim(of, 'depth', _cell)}" for task, of in by_task.items()]
     if len(axis(means, "rank")) > 1:
-      parts.append(f"mean at full depth:\n\n{_by_dim(means, 'rank')}")
+      parts.append(f"mean at full depth:\n\n{_by_dim(means, 'rank', _cell)}")
   return "\n\n".join([*parts, *_cheapest_table(evaluation, means)])
+
+
+def _cell(point: Point) -> str:
+  return percent(point.score)
 
 
 def _by_precision(by_task: dict[str, list[Point]]) -> str:
@@ -237,24 +236,38 @@ def _by_precision(by_task: dict[str, list[Point]]) -> str:
   return markdown(["task", *precisions], rows)
 
 
-def _by_dim(points: Sequence[Point], rows: str) -> str:
-  """Returns exits or ranks x dims; the two other axes are at their largest."""
-  dims = axis(points, "dim")
-  cells = grid(points, rows, full(points))
+def change_table(before: Sequence[SliceScore], after: Sequence[SliceScore]) -> str:
+  """Returns the scores of one task before -> after training in percent, as markdown tables.
+
+  Depth x dim at the full rank, then rank x dim at the full depth.
+  """
+  old = {s.size: s.score for s in before}
+
+  def cell(found: SliceScore) -> str:
+    return f"{percent(old.get(found.size), 0)} → {percent(found.score, 0)}"
+
+  rows = ["depth", *(["rank"] if len(axis(after, "rank")) > 1 else [])]
+  return "\n\n".join(_by_dim(after, name, cell) for name in rows)
+
+
+def _by_dim(slices: Sequence[AnySlice], rows: str, cell: Callable[[AnySlice], str]) -> str:
+  """Returns depths or ranks x dims; the two other axes are at their largest."""
+  dims = axis(slices, "dim")
+  found = grid(slices, rows, full(slices))
   lines = [
-    [str(row or "full"), *(percent(cells.get((row, dim))) for dim in dims)]
-    for row in axis(points, rows)
+    [str(row or "full"), *(cell(found[row, dim]) if (row, dim) in found else "–" for dim in dims)]
+    for row in axis(slices, rows)
   ]
-  return markdown([{"exit": "depth"}.get(rows, rows), *(f"dim {dim}" for dim in dims)], lines)
+  return markdown([rows, *(f"dim {dim}" for dim in dims)], lines)
 
 
-def grid(points: Sequence[Point], rows: str, at: Point) -> dict[tuple[int, int], float]:
-  """Returns scores by (value of the axis `rows`, dim); the two other axes are as in `at`."""
+def grid(slices: Sequence[AnySlice], rows: str, at: AnySlice) -> dict[tuple[int, int], AnySlice]:
+  """Returns slices by (value of the axis `rows`, dim); the two other axes are as in `at`."""
   others = [key for key in AXES if key not in (rows, "dim")]
   return {
-    (getattr(point, rows), point.dim): point.score
-    for point in points
-    if all(getattr(point, key) == getattr(at, key) for key in others)
+    (getattr(s, rows), s.dim): s
+    for s in slices
+    if all(getattr(s, key) == getattr(at, key) for key in others)
   }
 
 

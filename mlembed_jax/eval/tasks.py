@@ -49,7 +49,7 @@ METRICS = {  # by which a model is chosen; MTEB's main score
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class HeldoutTask:
   """One held-out file. `score` takes unit vectors of `texts`, in order; higher is better."""
 
   name: str
@@ -64,25 +64,26 @@ class Task:
     return METRICS[self.type]
 
 
-def load(file: File) -> Task:
+def load(file: File) -> HeldoutTask:
   """Returns the task of one file of a manifest.
 
   Raises:
     DataError: the file cannot be read.
   """
-  kind = file.entry["task_type"]
-  columns = _columns(file.path, COLUMNS[kind])
+  task_type = file.entry["task_type"]
+  columns = _columns(file.path, COLUMNS[task_type])
   prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
   texts = _Texts(prompt, file.symmetric)
-  score = MAKERS[kind](file.name, columns, texts)
-  return Task(file.name, kind, texts.unique(), score, _digest([kind, columns, texts.unique()]))
+  score = MAKERS[task_type](file.name, columns, texts)
+  digest = _digest([task_type, columns, texts.unique()])
+  return HeldoutTask(file.name, task_type, texts.unique(), score, digest)
 
 
 def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def load_folder(folder: pathlib.Path) -> list[Task]:
+def load_folder(folder: pathlib.Path) -> list[HeldoutTask]:
   """Returns the tasks of a folder of parquet files.
 
   They are listed in manifest.json of the folder, or of the one above, which may list others, too.

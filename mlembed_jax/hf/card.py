@@ -7,9 +7,11 @@ from typing import Any
 
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, LossesConfig
-from mlembed_jax.hf import names
-from mlembed_jax.hf.files import Variant, switches
+from mlembed_jax.hf import param_mapping
+from mlembed_jax.hf.config_files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
+from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.workdir import StepScores
 
 HEADINGS = (
   "What it is",
@@ -53,9 +55,9 @@ def card(
   variant: Variant,
   pooled_token: str,
   prompts: Mapping[str, str],
-  evaluation: Mapping[str, Any] | None,
+  evaluation: StepScores | None,
 ) -> str:
-  """Returns README.md; `evaluation` is the content of eval/step_N.json."""
+  """Returns README.md; `evaluation`: the held-out scores of the step."""
   bodies = (
     _what_it_is(variant, pooled_token, prompts),
     _use(variant),
@@ -111,7 +113,7 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
   config, axes, body = variant.run.config, variant.axes, variant.body
   start = config.train.init_from
   base = f"the weights of `{start.rstrip('/').split('/')[-1]}`" if start else "random weights"
-  family = (names.family(body) or "").capitalize()
+  family = (param_mapping.family(body) or "").capitalize()
   rank = "full, never factorised"
   if variant.rank:
     form = "stored as two factors" if variant.form == "uv" else "stored as their product"
@@ -236,29 +238,29 @@ def _entry_value(entry: Mapping[str, Any], column: str) -> Any:
   return len(value) if column == "languages" and isinstance(value, Mapping) else value
 
 
-def _results(variant: Variant, evaluation: Mapping[str, Any] | None) -> str:
+def _results(variant: Variant, evaluation: StepScores | None) -> str:
   scores = [
     s
-    for s in (evaluation or {}).get("scores", ())
-    if s["exit"] <= variant.depth and s["dim"] <= variant.dim and s["rank"] <= variant.rank
+    for s in (evaluation.scores if evaluation else ())
+    if s.depth <= variant.depth and s.dim <= variant.dim and s.rank <= variant.rank
   ]
   if evaluation is None or not scores:
     return "Not evaluated."
   tables = [
-    f"Scores of the training weights at step {evaluation['step']}, before rounding to the stored "
+    f"Scores of the training weights at step {evaluation.step}, before rounding to the stored "
     "dtype, on held-out files of the run. No public benchmark was run."
   ]
-  for task, metric in dict.fromkeys((s["task"], s["metric"]) for s in scores):
-    chosen = [s for s in scores if (s["task"], s["metric"]) == (task, metric)]
+  for task, metric in dict.fromkeys((s.task, s.metric) for s in scores):
+    chosen = [s for s in scores if (s.task, s.metric) == (task, metric)]
     tables += _grids(variant, f"{task}, {metric}", chosen)
   return "\n\n".join(tables)
 
 
-def _grids(variant: Variant, title: str, scores: Sequence[Mapping[str, Any]]) -> list[str]:
+def _grids(variant: Variant, title: str, scores: Sequence[SliceScore]) -> list[str]:
   """Returns the table depth by dimension at this folder's rank, and that of the smaller ranks."""
-  at = {(s["rank"], s["exit"], s["dim"]): f"{s['score']:.4f}" for s in scores}
-  ranks, exits, dims = (sorted(set(axis)) for axis in zip(*at, strict=True))
-  grid = [[e, *(at.get((variant.rank, e, d), "") for d in dims)] for e in exits]
+  at = {(s.rank, s.depth, s.dim): f"{s.score:.4f}" for s in scores}
+  ranks, depths, dims = (sorted(set(axis)) for axis in zip(*at, strict=True))
+  grid = [[n, *(at.get((variant.rank, n, d), "") for d in dims)] for n in depths]
   tables = [f"### {title}", _table((r"layers \ dimension", *dims), grid)]
   by_rank = [at.get((rank, variant.depth, variant.dim), "") for rank in ranks]
   if len(ranks) > 1:

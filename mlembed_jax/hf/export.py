@@ -23,18 +23,19 @@ from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
-from mlembed_jax.errors import ExportError
+from mlembed_jax.errors import ExportError, LoadError
 from mlembed_jax.files import replace_folder, write_json, write_text
-from mlembed_jax.hf import files, names, own_file, parity
+from mlembed_jax.hf import config_files, own_file, param_mapping, parity
 from mlembed_jax.hf.card import card
-from mlembed_jax.hf.checks import examination
-from mlembed_jax.hf.checks.subject import ERROR
+from mlembed_jax.hf.checks import examine
+from mlembed_jax.hf.checks.finding import ERROR
+from mlembed_jax.hf.config_files import Variant
 from mlembed_jax.hf.factors import FACTORS
-from mlembed_jax.hf.files import Variant
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.workdir import Run
+from mlembed_jax.workdir import Run, StepScores
 
 MAX_FILE_BYTES = 5_000_000_000
 DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
@@ -78,13 +79,13 @@ def export_folder(
   step: int,
   cut: Slice,
   name: str | None = None,
-  evaluation: Mapping[str, Any] | None = None,
+  evaluation: StepScores | None = None,
   force: bool = False,
   factors: bool = False,
 ) -> pathlib.Path:
   """Returns `out`, the complete folder of `params` (the whole trained tree) cut to `cut`.
 
-  `evaluation` is the content of eval/step_N.json. `force` allows sizes that were not trained; the
+  `evaluation`: the held-out scores of the step. `force` allows sizes that were not trained; the
   card then says so. `factors` keeps the two factors of the token table instead of their product.
   A previous export at `out` is replaced at the end, by renaming. To be called outside of any mesh:
   one device computes the parity vectors.
@@ -95,7 +96,7 @@ def export_folder(
   """
   out = out.absolute()
   variant = plan_variant(run, step, cut, name, force, factors)
-  spec = files.tokenizer_spec(tokenizer, run.config.model)
+  spec = config_files.tokenizer_spec(tokenizer, run.config.model)
   check_target(out)
   temporary = out.with_name(f".{out.name}.new")
   shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -150,13 +151,13 @@ def check_target(out: pathlib.Path) -> None:
       raise PermissionError(f"{out.parent} is not writable")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
       return
-    ours = {own_file.NAME, *json.loads((out / own_file.NAME).read_text(encoding="utf-8"))["files"]}
-  except FileNotFoundError as error:
-    raise ExportError(f"{out} exists and is not an export of ours; choose another") from error
-  except (OSError, ValueError, KeyError) as error:
+    own = own_file.read(out)
+  except (OSError, LoadError) as error:
     raise ExportError(f"{out}: {error}; choose another --out") from error
+  if not own:
+    raise ExportError(f"{out} exists and is not an export of ours; choose another")
   files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-  if foreign := sorted(files - ours):
+  if foreign := sorted(files - {own_file.NAME, *own.files}):
     raise ExportError(
       f"{out}: an export of ours, but {foreign[0]} was added to it and would be lost; "
       "choose another --out"
@@ -169,31 +170,31 @@ def _write(
   params: Mapping[str, Any],
   tokenizer: Tokenizer,
   spec: Mapping[str, Any],
-  evaluation: Mapping[str, Any] | None,
+  evaluation: StepScores | None,
 ) -> None:
   cut = Slice(rank=variant.rank or None, depth=variant.depth)
   _write_weights(folder, variant, matryoshka.slice_params(params, cut))
   if variant.form == "uv":
-    for file, code in files.remote_code(names.family(variant.body) or "").items():
+    for file, code in config_files.remote_code(param_mapping.family(variant.body) or "").items():
       write_text(folder / file, code)
-  prompts = files.prompts(variant.run.datasets)
+  prompts = config_files.prompts(variant.run.datasets)
   for path, value in {
-    "config.json": files.model_config(variant, tokenizer, spec),
+    "config.json": config_files.model_config(variant, tokenizer, spec),
     "tokenizer.json": spec,
-    "tokenizer_config.json": files.tokenizer_config(variant, tokenizer, spec),
-    "config_sentence_transformers.json": files.sentence_transformers_config(prompts),
-    "sentence_bert_config.json": files.sentence_bert_config(variant),
-    **files.modules(variant),
+    "tokenizer_config.json": config_files.tokenizer_config(variant, tokenizer, spec),
+    "config_sentence_transformers.json": config_files.sentence_transformers_config(prompts),
+    "sentence_bert_config.json": config_files.sentence_bert_config(variant),
+    **config_files.modules(variant),
   }.items():
     write_json(folder / path, value)
   write_json(folder / parity.FILE, parity.items(folder, variant, tokenizer, prompts["query"]))
   write_text(folder / "README.md", card(variant, tokenizer.pooled_token, prompts, evaluation))
-  write_json(folder / own_file.NAME, _ours(folder, variant, tokenizer))
+  own_file.write(folder, _own_file(folder, variant, tokenizer))
 
 
 def _check(folder: pathlib.Path) -> None:
   """Raises ExportError with all errors that mlembed_jax.doctor would find, but for vectors."""
-  errors = [f for f in examination.examine(folder) if f.level == ERROR]
+  errors = [f for f in examine.examine(folder) if f.level == ERROR]
   if errors:
     lines = [f"{f.check} {f.file}: {f.found}. {f.remedy}" for f in errors]
     raise ExportError("nothing was written, as readers would fail:\n" + "\n".join(lines))
@@ -201,7 +202,7 @@ def _check(folder: pathlib.Path) -> None:
 
 def _write_weights(folder: pathlib.Path, variant: Variant, params: Mapping[str, Any]) -> None:
   dtype = np.dtype(variant.run.config.export.dtype)
-  shards = _shards(names.tensors(variant.body), dtype.itemsize)
+  shards = _shards(param_mapping.tensors(variant.body), dtype.itemsize)
   placed = {}
   for i, tensors in enumerate(shards, 1):
     file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
@@ -218,8 +219,10 @@ def _write_weights(folder: pathlib.Path, variant: Variant, params: Mapping[str, 
     _write_small(folder / "2_Dense" / WEIGHTS, {"linear.weight": identity})
 
 
-def _shards(tensors: Iterable[names.Tensor], itemsize: int) -> list[list[names.Tensor]]:
-  shards: list[list[names.Tensor]] = [[]]
+def _shards(
+  tensors: Iterable[param_mapping.Tensor], itemsize: int
+) -> list[list[param_mapping.Tensor]]:
+  shards: list[list[param_mapping.Tensor]] = [[]]
   room = MAX_FILE_BYTES
   for t in tensors:
     size = math.prod(t.shape) * itemsize
@@ -232,7 +235,10 @@ def _shards(tensors: Iterable[names.Tensor], itemsize: int) -> list[list[names.T
 
 
 def _write_tensors(
-  path: pathlib.Path, tensors: Sequence[names.Tensor], params: Mapping[str, Any], dtype: np.dtype
+  path: pathlib.Path,
+  tensors: Sequence[param_mapping.Tensor],
+  params: Mapping[str, Any],
+  dtype: np.dtype,
 ) -> None:
   """Writes a safetensors file one tensor at a time; the library's writer takes all at once."""
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -249,11 +255,11 @@ def _write_tensors(
       _stored(params, t, dtype).tofile(file)
 
 
-def _stored(params: Mapping[str, Any], t: names.Tensor, dtype: np.dtype) -> np.ndarray:
+def _stored(params: Mapping[str, Any], t: param_mapping.Tensor, dtype: np.dtype) -> np.ndarray:
   """Returns one tensor as the folder holds it; a factorised table is multiplied in float32."""
-  leaf = names.leaf(params, t.path)
+  leaf = param_mapping.leaf(params, t.path)
   array = np.asarray(leaf if t.layer is None else leaf[t.layer], np.float32)
-  if t.name == names.TABLE[1] and "up" in params:
+  if t.name == param_mapping.TABLE[1] and "up" in params:
     array = array @ np.asarray(params["up"], np.float32)
   tensor = np.ascontiguousarray(t.to_hf(array), dtype)
   if damage := np.count_nonzero(~np.isfinite(tensor)):
@@ -269,58 +275,75 @@ def _write_small(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
   safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
 
 
-def _ours(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> dict[str, Any]:
+def _own_file(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> OwnFile:
   """Returns mlembed.json; to be called when every other file is written."""
-  config, axes, body = variant.run.config, variant.axes, variant.body
-  return {
-    "format_version": own_file.FORMAT,
-    "name": variant.name,
-    "library": {"name": "mlembed_jax", "version": __version__},
-    "base_model": {"id": pathlib.PurePath(config.train.init_from).name or None},
-    "body": {
-      "family": names.family(body),
-      "hidden": body.width,
-      "layers_trained": config.model.layers,
-      "layers": body.layers,
-      "parameters": parameter_count(body),
-    },
-    "dims": {"trained": axes.dims, "exported": variant.dim},
-    "exits": {"trained": axes.exits, "exported": variant.depth},
-    "table": {
-      "form": variant.form,
-      "rank_trained": config.model.rank or None,
-      "ranks": axes.ranks,
-      "rank_exported": variant.rank or None,
-      "uv_file": FACTORS if variant.form == "merged" else None,
-    },
-    "pooling": {
-      "kind": "last",
-      "token": tokenizer.pooled_token,
-      "token_id": tokenizer.pooled_id,
-      "trained_length": config.data.lengths[-1],
-      "max_seq_length": config.export.max_seq_length,
-    },
-    "prompt_template": PREFIX.format(instruction="{task}") + QUERY,
-    "training": {
-      "recipe": variant.recipe,
-      "step": variant.step,
-      "config_sha256": _config_sha256(config),
-      "manifest_sha256": variant.run.fingerprint,
-      "switches": files.switches(config),
-    },
-    "files": _digests(folder),
-  }
+  config, axes = variant.run.config, variant.axes
+  return OwnFile(
+    name=variant.name,
+    library=own_file.Library("mlembed_jax", __version__),
+    base_model=own_file.BaseModel(pathlib.PurePath(config.train.init_from).name or None),
+    body=_body(variant),
+    dims=own_file.Sizes(axes.dims, variant.dim),
+    exits=own_file.Sizes(axes.exits, variant.depth),
+    table=_table(variant),
+    pooling=_pooling(config, tokenizer),
+    prompt_template=PREFIX.format(instruction="{task}") + QUERY,
+    training=_training(variant),
+    files=_digests(folder),
+  )
+
+
+def _body(variant: Variant) -> own_file.Body:
+  body = variant.body
+  return own_file.Body(
+    family=param_mapping.family(body),
+    hidden=body.width,
+    layers_trained=variant.run.config.model.layers,
+    layers=body.layers,
+    parameters=parameter_count(body),
+  )
+
+
+def _table(variant: Variant) -> own_file.Table:
+  return own_file.Table(
+    form=variant.form,
+    rank_trained=variant.run.config.model.rank or None,
+    ranks=variant.axes.ranks,
+    rank_exported=variant.rank or None,
+    uv_file=FACTORS if variant.form == "merged" else None,
+  )
+
+
+def _pooling(config: Config, tokenizer: Tokenizer) -> own_file.Pooling:
+  return own_file.Pooling(
+    kind="last",
+    token=tokenizer.pooled_token,
+    token_id=tokenizer.pooled_id,
+    trained_length=config.data.lengths[-1],
+    max_seq_length=config.export.max_seq_length,
+  )
+
+
+def _training(variant: Variant) -> own_file.Training:
+  config = variant.run.config
+  return own_file.Training(
+    recipe=variant.recipe,
+    step=variant.step,
+    config_sha256=_config_sha256(config),
+    manifest_sha256=variant.run.fingerprint,
+    switches=config_files.switches(config),
+  )
 
 
 def _config_sha256(config: Config) -> str:
   return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
 
 
-def _digests(folder: pathlib.Path) -> dict[str, dict[str, str]]:
-  """Returns {file: sha256} of all files."""
+def _digests(folder: pathlib.Path) -> dict[str, own_file.Digest]:
+  """Returns the digests of all files."""
   found = {}
   for path in sorted(p for p in folder.rglob("*") if p.is_file()):
     with path.open("rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found[path.relative_to(folder).as_posix()] = {"sha256": digest}
+    found[path.relative_to(folder).as_posix()] = own_file.Digest(digest)
   return found

@@ -15,7 +15,7 @@ import safetensors
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import LoadError
-from mlembed_jax.hf import names
+from mlembed_jax.hf import param_mapping
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +35,7 @@ OTHER_TYPES = {
   "rope_parameters.rope_theta": float,
   "rope_scaling": dict,
   "max_position_embeddings": int,
-  names.RANK_KEY: int,
+  param_mapping.RANK_KEY: int,
 }
 ALLOWED = {int: (int,), float: (float, int), dict: (dict,)}  # True is no int here
 NAMES_SHOWN = 3  # of each kind of problem
@@ -76,7 +76,7 @@ class Folder:
   path: pathlib.Path
   rows: int  # of the token table
   rank: int  # of the stored factors of the table; 0: it is stored whole
-  tensors: list[tuple[names.Tensor, Stored]]
+  tensors: list[tuple[param_mapping.Tensor, Stored]]
 
 
 def resolve(source: str) -> pathlib.Path:
@@ -101,7 +101,7 @@ def resolve(source: str) -> pathlib.Path:
   return pathlib.Path(found)
 
 
-def open_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
+def open_model_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
   """Returns the opened folder of `model`; its table may be whole or factors of any rank.
 
   Raises:
@@ -112,14 +112,14 @@ def open_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
   raise_all(path, _config_problems(config, model))
   stored = _without_prefix(path, _open(path))
   rows, rank = config["vocab_size"], _family_and_rank(config)[1]
-  expected = names.tensors(dataclasses.replace(model, vocab=rows, rank=rank))
+  expected = param_mapping.tensors(dataclasses.replace(model, vocab=rows, rank=rank))
   raise_all(path, _tensor_problems(expected, stored))
   return Folder(path, rows, rank, [(t, stored[t.name]) for t in expected])
 
 
 def check_folder(path: pathlib.Path, model: ModelConfig, tokens: int) -> None:
-  """Raises LoadError where `open_folder` would, or the table lacks rows; reads headers only."""
-  if (rows := open_folder(path, model).rows) < tokens:
+  """Raises LoadError as `open_model_folder`, or where the table lacks rows; reads headers only."""
+  if (rows := open_model_folder(path, model).rows) < tokens:
     raise LoadError(
       f"E106 tokenizer: {tokens} ids but the table of {path} has {rows} rows. "
       "Take the tokenizer.json of that folder."
@@ -158,11 +158,11 @@ def read_model(path: pathlib.Path) -> ModelConfig:
   config = _read_config(path)
   raise_all(path, _family_problems(config))
   kind, rank = _family_and_rank(config)
-  family = names.FAMILIES[kind]
-  shape = {field: _stated(config, field) for field in names.CONFIG_KEYS}
+  family = param_mapping.FAMILIES[kind]
+  shape = {field: _stated(config, field) for field in param_mapping.CONFIG_KEYS}
   shape["rope_theta"] = next(filter(None, _thetas(config).values()), None)
   if absent := [field for field, value in shape.items() if value is None]:
-    key = names.CONFIG_KEYS.get(absent[0], absent[0])
+    key = param_mapping.CONFIG_KEYS.get(absent[0], absent[0])
     raise LoadError(f"E105 config: {path}/config.json has no {key}")
   switches: dict[str, Any] = {"qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias}
   numerics: dict[str, Any] = {"dtype": "float32", "attention": "auto", "remat": "none"}
@@ -180,7 +180,7 @@ def read_positions(path: pathlib.Path) -> int | None:
 
 def _stated(config: Mapping[str, Any], field: str) -> Any:
   """Returns what config.json says of a field of the model; heads may leave out their width."""
-  found = config.get(names.CONFIG_KEYS[field])
+  found = config.get(param_mapping.CONFIG_KEYS[field])
   width, heads = config.get("hidden_size"), config.get("num_attention_heads")
   if field == "head_dim" and found is None and width and heads:
     return width // heads
@@ -189,23 +189,23 @@ def _stated(config: Mapping[str, Any], field: str) -> Any:
 
 def _family_and_rank(config: Mapping[str, Any]) -> tuple[str, int]:
   """Returns the name of the architecture, and the rank of the stored factors or 0."""
-  kind, rank = str(config.get("model_type")), config.get(names.RANK_KEY)
-  if kind.startswith(names.REMOTE) and isinstance(rank, int):
-    return kind.removeprefix(names.REMOTE), rank
+  kind, rank = str(config.get("model_type")), config.get(param_mapping.RANK_KEY)
+  if kind.startswith(param_mapping.REMOTE) and isinstance(rank, int):
+    return kind.removeprefix(param_mapping.REMOTE), rank
   return kind, 0
 
 
 def _family_problems(config: Mapping[str, Any]) -> list[str]:
-  if _family_and_rank(config)[0] in names.FAMILIES:
+  if _family_and_rank(config)[0] in param_mapping.FAMILIES:
     return []
-  kind, known = config.get("model_type"), ", ".join(map(repr, names.FAMILIES))
+  kind, known = config.get("model_type"), ", ".join(map(repr, param_mapping.FAMILIES))
   return [f"E105 config: config.json: model_type is {kind!r}; only {known} can be imported."]
 
 
 def _type_problems(config: Mapping[str, Any]) -> list[str]:
   """Returns what is of another type than the model needs; null is as good as absent."""
   hints = get_type_hints(ModelConfig)
-  types = {key: hints[field] for field, key in names.CONFIG_KEYS.items()} | OTHER_TYPES
+  types = {key: hints[field] for field, key in param_mapping.CONFIG_KEYS.items()} | OTHER_TYPES
   stated = {**config, **_thetas(config)}
   return [
     f"E105 config: config.json: {key} is {stated[key]!r}, which is not of type {of.__name__}."
@@ -216,12 +216,12 @@ def _type_problems(config: Mapping[str, Any]) -> list[str]:
 
 def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
   lines, kind = [], _family_and_rank(config)[0]
-  if (family := names.FAMILIES.get(kind)) and names.family(model) != kind:
+  if (family := param_mapping.FAMILIES.get(kind)) and param_mapping.family(model) != kind:
     lines.append(
       f"model_type is {config['model_type']!r}, which needs model.qk_norm = {family.qk_norm} and "
       f"model.qkv_bias = {family.qkv_bias}"
     )
-  for field, key in names.CONFIG_KEYS.items():
+  for field, key in param_mapping.CONFIG_KEYS.items():
     found, wanted = _stated(config, field), getattr(model, field)
     if field == "vocab" and isinstance(found, int) and found < wanted:
       continue  # the missing rows belong to no token and become zeros
@@ -309,7 +309,7 @@ def _without_prefix(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[st
   tables = [
     name.removesuffix(row[1])
     for name in body
-    for row in (names.TABLE, *names.FACTORS)
+    for row in (param_mapping.TABLE, *param_mapping.FACTORS)
     if name.endswith(row[1])
   ]
   prefix = tables[0] if tables else ""
@@ -321,7 +321,9 @@ def _without_prefix(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[st
   return {name.removeprefix(prefix): tensor for name, tensor in body.items()}
 
 
-def _tensor_problems(expected: Sequence[names.Tensor], stored: Mapping[str, Stored]) -> list[str]:
+def _tensor_problems(
+  expected: Sequence[param_mapping.Tensor], stored: Mapping[str, Stored]
+) -> list[str]:
   problems = []
   missing = [t.name for t in expected if t.name not in stored]
   if missing:

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.hf import factors, names
-from mlembed_jax.hf.folder import Folder, open_folder, raise_all
+from mlembed_jax.hf import factors, param_mapping
+from mlembed_jax.hf.folder import Folder, open_model_folder, raise_all
 from mlembed_jax.models import encoder
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 
 Params = dict[str, Any]
 
@@ -30,10 +30,10 @@ def load_params(path: pathlib.Path, model: ModelConfig, like: Params | None = No
   table that the folder does not have are zero. To be called by all processes of a run.
 
   Raises:
-    LoadError: see `open_folder`; or a weight is not finite, or trained factors do not belong to the
-      table.
+    LoadError: see `open_model_folder`; or a weight is not finite, or trained factors do not belong
+      to the table.
   """
-  folder, like = open_folder(path, model), like or on_device(model, jax.local_devices()[0])
+  folder, like = open_model_folder(path, model), like or on_device(model, jax.local_devices()[0])
   params = _read(folder, like)
   if model.rank:
     return params | _factorised(folder, model, like)
@@ -59,7 +59,7 @@ def _read(folder: Folder, like: Params) -> Params:
   for t, stored in folder.tensors:
     if t.path in ("table", "up") and (folder.rank or "up" in like):
       continue
-    tensor, target = stored.read(), names.leaf(like, t.path)
+    tensor, target = stored.read(), param_mapping.leaf(like, t.path)
     if damage := np.count_nonzero(~np.isfinite(tensor)):
       problems.append(
         f"E107 not finite: {t.name} has {damage} NaN or infinite values. "
@@ -106,11 +106,11 @@ def _factorised(folder: Folder, model: ModelConfig, like: Params) -> Params:
   """Returns table [vocab, rank] and up [rank, width]; process 0 computes them for all."""
   shapes = {name: like[name] for name in ("table", "up")}
   found = {name: np.zeros(x.shape, np.float32) for name, x in shapes.items()}
-  with hosts.agreed():
-    if hosts.is_first():
+  with processes.agreed():
+    if processes.is_first():
       found["table"][: folder.rows], found["up"][:] = factors.of_folder(folder, model.rank)
   # A factorisation may round in another way on another machine; parts of two do not fit.
-  found = hosts.from_first(found)
+  found = processes.from_first(found)
   return {name: _placed(found[name], shapes[name]) for name in shapes}
 
 

@@ -1,30 +1,164 @@
-"""mlembed.json: what an exported folder says of itself beside what other programs read."""
+"""mlembed.json: what an exported folder says of itself beside what other programs read.
 
+The only place that knows the keys of the file: they are the fields of `OwnFile`, in their order.
+"""
+
+import dataclasses
 import json
 import pathlib
+import types
+import typing
 from typing import Any
 
 from mlembed_jax.errors import LoadError
-from mlembed_jax.files import check_format
+from mlembed_jax.files import check_format, write_json
 
 NAME = "mlembed.json"  # marks a folder as written here
 FORMAT = 1
 
 
-def read(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the content of the file, empty where the folder has none.
+@dataclasses.dataclass(frozen=True)
+class Library:
+  """The package that wrote the folder."""
+
+  name: str
+  version: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+  """What training started from."""
+
+  id: str | None  # name of the folder; None: random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+  """The stored encoder."""
+
+  family: str | None  # model_type
+  hidden: int
+  layers_trained: int
+  layers: int
+  parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """One axis, of dimensions or of layers."""
+
+  trained: tuple[int, ...]
+  exported: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """The token table."""
+
+  form: str  # see FORMS in config_files
+  rank_trained: int | None  # None: it was never factorised
+  ranks: tuple[int, ...]  # trained
+  rank_exported: int | None
+  uv_file: str | None  # of the trained factors of a merged table
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+  """Which state of a text is its embedding, and lengths of texts in tokens."""
+
+  kind: str
+  token: str  # ends every text
+  token_id: int
+  trained_length: int
+  max_seq_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """The run that the weights come from."""
+
+  recipe: str
+  step: int
+  config_sha256: str
+  manifest_sha256: str
+  switches: dict[str, Any]  # values of the fields in which the recipes differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Digest:
+  """The content of one file."""
+
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnFile:
+  """The content of mlembed.json, but for its format version."""
+
+  name: str
+  library: Library
+  base_model: BaseModel
+  body: Body
+  dims: Sizes
+  exits: Sizes
+  table: Table
+  pooling: Pooling
+  prompt_template: str
+  training: Training
+  files: dict[str, Digest]  # all others of the folder
+
+
+def write(folder: pathlib.Path, content: OwnFile) -> None:
+  """Writes the file; to be called when every other file is there."""
+  write_json(folder / NAME, {"format_version": FORMAT, **dataclasses.asdict(content)})
+
+
+def read(folder: pathlib.Path) -> OwnFile | None:
+  """Returns the content of the file, None where the folder has none or an empty object.
 
   Raises:
-    LoadError: it is damaged, or a newer version of the package wrote it.
+    LoadError: it is damaged, or a newer version of the package wrote it; the message names the
+      field.
   """
   path = folder / NAME
   if not path.is_file():
-    return {}
+    return None
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (OSError, ValueError) as error:
     raise LoadError(f"{path}: {error}; export the folder again") from error
   if not isinstance(value, dict):
     raise LoadError(f"{path} is no JSON object; export the folder again")
   check_format(path, value.get("format_version"), FORMAT, LoadError)
+  try:
+    return _object(OwnFile, value, "") if value else None
+  except LoadError as error:
+    raise LoadError(f"{path}: {error}; export the folder again") from error
+
+
+def _object(of: Any, value: dict[str, Any], prefix: str) -> Any:
+  """Returns a JSON object as a dataclass; keys that it does not know say nothing to us."""
+  fields = dataclasses.fields(of)
+  if missing := [field.name for field in fields if field.name not in value]:
+    raise LoadError(f"{prefix}{missing[0]} is missing")
+  return of(**{f.name: _typed(f.type, value[f.name], prefix + f.name) for f in fields})
+
+
+def _typed(of: Any, value: Any, name: str) -> Any:
+  """Returns the JSON value of a field as its type `of`, which may end in `| None`."""
+  if isinstance(of, types.UnionType):
+    return None if value is None else _typed(typing.get_args(of)[0], value, name)
+  if of is Any:
+    return value
+  container = dict if dataclasses.is_dataclass(of) else typing.get_origin(of)
+  wanted: Any = list if container is tuple else container or of
+  if type(value) is not wanted:  # True is no int here
+    raise LoadError(f"{name} is {value!r}, expected {wanted.__name__}")
+  if dataclasses.is_dataclass(of):
+    return _object(of, value, f"{name}.")
+  items = typing.get_args(of)
+  if container is tuple:
+    return tuple(_typed(items[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+  if container is dict:
+    return {key: _typed(items[1], item, f"{name}.{key}") for key, item in value.items()}
   return value

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from mlembed_jax import matryoshka
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.hf.files import Variant
+from mlembed_jax.hf.config_files import Variant
 from mlembed_jax.hf.load import load_params, on_device
 from mlembed_jax.models.states import states
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.parallel import context
+from mlembed_jax.parallel import mesh_context
 
 # Finite, so that a padding row, which may attend to nothing else, never becomes NaN.
 MASKED = -1e30
@@ -40,7 +40,7 @@ def attention(
     ConfigError: as of `choose`.
   """
   _, size, _, width = q_BTNK.shape
-  name = choose(implementation, context.platform(), size, width, str(q_BTNK.dtype))
+  name = choose(implementation, mesh_context.platform(), size, width, str(q_BTNK.dtype))
   return FUNCTIONS[name](q_BTNK, k_BTGK, v_BTGK, segments_BT)
 
 
@@ -134,7 +134,8 @@ def _splash_kernel(size: int, heads: int, interpret: bool) -> Any:
     block_kv_dkv=block,
     use_fused_bwd_kernel=True,
   )
-  mask = splash.MultiHeadMask([splash.CausalMask((size, size))] * (heads // context.parts("heads")))
+  local_heads = heads // mesh_context.shards("heads")
+  mask = splash.MultiHeadMask([splash.CausalMask((size, size))] * local_heads)
   return splash.make_splash_mha(
     mask,
     block_sizes=blocks,
@@ -162,11 +163,11 @@ def cudnn_attention(
 
 def _on_devices(local: Callable[..., Array], *arrays: Array) -> Array:
   """Returns `local(q, k, v, segments)` of each device's rows and heads."""
-  q, kv = (context.spec("batch", "token", heads, None) for heads in ("heads", "kv_heads"))
+  q, kv = (mesh_context.spec("batch", "token", heads, None) for heads in ("heads", "kv_heads"))
   if not tuple(q):
     return local(*arrays)
   # A kernel says nothing of which axes its output varies over, so check_vma would refuse it.
-  rows = context.spec("batch", "token")
+  rows = mesh_context.spec("batch", "token")
   return jax.shard_map(local, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)(*arrays)
 
 
@@ -193,7 +194,7 @@ def rotation(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Rotat
 def rotary(x_BTNK: Float[Array, "B T N K"], turns: Rotation) -> Float[Array, "B T N K"]:
   """Returns `x` rotated by `rotation`, halves paired (x[i], x[i + K/2]); computed in float32."""
   cos, sin = turns
-  return (cos * x_BTNK + sin * quarter_turn(x_BTNK, context.platform())).astype(x_BTNK.dtype)
+  return (cos * x_BTNK + sin * quarter_turn(x_BTNK, mesh_context.platform())).astype(x_BTNK.dtype)
 
 
 def quarter_turn(x_BTNK: Float[Array, "B T N K"], platform: str) -> Float[Array, "B T N K"]:

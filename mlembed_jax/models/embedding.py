@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from mlembed_jax.parallel import context
+from mlembed_jax.parallel import mesh_context
 
 
 def look_up(table_VR: Float[Array, "V R"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T R"]:
@@ -14,8 +14,9 @@ def look_up(table_VR: Float[Array, "V R"], tokens_BT: Int[Array, "B T"]) -> Floa
   device, or adds up residual streams. No device needs all columns, so rows are never split and the
   vocabulary may have any size.
   """
-  columns, rows = context.mesh_axes("rank"), context.spec("batch", "token")
-  if not columns or table_VR.shape[1] % context.parts("rank"):  # a table cut below its devices
+  columns, rows = mesh_context.mesh_axes("rank"), mesh_context.spec("batch", "token")
+  # A table that is cut below its devices is not split.
+  if not columns or table_VR.shape[1] % mesh_context.shards("rank"):
     return table_VR[tokens_BT]
 
   def local(table: Array, tokens: Array) -> Array:
@@ -23,5 +24,5 @@ def look_up(table_VR: Float[Array, "V R"], tokens_BT: Int[Array, "B T"]) -> Floa
     return jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=2, tiled=True)
 
   return jax.shard_map(
-    local, in_specs=(context.spec("vocab", "rank"), rows), out_specs=rows, check_vma=False
+    local, in_specs=(mesh_context.spec("vocab", "rank"), rows), out_specs=rows, check_vma=False
   )(table_VR, tokens_BT)

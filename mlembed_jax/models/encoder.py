@@ -16,7 +16,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.models.attention import SAVED, Rotation, attention, rotary, rotation
 from mlembed_jax.models.embedding import look_up
 from mlembed_jax.models.pooling import last_tokens, packed
-from mlembed_jax.parallel import context
+from mlembed_jax.parallel import mesh_context
 
 _saved = jax.checkpoint_policies.save_only_these_names
 # What a layer keeps for its backward pass beside its input, which computes the rest again. "none"
@@ -62,7 +62,7 @@ def normal(fan_in: int) -> nn.initializers.Initializer:
 def project(x: Array, w: Array, axes: int = 1) -> Array:
   """Returns the product over the last `axes` axes of `x` and the first of `w`."""
   rows = x.shape[: x.ndim - axes]
-  if context.platform() == "tpu":
+  if mesh_context.platform() == "tpu":
     out = _product(x, w, axes)
   else:
     # Tokens as one axis. For a weight gradient that contracts two (batch and token), XLA's CPU
@@ -250,7 +250,7 @@ class Encoder(nn.Module):
 
 def init(config: ModelConfig, key: Array) -> Any:
   """Returns new parameters, boxed with their logical axis names."""
-  rows = context.parts("batch")  # what the mesh splits must divide
+  rows = mesh_context.shards("batch")  # what the mesh splits must divide
   tokens, ends = jnp.zeros((rows, 2), jnp.int32), jnp.ones((rows, 1), jnp.int32)
   # Parameters do not depend on the kernel, which may refuse texts as short as these.
   config = dataclasses.replace(config, attention="einsum")

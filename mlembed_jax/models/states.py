@@ -11,9 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.data.batching import bucket, pad
 from mlembed_jax.models.encoder import Encoder
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,7 +51,7 @@ def states(
   before: tuple[np.ndarray, Any] | None = None
   for chosen, inputs in _batches(ids, lengths, rows):
     if sharding:
-      inputs = hosts.place(inputs, (sharding, sharding))
+      inputs = processes.place(inputs, (sharding, sharding))
     found = chosen, program(params, *inputs)
     # The device has its next batch before the states of the last one are fetched.
     if before:
@@ -78,3 +77,16 @@ def _batches(
 
 def _fetch(out: np.ndarray, rows: np.ndarray, found: Any) -> None:
   out[:, rows] = np.asarray(found)[:, : len(rows)]
+
+
+def bucket(length: int, lengths: Sequence[int]) -> int:
+  """Returns the smallest of `lengths` that holds `length` tokens."""
+  return next(size for size in sorted(lengths) if size >= length)
+
+
+def pad(ids: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns tokens [N, size], padded on the right with 0, and lengths [N]; both int32."""
+  tokens = np.zeros((len(ids), size), np.int32)
+  for row, values in zip(tokens, ids, strict=True):
+    row[: len(values)] = values
+  return tokens, np.array([len(values) for values in ids], np.int32)

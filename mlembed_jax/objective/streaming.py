@@ -24,7 +24,7 @@ from mlembed_jax.objective.similarity import (
   tile_logits,
   tile_pull,
 )
-from mlembed_jax.parallel import context
+from mlembed_jax.parallel import mesh_context
 
 # Anchors and candidates of one tile. On CPU a 512 x 512 tile of one dim is 1 MB and stays in a
 # core's cache. Accelerators like longer products and fewer steps: 512 x 4096 x 10 dims are 84 MB.
@@ -147,8 +147,8 @@ def _cotangent(d: tuple[list[Array], Array], like: Texts) -> Texts:
 
 def _devices() -> _Devices:
   """Returns the devices that the rows of the batch are split over, from the mesh of the context."""
-  axes = context.mesh_axes("batch")
-  return _Devices(axes, context.parts("batch"), context.platform())
+  axes = mesh_context.mesh_axes("batch")
+  return _Devices(axes, mesh_context.shards("batch"), mesh_context.platform())
 
 
 def _on_devices(function: Callable[..., Any], *args: Any) -> Any:

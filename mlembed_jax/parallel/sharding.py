@@ -96,25 +96,25 @@ def mesh_shape(config: Config, devices: int) -> dict[str, int]:
   return shape
 
 
-def replicas(shape: Mapping[str, int]) -> int:
-  """Returns how many parts a mesh of this shape splits the rows of a batch into."""
+def batch_shards(shape: Mapping[str, int]) -> int:
+  """Returns how many shards a mesh of this shape splits the rows of a batch into."""
   return shape["data"] * shape["fsdp"]
 
 
 def rows_of(process: int, mesh: Mesh) -> tuple[int, int]:
   """Returns (part, parts): the rows of a batch that the devices of a process hold.
 
-  Processes that share replicas (mesh.tensor goes over several) hold the same part.
+  Processes that share shards (mesh.tensor goes over several) hold the same part.
 
   Raises:
-    ConfigError: the mesh deals replicas to processes unevenly.
+    ConfigError: the mesh deals shards of the batch to processes unevenly.
   """
   held: dict[int, set[int]] = {}
-  for replica, devices in enumerate(mesh.devices.reshape(replicas(mesh.shape), -1)):
+  for shard, devices in enumerate(mesh.devices.reshape(batch_shards(mesh.shape), -1)):
     for device in devices:
-      held.setdefault(device.process_index, set()).add(replica)
+      held.setdefault(device.process_index, set()).add(shard)
   parts = sorted({tuple(sorted(of)) for of in held.values()})
-  if sum(map(len, parts)) != replicas(mesh.shape) or len({len(part) for part in parts}) > 1:
+  if sum(map(len, parts)) != batch_shards(mesh.shape) or len({len(part) for part in parts}) > 1:
     raise ConfigError(
       f"mesh: {dict(mesh.shape)} splits rows unevenly over {len(held)} processes; mesh.tensor must "
       "divide the devices of a process, or be a multiple of them"
@@ -123,23 +123,23 @@ def rows_of(process: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def smallest_micro_batch(config: Config, shape: Mapping[str, int]) -> int:
-  """Returns the tokens of one sheet of the longest texts on every replica."""
-  return config.data.lengths[-1] * replicas(shape)
+  """Returns the tokens of one sheet of the longest texts on every shard of the batch."""
+  return config.data.lengths[-1] * batch_shards(shape)
 
 
 def _check_split(config: Config, shape: Mapping[str, int]) -> None:
-  parts = replicas(shape)
+  shards = batch_shards(shape)
   for name, size in (
     ("data.global_batch", config.data.global_batch),
     ("eval.batch_size", config.eval.batch_size),
   ):
-    if size % parts:
-      raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {parts}")
+    if size % shards:
+      raise ConfigError(f"{name}: {size} is not a multiple of mesh.data x mesh.fsdp = {shards}")
   tokens = smallest_micro_batch(config, shape)
   if 0 < config.data.micro_batch < tokens:
     raise ConfigError(
       f"data.micro_batch: {config.data.micro_batch} tokens are less than a sheet of "
-      f"{config.data.lengths[-1]} on each of mesh.data x mesh.fsdp = {parts} parts, {tokens}"
+      f"{config.data.lengths[-1]} on each of mesh.data x mesh.fsdp = {shards} parts, {tokens}"
     )
   for field, axis in (("width", "fsdp"), ("rank", "fsdp"), ("ffn", "tensor")):
     _check_multiple(config.model, field, axis, shape)
@@ -217,7 +217,7 @@ def _with_sharding(one: Callable[[NamedSharding, Any], Any], batch: Any, mesh: M
 
 
 def put_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-  """Returns global arrays from this host's: its sheets of every block, and its rows."""
+  """Returns global arrays from this process's: its sheets of every block, and its rows."""
   return _with_sharding(jax.make_array_from_process_local_data, arrays, mesh)
 
 

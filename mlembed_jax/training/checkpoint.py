@@ -12,7 +12,7 @@ from mlembed_jax.config_fields import SETTINGS, ModelConfig
 from mlembed_jax.data.plan import difference
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_shapes
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import Run
 
@@ -29,7 +29,7 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Returns the newest saved step that process 0 finds, None where there is none."""
-    return hosts.gather(self._manager.latest_step())[0]
+    return processes.gather(self._manager.latest_step())[0]
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves in the background; a step that is already saved is left alone."""

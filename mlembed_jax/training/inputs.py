@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from mlembed_jax.config_fields import STORED, Config, DataConfig
-from mlembed_jax.data import catalog, loader, manifest, mixture, plan, prepare, quickstart
+from mlembed_jax.data import catalog, loader, manifest, mixture, plan_report, prepare, quickstart
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.plan import Plan
@@ -18,7 +18,7 @@ from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import tasks
 from mlembed_jax.files import write_json
 from mlembed_jax.hf.folder import check_folder, resolve
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.training.teacher import Teacher, check_stored, open_teacher
 from mlembed_jax.workdir import Run
 
@@ -33,7 +33,7 @@ class Inputs:
   plan: Plan
   options: loader.Options
   tokenizer: Tokenizer
-  tasks: list[tasks.Task]
+  tasks: list[tasks.HeldoutTask]
   teacher: Teacher | None
 
   @functools.cached_property
@@ -53,7 +53,7 @@ class Inputs:
   @property
   def tokens_per_step(self) -> float:
     """Mean over an epoch, without instructions and end tokens."""
-    files = plan.lines(self.plan, lambda unit: unit.file, 1.0, self.used_negatives)
+    files = plan_report.lines(self.plan, lambda unit: unit.file, 1.0, self.used_negatives)
     return sum(line.tokens for line in files) / self.plan.order().steps_per_epoch
 
 
@@ -95,7 +95,7 @@ def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
   """Returns where the data lies that the builder wrote."""
   folder = workdir / "data"
   text = folder / "text" / "manifest.json"
-  hosts.on_first(lambda: _build(config, folder))
+  processes.on_first(lambda: _build(config, folder))
   return dataclasses.replace(config.data, dataset=str(folder / "dataset"), manifest=str(text))
 
 
@@ -106,7 +106,7 @@ def _build(config: Config, folder: pathlib.Path) -> None:
   files = manifest.select(str(text), ("train/*",), "data.train")
   tokenizer = Tokenizer(folder / "text" / "tokenizer.json", config.data.pooled_token)
   job = prepare.Job(
-    prepare.make_plan(files, tokenizer, max_tokens=config.data.lengths[-1]),
+    prepare.make_recipe(files, tokenizer, max_tokens=config.data.lengths[-1]),
     folder / "dataset",
     tokenizer.path,
     config.data.pooled_token,
@@ -204,13 +204,14 @@ def report(inputs: Inputs, total_steps: int, workdir: pathlib.Path) -> None:
   """Prints what the run will read, and writes it to WORKDIR/plan.json and plan.png."""
   epochs = total_steps / inputs.plan.order().steps_per_epoch
   used = inputs.used_negatives
-  files = plan.lines(inputs.plan, lambda unit: unit.file, epochs, used)
-  languages = plan.lines(inputs.plan, lambda unit: unit.language, epochs, used)
+  files = plan_report.lines(inputs.plan, lambda unit: unit.file, epochs, used)
+  languages = plan_report.lines(inputs.plan, lambda unit: unit.language, epochs, used)
   print(f"\n{total_steps:,} steps, {epochs:.2f} epochs\n")
-  print(plan.table("file", files), "\n", plan.table("language", languages), "\n", sep="\n")
+  tables = plan_report.table("file", files), plan_report.table("language", languages)
+  print(tables[0], "\n", tables[1], "\n", sep="\n")
   lines: dict[str, Any] = {
     title: [dataclasses.asdict(line) for line in of]
     for title, of in (("files", files), ("languages", languages))
   }
   write_json(workdir / PLAN, {"steps": total_steps, "epochs": epochs} | lines)
-  plan.picture(workdir / "plan.png", files, languages)
+  plan_report.picture(workdir / "plan.png", files, languages)

@@ -21,28 +21,36 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.devices import compiler
 from mlembed_jax.errors import TrainingError
-from mlembed_jax.eval import grid
-from mlembed_jax.files import copy_file, make_writable_folder, write_json
+from mlembed_jax.eval import grid, summary
+from mlembed_jax.files import copy_file, make_writable_folder
 from mlembed_jax.hf.export import check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel import hosts
-from mlembed_jax.parallel.sharding import logical_rules, make_mesh, put_batch, replicas, rows_of
+from mlembed_jax.parallel import processes
+from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh, put_batch, rows_of
 from mlembed_jax.parallel.stop import StopSignals
-from mlembed_jax.training import inputs, memory, metrics, optimizer, train_state, train_step
+from mlembed_jax.training import (
+  inputs,
+  lowering,
+  metrics,
+  micro_batch,
+  optimizer,
+  train_state,
+  train_step,
+)
 from mlembed_jax.training.checkpoint import Checkpoints, check_same_run
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.teacher import Teacher
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import Run, evaluated, evaluation_path, read_evaluation
+from mlembed_jax.workdir import Run, StepScores
 
 
 def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
   """Returns this process's part of every batch of the run."""
   part, parts = rows_of(jax.process_index(), mesh)
-  placement = loader.Placement(config.data.micro_batch, replicas(mesh.shape), part, parts)
+  placement = loader.Placement(config.data.micro_batch, batch_shards(mesh.shape), part, parts)
   order = inputs.plan.order()
   return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 
@@ -134,30 +142,30 @@ def evaluate(
   """Writes the held-out scores of every slice at this step, unless they are there."""
   step = int(state.step)
   wanted = {task.name: task.digest for task in read.tasks}
-  if hosts.gather(evaluated(workdir, step) != wanted)[0]:
+  with processes.agreed():
+    found = StepScores.load(workdir, step)
+  if processes.gather(found.tasks != wanted)[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
-    scores = grid.evaluate(config, state.params, read.tasks, read.tokenizer, mesh)
-    record = {"step": step, "tasks": wanted, "scores": scores}
-    hosts.on_first(lambda: _write_scores(workdir, step, record))
+    scores = grid.score_slices(config, state.params, read.tasks, read.tokenizer, mesh)
+    processes.on_first(lambda: _write_scores(workdir, StepScores(step, wanted, scores)))
 
 
-def _write_scores(workdir: pathlib.Path, step: int, record: dict[str, Any]) -> None:
-  write_json(evaluation_path(workdir, step), record)
-  metrics.write_scores(workdir, step, record["scores"])
+def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
+  evaluation.save(workdir)
+  metrics.write_scores(workdir, evaluation.step, evaluation.scores)
 
 
 def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
-  params = hosts.fetch(state.params) if config.export.at_end else None
-  hosts.on_first(lambda: _report(config, read, int(state.step), params, workdir))
+  params = processes.fetch(state.params) if config.export.at_end else None
+  processes.on_first(lambda: _report(config, read, int(state.step), params, workdir))
 
 
 def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathlib.Path) -> None:
-  after = read_evaluation(workdir, step)
-  before = read_evaluation(workdir, 0)
+  before, after = StepScores.load(workdir, 0), StepScores.load(workdir, step)
   for task in read.tasks:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
-    print(grid.table(before, after, task.name))
+    print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
   if config.export.at_end:
     run = Run.load(workdir)
     folder = export_folder(
@@ -167,7 +175,7 @@ def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathl
       tokenizer=read.tokenizer,
       step=step,
       cut=Slice(),
-      evaluation={"step": step, "scores": after} if after else None,
+      evaluation=after,
     )
     print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
 
@@ -198,12 +206,12 @@ def chosen_before(
   """
   if checkpoints.latest() is None:
     # Scores of a run that was stopped before its first checkpoint.
-    hosts.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
+    processes.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
     return 0
-  with hosts.agreed():
+  with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, accept_changed_data)
-  return hosts.gather(stored.config.data.micro_batch)[0]
+  return processes.gather(stored.config.data.micro_batch)[0]
 
 
 def train(
@@ -211,7 +219,7 @@ def train(
 ) -> None:
   """Runs or continues one training run, with evaluation before and after, and the export.
 
-  On several machines every process calls it, inside `distributed.joined`.
+  On several machines every process calls it, inside `join.joined`.
 
   Args:
     config: a checked configuration, see `mlembed_jax.config.from_mapping`.
@@ -222,11 +230,11 @@ def train(
     ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
     SystemExit: after SIGTERM (143) or Ctrl-C (130); the checkpoint is written.
   """
-  with hosts.agreed():
+  with processes.agreed():
     workdir = make_writable_folder(workdir, "workdir")
     mesh = make_mesh(config)
     platform = mesh.devices.flat[0].platform
-    memory.check_attention(config, platform)
+    lowering.check_attention(config, platform)
     compiler.cache(workdir / "compiled", platform)
     compiler.check_known(mesh.devices.flat[0])
     rows_of(jax.process_index(), mesh)  # refused here, before any work
@@ -234,18 +242,18 @@ def train(
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
     if config.export.at_end:
       check_target(export_path(config, workdir))
-  hosts.check_same(run.plan)
+  processes.check_same(run.plan)
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
   chosen = chosen_before(run, workdir, checkpoints, accept_changed_data)
-  hosts.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
+  processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     with StopSignals(mesh) as stop:
-      hosts.on_first(lambda: inputs.report(read, steps, workdir))
-      config = memory.with_micro_batch(
+      processes.on_first(lambda: inputs.report(read, steps, workdir))
+      config = micro_batch.with_micro_batch(
         config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
       )
       sized = dataclasses.replace(run, config=config)
-      hosts.on_first(lambda: sized.save(workdir))
+      processes.on_first(lambda: sized.save(workdir))
       step = make_step(config, steps, mesh, read.teacher)
       batches = make_batches(config, read, mesh, steps)
       state = initial_state(config, steps, mesh, checkpoints)

@@ -22,7 +22,8 @@ from mlembed_jax.devices.chips import Chip
 from mlembed_jax.errors import TrainingError
 from mlembed_jax.files import write_json, write_text
 from mlembed_jax.models import flops
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
+from mlembed_jax.slice_scores import SliceScore
 
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
@@ -147,19 +148,19 @@ def _step(line: str) -> float:
     return float("inf")
 
 
-def write_scores(workdir: pathlib.Path, step: int, records: Sequence[dict[str, Any]]) -> None:
+def write_scores(workdir: pathlib.Path, step: int, scores: Sequence[SliceScore]) -> None:
   """Writes held-out scores to TensorBoard: of the whole model, and with one axis cut at a time."""
-  axes = {"rank": "rank", "exit": "depth", "dim": "dim"}
+  axes = ("rank", "depth", "dim")
   # Of a folder TensorBoard follows the newest file alone: beside those of the steps, this one would
   # end their curves.
   folder = workdir / "tensorboard" / "eval"
-  full = {axis: max(record[axis] for record in records) for axis in axes}
+  full = {axis: max(getattr(s, axis) for s in scores) for axis in axes}
   with tensorboardX.SummaryWriter(str(folder), filename_suffix=f".{step}") as board:
-    for record in records:
-      cut = [f"{name}_{record[axis]}" for axis, name in axes.items() if record[axis] != full[axis]]
+    for s in scores:
+      sizes = {axis: getattr(s, axis) for axis in axes}
+      cut = [f"{axis}_{size}" for axis, size in sizes.items() if size != full[axis]]
       if len(cut) < 2:
-        tag = f"{record['task']}/{record['metric']}/{cut[0] if cut else 'full'}"
-        board.add_scalar(tag, record["score"], step)
+        board.add_scalar(f"{s.task}/{s.metric}/{cut[0] if cut else 'full'}", s.score, step)
 
 
 def _postfix(line: dict[str, Any]) -> str:
@@ -179,7 +180,7 @@ class Recorder:
     self._workdir, self._warned = workdir, False
     chip = chips.find(jax.devices()[0].device_kind)
     # Every process reads the numbers, and so notices a diverged loss; the first one writes them.
-    self._writer = Writer(workdir, start) if hosts.is_first() else None
+    self._writer = Writer(workdir, start) if processes.is_first() else None
     self._window = Window(model, jax.device_count(), chip)
     self._total, self._every = total, every
     self._bar = tqdm.tqdm(
@@ -188,7 +189,7 @@ class Recorder:
       desc="training",
       unit="step",
       dynamic_ncols=True,
-      disable=not hosts.is_first(),
+      disable=not processes.is_first(),
       mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )
 
@@ -225,10 +226,10 @@ class Recorder:
     return self._window.paused()
 
   def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
-    # Processes that share replicas have the same rows.
-    rows = list(dict.fromkeys(itertools.chain(*hosts.gather(batch.rows.tolist()))))
+    # Processes that share shards of the batch have the same rows.
+    rows = list(dict.fromkeys(itertools.chain(*processes.gather(batch.rows.tolist()))))
     path = self._workdir / "diverged.json"
-    if hosts.is_first():
+    if processes.is_first():
       write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
     shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (" ..." if len(rows) > ROWS_SHOWN else "")
     return (
@@ -239,7 +240,7 @@ class Recorder:
 
   def _without_negatives(self, batch: Batch) -> None:
     """Warns of the first such step; the others are counted in `empty_rows`."""
-    if not self._warned and hosts.is_first():
+    if not self._warned and processes.is_first():
       self._bar.write(
         f"warning: step {batch.step + 1} ({batch.dataset}) had nothing to compare: every negative "
         "of every row has the text of its query or positive, or all scores are equal. "

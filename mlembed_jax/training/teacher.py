@@ -19,7 +19,7 @@ from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.objective.distillation import match_exits
-from mlembed_jax.parallel import hosts
+from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import shardings
 from mlembed_jax.training import checkpoint
 from mlembed_jax.training.train_step import TeacherShape
@@ -62,7 +62,7 @@ class Teacher:
       return load_params(self.path, model, abstract)
     _, params = checkpoint.load_params(self.path, model)
     cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
-    return hosts.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
+    return processes.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 
 
 def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
@@ -150,10 +150,10 @@ def _from_workdir(path: pathlib.Path) -> _Found:
 
 def _from_folder(path: pathlib.Path) -> _Found:
   model, version = read_model(path), _weights_version(path)
-  if not (ours := own_file.read(path)):
+  if not (own := own_file.read(path)):
     return _Found(model, (model.layers,), None, version)
-  trained = tuple(e for e in ours["exits"]["trained"] if e <= model.layers)
-  return _Found(model, trained or (model.layers,), ours["pooling"]["token"], version)
+  trained = tuple(e for e in own.exits.trained if e <= model.layers)
+  return _Found(model, trained or (model.layers,), own.pooling.token, version)
 
 
 def _weights_version(path: pathlib.Path) -> str:

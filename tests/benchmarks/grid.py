@@ -19,7 +19,7 @@ import jax
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval import scoring
 from mlembed_jax.eval.grid import Axes
-from mlembed_jax.eval.tasks import Task, load_folder
+from mlembed_jax.eval.tasks import HeldoutTask, load_folder
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
@@ -48,13 +48,13 @@ def make_model(folder: pathlib.Path, tokenizer: pathlib.Path, layers: int) -> En
   return Encoder.load(path)
 
 
-def seconds(encoder: Encoder, tasks: list[Task], axes: Axes) -> float:
+def seconds(encoder: Encoder, tasks: list[HeldoutTask], axes: Axes) -> float:
   """Returns how long the second of two scorings takes: programs are compiled by the first."""
   best = 0.0
   for _ in range(2):
     start = time.perf_counter()
     for task in tasks:
-      scoring.score(encoder, task, axes)
+      scoring.score_task(encoder, task, axes)
     best = time.perf_counter() - start
   return best
 

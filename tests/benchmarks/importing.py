@@ -26,7 +26,7 @@ import optax
 import safetensors.numpy
 
 from mlembed_jax.config_fields import Config, ModelConfig
-from mlembed_jax.hf import names
+from mlembed_jax.hf import param_mapping
 from mlembed_jax.hf.folder import INDEX
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.parallel.sharding import logical_rules, make_mesh
@@ -44,8 +44,8 @@ def write_checkpoint(folder: pathlib.Path, model: ModelConfig) -> None:
   """Writes random weights; they repeat every 16 million values, which nothing here notices."""
   folder.mkdir(parents=True)
   values = np.random.default_rng(0).normal(scale=0.02, size=2**24).astype(ml_dtypes.bfloat16)
-  shards: list[list[names.Tensor]] = [[]]
-  for t in names.tensors(model):
+  shards: list[list[param_mapping.Tensor]] = [[]]
+  for t in param_mapping.tensors(model):
     if sum(2 * math.prod(x.shape) for x in [*shards[-1], t]) > SHARD_BYTES:
       shards.append([])
     shards[-1].append(t)
@@ -56,8 +56,8 @@ def write_checkpoint(folder: pathlib.Path, model: ModelConfig) -> None:
     safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     placed |= dict.fromkeys(arrays, file)
   (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
-  fields = {key: getattr(model, field) for field, key in names.CONFIG_KEYS.items()}
-  fields |= {"model_type": names.family(model), "rope_theta": model.rope_theta}
+  fields = {key: getattr(model, field) for field, key in param_mapping.CONFIG_KEYS.items()}
+  fields |= {"model_type": param_mapping.family(model), "rope_theta": model.rope_theta}
   (folder / "config.json").write_text(json.dumps(fields))
 
 
@@ -97,7 +97,7 @@ def rows(config: Config, folder: pathlib.Path) -> Iterator[tuple[str, ...]]:
       params = jax.block_until_ready(load_params(folder, config.model, like))
     seconds = time.perf_counter() - start
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-  tensors = names.tensors(config.model)
+  tensors = param_mapping.tensors(config.model)
   largest = 2 * max(math.prod(t.shape) for t in tensors)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   beyond = peak.bytes - before - size

@@ -26,7 +26,7 @@ from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import Row, Text
 from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import RowShard, Run, Written
+from mlembed_jax.data.transforms import LanguageRun, RowShard, Written
 from tests.benchmarks.common import print_table
 from tests.material import train_tokenizer
 
@@ -74,7 +74,8 @@ def write_rows(folder, documents, rows, shards, shard):
   )
   lengths = rng.integers(4, 13, (count, 2 + NEGATIVES)).astype(np.uint16)
   np.save(path.with_name(path.name + transforms.LENGTHS), lengths)
-  runs = [Run(f"l{i}", int(n), 8 * int(n), 8 * int(n), 192 * int(n)) for i, n in enumerate(each)]
+  rows = list(map(int, each))
+  runs = [LanguageRun(f"l{i}", n, 8 * n, 8 * n, 192 * n) for i, n in enumerate(rows)]
   return RowShard(name, Written(count, 0, str(shard)), 15, runs)
 
 
@@ -91,9 +92,9 @@ def synthesize(folder, rows, documents):
     made = pool.map(write, range(shards), chunksize=1)
   train_tokenizer(600).save(str(folder / "tokenizer.json"))
   files = [File(f"file_{i:02d}", ENTRY, "") for i in range(min(FILES, shards))]
-  plan = catalog.Plan(files, {}, "", 2047, 8)
+  recipe = catalog.Recipe(files, {}, "", 2047, 8)
   written = [Written(documents // 8, 0, str(i)) for i in range(8)]
-  catalog.save(folder, plan, {records.TRAIN: made, records.VALIDATION: []}, written)
+  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written)
 
 
 def open_batches(folder, args) -> loader.Batches:

@@ -33,7 +33,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.matryoshka import Matryoshka, default_dims, dim_weights
 from mlembed_jax.parallel.sharding import batch_sharding, make_mesh
-from mlembed_jax.training import memory
+from mlembed_jax.training import lowering
 from tests.benchmarks import common
 from tests.benchmarks.head import ours
 
@@ -83,7 +83,7 @@ def compile_or_reason(lowered: Any) -> Any:
 def step_program(config: Config, mesh: Mesh, negatives: int) -> Any:
   kind = Kind("retrieval", 1, negatives, config.data.lengths[-1], None)
   with common.on_mesh(mesh):
-    return compile_or_reason(memory.lowered_step(config, kind, STEPS, mesh))
+    return compile_or_reason(lowering.lowered_step(config, kind, STEPS, mesh))
 
 
 def load(args: Any, global_batch: int, micro_batch: int) -> Config:
@@ -96,7 +96,7 @@ def cells(program: Any, first: int | None) -> tuple[list[str], int | None]:
   """Returns the columns arguments, temporaries, total and its ratio to `first`, and the total."""
   if isinstance(program, str):
     return ["-", program, "-", "-"], None
-  m, total = program.memory_analysis(), memory.needed_bytes(program)
+  m, total = program.memory_analysis(), lowering.needed_bytes(program)
   sizes = (m.argument_size_in_bytes, m.temp_size_in_bytes, total)
   return [*map(common.mib, sizes), f"{total / (first or total):.3f}"], total
 

@@ -6,7 +6,7 @@
 
 Needs the extra [tpu]. Each row is one compilation of the real update, of half a minute to four.
 512 rows are the setting of the second stage, 4,096 a large batch, of which not all activations can
-be kept. How the estimate is made: `mlembed_jax.estimate.pod`.
+be kept. How the estimate is made: `mlembed_jax.estimate.estimate`.
 """
 
 import argparse
@@ -16,12 +16,13 @@ from collections.abc import Iterator
 
 import jax
 
+from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.estimate import pod
+from mlembed_jax.estimate.estimate import Step, Target, estimate_step, gib
 from tests.benchmarks import common
 
 SIZES = [common.CONFIGS / f"{name}.py" for name in ("0_6b", "1_7b", "4b", "8b")]
-TOPOLOGIES = ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"]
+TOPOLOGIES = [f"{name}:{'x'.join(map(str, tpu.pod))}" for name, tpu in TPUS.items() if tpu.pod]
 HEADER = (
   *("config", "topology", "rows", "mesh", "remat", "block", "GiB", "free"),
   *("s", "MFU", "tokens/s/chip", "compiled in s"),
@@ -31,18 +32,18 @@ HEADER = (
 def measure(path: pathlib.Path, topology: str, batch: int, args: argparse.Namespace) -> tuple:
   """Returns one row."""
   variant = topology.partition(":")[0]
-  target, step = pod.Target.parse(topology, 1), pod.Step("retrieval", args.text_tokens)
+  target, step = Target.parse(topology, 1), Step("retrieval", args.text_tokens)
   micro_batch = args.block * math.prod(target.torus)
   fields = {"data.global_batch": batch, "data.micro_batch": micro_batch}
   try:
-    e = pod.estimate(common.load_config(f"{path}:{variant}", **fields), target, step)
+    e = estimate_step(common.load_config(f"{path}:{variant}", **fields), target, step)
   except ConfigError as error:
     raise SystemExit(f"error: {path}:{variant} on {topology}: {error}") from error
   speed = e.estimated_step_seconds, e.estimated_mfu, e.tokens_per_second_per_chip
   formats = ("{:.2f}", "{:.3f}", "{:,.0f}")
   return (
     *(f"{path.stem}:{variant}", topology, f"{batch:,}", e.mesh, e.remat),
-    *(f"{e.block:,}", pod.gib(e.hbm_bytes_per_device), f"{e.free:.0%}"),
+    *(f"{e.block:,}", gib(e.hbm_bytes_per_device), f"{e.free:.0%}"),
     *(f.format(x) if e.fits else "-" for f, x in zip(formats, speed, strict=True)),
     f"{e.compile_seconds:.0f}",
   )

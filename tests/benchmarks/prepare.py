@@ -40,7 +40,7 @@ def ours(files, path, folder):
   """Returns the seconds of the whole preparation."""
   opened = Tokenizer(path, "<|endoftext|>")
   start = time.perf_counter()
-  job = prepare.Job(prepare.make_plan(files, opened, 2047), folder, opened.path, "<|endoftext|>")
+  job = prepare.Job(prepare.make_recipe(files, opened, 2047), folder, opened.path, "<|endoftext|>")
   prepare.run(job, processes=1, max_dropped_share=1.0)
   return time.perf_counter() - start
 

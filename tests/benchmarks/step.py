@@ -28,8 +28,8 @@ from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel.sharding import batch_sharding, make_mesh, put_batch, replicas
-from mlembed_jax.training import memory, optimizer, train_state, train_step
+from mlembed_jax.parallel.sharding import batch_sharding, batch_shards, make_mesh, put_batch
+from mlembed_jax.training import lowering, optimizer, train_state, train_step
 from mlembed_jax.training.train_step import Batch
 from tests.benchmarks import common
 from tests.benchmarks.head import head_flops, ours
@@ -58,8 +58,8 @@ def random_ids(config: Config, texts: int) -> np.ndarray:
 
 
 def random_batch(config: Config, texts: int, mesh: Mesh) -> Batch:
-  shards, rows, tokens = replicas(mesh.shape), config.data.global_batch, config.data.lengths[-1]
-  layout = memory.kind_layout(config, Kind("retrieval", 1, texts - 2, tokens, None), shards)
+  shards, rows, tokens = batch_shards(mesh.shape), config.data.global_batch, config.data.lengths[-1]
+  layout = lowering.kind_layout(config, Kind("retrieval", 1, texts - 2, tokens, None), shards)
   ids: Any = random_ids(config, texts).reshape(shards, layout.texts, tokens)
   sheets = packing.whole(packing.pack(ids, layout), layout)
   return put_batch({"sheets": sheets, "hashes": common.random_hashes(rows, texts)}, mesh)
@@ -118,7 +118,7 @@ def describe(name: str, config: Config, time: dict[str, float], step: Stepper) -
     *(name, len(axes.dims), len(axes.exits), len(axes.ranks)),
     *(f"{whole:.4g}", f"{tokens / whole:,.0f}", f"{head:.3g}", f"{head / whole:.2%}"),
     common.tera(step_flops(config, axes, texts)),
-    common.mib(memory.needed_bytes(step.compiled)),
+    common.mib(lowering.needed_bytes(step.compiled)),
   ]
 
 

@@ -34,7 +34,7 @@ import transformers
 
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.devices import chips
-from mlembed_jax.hf import names
+from mlembed_jax.hf import param_mapping
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models import flops
 from mlembed_jax.parallel.sharding import make_mesh
@@ -99,7 +99,7 @@ class Encoder(torch.nn.Module):
 
   def __init__(self, model: ModelConfig, exits: tuple[int, ...], weights: Any):
     super().__init__()
-    sizes = {key: getattr(model, field) for field, key in names.CONFIG_KEYS.items()}
+    sizes = {key: getattr(model, field) for field, key in param_mapping.CONFIG_KEYS.items()}
     sizes |= {"vocab_size": 1, "pad_token_id": None, "use_cache": False}  # its own table is unused
     theta = {"rope_type": "default", "rope_theta": model.rope_theta}
     config = transformers.Qwen3Config(**sizes, rope_parameters=theta, attn_implementation="sdpa")
@@ -127,15 +127,15 @@ class Encoder(torch.nn.Module):
 
 
 def trunk_weights(model: ModelConfig, weights: Any) -> dict[str, torch.Tensor]:
-  def tensor(t: names.Tensor) -> torch.Tensor:
+  def tensor(t: param_mapping.Tensor) -> torch.Tensor:
     array = weights[t.path] if t.layer is None else weights[t.path][t.layer]
     return torch.tensor(np.ascontiguousarray(t.to_hf(array)))
 
-  unused = {names.TABLE[1]: torch.zeros(1, model.width)}
+  unused = {param_mapping.TABLE[1]: torch.zeros(1, model.width)}
   return unused | {
     t.name: tensor(t)
-    for t in names.tensors(dataclasses.replace(model, rank=0))
-    if t.path != names.TABLE[0]
+    for t in param_mapping.tensors(dataclasses.replace(model, rank=0))
+    if t.path != param_mapping.TABLE[0]
   }
 
 

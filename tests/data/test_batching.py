@@ -21,22 +21,14 @@ def test_fewer_stored_than_used_takes_all():
 
 
 def test_instructions_are_drawn_by_step_in_the_share_that_is_asked():
-  draws = [batching.with_instruction((50, 8), 0.3, 0, step) for step in range(100)]
+  draws = [batching.instructed_documents((50, 8), 0.3, 0, step) for step in range(100)]
   # 40,000 draws, standard deviation 0.0023.
   assert abs(np.mean(draws) - 0.3) < 0.012
-  assert all(
-    np.array_equal(d, batching.with_instruction((50, 8), 0.3, 0, s)) for s, d in enumerate(draws)
-  )
+  again = [batching.instructed_documents((50, 8), 0.3, 0, step) for step in range(100)]
+  np.testing.assert_array_equal(draws, again)
   assert not np.array_equal(draws[0], draws[1])
-  assert not np.array_equal(draws[0], batching.with_instruction((50, 8), 0.3, 1, 0))
-  more = batching.with_instruction((50, 8), 0.6, 0, 0)
+  assert not np.array_equal(draws[0], batching.instructed_documents((50, 8), 0.3, 1, 0))
+  more = batching.instructed_documents((50, 8), 0.6, 0, 0)
   assert np.all(more[draws[0]])  # a larger share has those of a smaller one
-  assert not batching.with_instruction((50, 8), 0.0, 0, 0).any()
-  assert batching.with_instruction((50, 8), 1.0, 0, 0).all()
-
-
-def test_bucket_and_pad():
-  assert [batching.bucket(n, (32, 64)) for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
-  tokens, lengths = batching.pad([[5, 6], [7]], 3)
-  np.testing.assert_array_equal(tokens, [[5, 6, 0], [7, 0, 0]])
-  np.testing.assert_array_equal(lengths, [2, 1])
+  assert not batching.instructed_documents((50, 8), 0.0, 0, 0).any()
+  assert batching.instructed_documents((50, 8), 1.0, 0, 0).all()

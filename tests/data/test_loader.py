@@ -1,4 +1,4 @@
-"""Batches: content, instructions, hosts, kinds, and that no data module imports jax."""
+"""Batches: content, instructions, processes, kinds, and that no data module imports jax."""
 
 import ast
 import collections
@@ -64,7 +64,7 @@ def texts_of(batch):
   """Returns the token ids of each text of each row, read from the sheets alone."""
   layout, found = batch.layout, {}
   for sheets, width in zip(batch.sheets, layout.widths, strict=True):
-    per_shard = sheets.tokens.shape[1] // layout.shards
+    per_shard = sheets.tokens.shape[1] // layout.batch_shards
     for block, sheet in np.ndindex(sheets.tokens.shape[:2]):
       start = 0
       for end, text in zip(sheets.ends[block, sheet], sheets.texts[block, sheet], strict=True):
@@ -196,24 +196,26 @@ def test_an_epoch_reads_every_row_once_but_for_those_of_the_validation_split(dat
   assert set(seen.values()) == {1} and len(seen) == 130 - sum(held.values())
 
 
-# Hosts.
+# Processes.
 
 
-def test_any_number_of_hosts_reads_the_same_rows_in_the_same_order(dataset):
+def test_any_number_of_processes_reads_the_same_rows_in_the_same_order(dataset):
   generator = np.random.default_rng(0)
   for step in generator.integers(0, 10**5, 50).tolist():
     whole = batches_of(dataset, shards=4)[step]
     expected = texts_of(whole)
-    for hosts in (2, 4):
-      parts = [batches_of(dataset, shards=4, host=h, hosts=hosts)[step] for h in range(hosts)]
+    for count in (2, 4):
+      parts = [
+        batches_of(dataset, shards=4, process=p, processes=count)[step] for p in range(count)
+      ]
       np.testing.assert_array_equal(np.concatenate([p.rows for p in parts]), whole.rows)
       np.testing.assert_array_equal(np.concatenate([p.hashes for p in parts]), whole.hashes)
       assert [row for part in parts for row in texts_of(part)] == expected
-      assert {p.layout.shards for p in parts} == {4 // hosts}
+      assert {p.layout.batch_shards for p in parts} == {4 // count}
       assert sum(part.real_tokens for part in parts) == whole.real_tokens
 
 
-def test_a_host_reads_the_records_of_its_own_rows_alone(dataset, monkeypatch):
+def test_a_process_reads_the_records_of_its_own_rows_alone(dataset, monkeypatch):
   read, original = collections.Counter(), records.Records.__getitem__
 
   def counted(self, index):
@@ -221,11 +223,11 @@ def test_a_host_reads_the_records_of_its_own_rows_alone(dataset, monkeypatch):
     return original(self, index)
 
   monkeypatch.setattr(records.Records, "__getitem__", counted)
-  for hosts in (1, 2, 4):
+  for count in (1, 2, 4):
     read.clear()
-    batch = batches_of(dataset, shards=4, host=hosts - 1, hosts=hosts)[3]
+    batch = batches_of(dataset, shards=4, process=count - 1, processes=count)[3]
     texts = batch.hashes.shape[1]
-    assert read == {"queries": 16 // hosts, "documents": 16 // hosts * (texts - 1)}
+    assert read == {"queries": 16 // count, "documents": 16 // count * (texts - 1)}
 
 
 def test_shards_have_about_the_same_number_of_tokens(data, tmp_path):

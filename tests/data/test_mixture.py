@@ -6,7 +6,7 @@ import pytest
 from mlembed_jax.data import mixture
 from mlembed_jax.data.mixture import Unit
 from mlembed_jax.data.order import Order
-from mlembed_jax.data.transforms import RowShard, Run, Written
+from mlembed_jax.data.transforms import LanguageRun, RowShard, Written
 
 SETTINGS = {"max_rows": 0, "size_exponent": 1.0, "language_temperature": 1.0, "max_repeats": 4.0}
 
@@ -121,7 +121,7 @@ def test_rounding_is_by_the_largest_remainder():
 
 def test_units_sum_the_runs_of_all_shards():
   def shard(file, *runs):
-    return RowShard(file, Written(0, 0, ""), 0, [Run(*run) for run in runs])
+    return RowShard(file, Written(0, 0, ""), 0, [LanguageRun(*run) for run in runs])
 
   shards = [
     shard("b", ("de", 3, 30, 60, 90), ("en", 1, 5, 6, 7)),

@@ -10,7 +10,7 @@ WIDTHS = (256, 1024)
 
 def layout_of(**changes):
   options = {"rows": 512, "texts_per_row": 9, "longest": 1024, "widths": WIDTHS}
-  options |= {"block_tokens": 65_536, "shards": 8, "packed": True}
+  options |= {"block_tokens": 65_536, "batch_shards": 8, "packed": True}
   return packing.layout(**(options | changes))
 
 
@@ -30,7 +30,7 @@ def read(made, layout, shard):
   """Returns {text: its tokens} of one shard, from the sheets alone."""
   found = {}
   for sheets, width in zip(made, layout.widths, strict=True):
-    own = {k: np.split(v, layout.shards, 1)[shard] for k, v in vars(sheets).items()}
+    own = {k: np.split(v, layout.batch_shards, 1)[shard] for k, v in vars(sheets).items()}
     for at in np.ndindex(own["tokens"].shape[:2]):
       start = 0
       for end, text in zip(own["ends"][at], own["texts"][at], strict=True):
@@ -47,7 +47,7 @@ def read(made, layout, shard):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("shards", [1, 8])
 def test_every_text_is_in_one_place(packed, shards):
-  layout = layout_of(rows=64, shards=shards, packed=packed)
+  layout = layout_of(rows=64, batch_shards=shards, packed=packed)
   lengths = corpus(64 * 9).reshape(shards, -1)
   ids = [texts_of(part) for part in lengths]
   made = packing.pack(ids, layout)
@@ -74,18 +74,18 @@ def test_whole_batches_have_the_shapes_of_the_layout_and_empty_blocks_at_the_end
 
 
 def test_a_text_is_in_the_narrowest_sheet_that_holds_it_or_beside_a_longer_one():
-  layout = layout_of(rows=6, texts_per_row=1, shards=1)
+  layout = layout_of(rows=6, texts_per_row=1, batch_shards=1)
   made = packing.pack([texts_of([256, 257, 1024, 1, 768, 250])], layout)
   # 1024; 768 + 256; 257 + 250 + 1
   assert [sorted(s.texts[s.texts < 6].tolist()) for s in made] == [[], [0, 1, 2, 3, 4, 5]]
-  layout = layout_of(rows=3, texts_per_row=1, shards=1)
+  layout = layout_of(rows=3, texts_per_row=1, batch_shards=1)
   made = packing.pack([texts_of([256, 1000, 20])], layout)
   assert [sorted(s.texts[s.texts < 3].tolist()) for s in made] == [[0], [1, 2]]
 
 
 def test_a_text_beyond_the_widest_sheet_is_an_error():
   with pytest.raises(ValueError, match="a text of 1025 tokens"):
-    packing.pack([texts_of([1025])], layout_of(rows=1, texts_per_row=1, shards=1))
+    packing.pack([texts_of([1025])], layout_of(rows=1, texts_per_row=1, batch_shards=1))
 
 
 @pytest.mark.parametrize("width", [32, 256, 1024])

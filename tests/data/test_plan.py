@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlembed_jax.data import plan
+from mlembed_jax.data import plan, plan_report
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.mixture import Unit
 from mlembed_jax.data.plan import Plan
@@ -27,13 +27,13 @@ USED = {"a": 0.5, "b": 1.0}  # of the stored negatives
 
 def test_lines_sum_units_over_the_run():
   """Rows a: 110 of an epoch with 50 - 20 and 30 - 10 tokens each, twice."""
-  first, second = plan.lines(PLAN, lambda unit: unit.file, 2.0, USED)
+  first, second = plan_report.lines(PLAN, lambda unit: unit.file, 2.0, USED)
   assert (first.name, first.rows, first.per_epoch) == ("a", 160, 110)
   assert first.share == pytest.approx(110 / 190) and first.repeats == pytest.approx(220 / 160)
   assert first.tokens == 2 * (50 * 30 + 60 * 20)
   assert (second.name, second.rows, second.per_epoch, second.repeats) == ("b", 40, 80, 4.0)
   assert second.tokens == 2 * 80 * 8
-  languages = plan.lines(PLAN, lambda unit: unit.language, 2.0, USED)
+  languages = plan_report.lines(PLAN, lambda unit: unit.language, 2.0, USED)
   assert [(line.name, line.rows, line.per_epoch) for line in languages] == [
     ("en", 100, 140),
     ("de", 100, 50),
@@ -42,20 +42,21 @@ def test_lines_sum_units_over_the_run():
 
 
 def test_the_table_shows_a_line_each():
-  table = plan.table("file", plan.lines(PLAN, lambda unit: unit.file, 2.0, USED)).splitlines()
+  lines = plan_report.lines(PLAN, lambda unit: unit.file, 2.0, USED)
+  table = plan_report.table("file", lines).splitlines()
   assert table[0].split() == ["file", "rows", "per", "epoch", "share", "passes", "M", "tokens"]
   assert table[1].split() == ["a", "160", "110", "57.89%", "1.38", "0.0"]
   assert table[2].split() == ["b", "40", "80", "42.11%", "4.00", "0.0"]
   assert len({len(line) for line in table}) == 1
-  large = plan.Line("a", 12_345_678, 80_000, 0.25, 1.5, 1.5e9)
-  assert "12,345,678     80,000" in plan.table("file", [large])
-  assert plan.table("file", [large]).endswith("25.00%    1.50   1,500.0")
+  large = plan_report.Line("a", 12_345_678, 80_000, 0.25, 1.5, 1.5e9)
+  assert "12,345,678     80,000" in plan_report.table("file", [large])
+  assert plan_report.table("file", [large]).endswith("25.00%    1.50   1,500.0")
 
 
 @pytest.mark.parametrize(("count", "shown"), [(25, 25), (26, 25), (400, 25)])
 def test_of_many_lines_the_first_and_the_last_are_shown(count, shown):
-  lines = [plan.Line(f"l{i}", 1, 1, 0.1, 1.0, 1.0) for i in range(count)]
-  table = plan.table("language", lines).splitlines()[1:]
+  lines = [plan_report.Line(f"l{i}", 1, 1, 0.1, 1.0, 1.0) for i in range(count)]
+  table = plan_report.table("language", lines).splitlines()[1:]
   assert len(table) == shown
   names = [line.split()[0] for line in table]
   assert names[:12] == [f"l{i}" for i in range(12)]
@@ -111,8 +112,8 @@ def test_of_many_differences_the_first_are_shown():
 
 @pytest.mark.parametrize("count", [1, 3, 60])
 def test_the_picture_is_an_image_of_some_size(tmp_path, count):
-  lines = [plan.Line(f"file {i}", i + 1, i + 1, 1 / count, 1.0, 1.0) for i in range(count)]
-  plan.picture(tmp_path / "plan.png", lines, lines)
+  lines = [plan_report.Line(f"file {i}", i + 1, i + 1, 1 / count, 1.0, 1.0) for i in range(count)]
+  plan_report.picture(tmp_path / "plan.png", lines, lines)
   content = (tmp_path / "plan.png").read_bytes()
   assert content.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in content[-12:]
   width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))

@@ -98,7 +98,7 @@ def test_stored_vectors_keep_their_type_and_the_order_of_the_rows(tmp_path, prep
 def test_hosts_hold_the_parts_of_one_global_batch(prepare):
   dataset = prepare(SHAPES)
   options = {"shards": 4, "teacher_vectors": True}
-  parts = [batches_of(dataset, host=h, hosts=4, **options)[3].teacher for h in range(4)]
+  parts = [batches_of(dataset, process=p, processes=4, **options)[3].teacher for p in range(4)]
   whole = batches_of(dataset, **options)[3].teacher
   np.testing.assert_array_equal(np.concatenate(parts), whole)
 

@@ -3,7 +3,10 @@
 import math
 import random
 
-EXITS, DIMS = (4, 8, 12, 16, 20, 24, 28), (8, 16, 32, 64, 128, 256, 512, 1024)
+from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
+from mlembed_jax.slice_scores import SliceScore
+
+DEPTHS, DIMS = (4, 8, 12, 16, 20, 24, 28), (8, 16, 32, 64, 128, 256, 512, 1024)
 RANKS, PRECISIONS = (64, 128, 256, 512), ("float32", "int8", "binary")
 LANGUAGES = "en de fr es it pt nl pl ru uk tr ar fa hi bn sw yo zh ja th".split()
 TASKS = (
@@ -22,48 +25,46 @@ def score(top, noise, rank, depth, dim, precision):
 
 
 def evaluation(
-  exits=EXITS, dims=DIMS, ranks=RANKS, precisions=PRECISIONS, tasks=TASKS, languages=LANGUAGES
+  depths=DEPTHS, dims=DIMS, ranks=RANKS, precisions=PRECISIONS, tasks=TASKS, languages=LANGUAGES
 ):
   noise = random.Random(7)
   hard = {language: noise.uniform(-0.18, 0.1) for language in languages}
-  records = []
+  scores = []
   for name, _, metric, top in tasks:
     for rank in ranks:
-      for depth in exits:
+      for depth in depths:
         for dim in dims:
           for precision in precisions:
-            size = {"rank": rank, "exit": depth, "dim": dim, "precision": precision}
             mean = score(top, noise, rank or 512, depth, dim, precision)
             by_language = {
               language: min(1.0, mean * (1 + hard[language]) + noise.gauss(0, 0.004))
               for language in languages
             }
-            record = {"task": name, "metric": metric, **size}
-            record["score"] = sum(by_language.values()) / len(by_language)
-            record["by_language"] = by_language
-            record["others"] = {"top1": record["score"] - 0.04} if metric == "f1" else {}
-            records.append(record)
-  return {
-    "model": "mlembed-0.6b",
-    "precisions": list(precisions),
-    "tasks": [
-      {"name": name, "type": kind, "metric": metric, "texts": 1230, "languages": len(languages)}
-      for name, kind, metric, _ in tasks
+            mean = sum(by_language.values()) / len(by_language)
+            others = {"top1": mean - 0.04} if metric == "f1" else {}
+            size = rank, depth, dim, precision
+            scores.append(SliceScore(name, metric, *size, mean, by_language, others))
+  return Evaluation(
+    model="mlembed-0.6b",
+    precisions=list(precisions),
+    tasks=[
+      TaskSummary(name, task_type, metric, 1230, len(languages))
+      for name, task_type, metric, _ in tasks
     ],
-    "scores": records,
-    "costs": {
-      "parameters": [
-        {
-          "rank": rank,
-          "exit": depth,
-          "count": 152_000 * (rank or 1024) + 15_730_000 * depth,
-          "flops_per_token": 2.0 * (rank or 0) * 1024 + 31_460_000 * depth,
-        }
+    scores=scores,
+    costs=Costs(
+      parameters=[
+        BodyCost(
+          rank=rank,
+          depth=depth,
+          count=152_000 * (rank or 1024) + 15_730_000 * depth,
+          flops_per_token=2.0 * (rank or 0) * 1024 + 31_460_000 * depth,
+        )
         for rank in ranks
-        for depth in exits
+        for depth in depths
       ],
-      "latency_ms": [{"exit": depth, "ms": 1.9 + 1.41 * depth, "tokens": 32} for depth in exits],
-      "device": "cpu (2 cores)",
-    },
-    "skipped": {"texts_truncated": 12},
-  }
+      latency_ms=[Latency(depth, 1.9 + 1.41 * depth, 32) for depth in depths],
+      device="cpu (2 cores)",
+    ),
+    skipped={"texts_truncated": 12},
+  )

@@ -1,4 +1,4 @@
-"""Every record of the grid equals scoring the cut model on its own."""
+"""Every score of the grid equals scoring the cut model on its own."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 
 from mlembed_jax.data.manifest import select
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.eval import grid, tasks
+from mlembed_jax.eval import grid, summary, tasks
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.parallel.sharding import make_mesh
 from tests.material import padded
@@ -21,21 +21,21 @@ def inputs(data):
 
 
 @pytest.fixture(scope="module")
-def records(tiny, params, inputs):
-  return grid.evaluate(tiny, params, *inputs, make_mesh(tiny))
+def scores(tiny, params, inputs):
+  return grid.score_slices(tiny, params, *inputs, make_mesh(tiny))
 
 
-def test_covers_the_cube(tiny, records):
-  cube = {(r["task"], r["rank"], r["exit"], r["dim"]) for r in records}
-  assert len(cube) == len(records) == 2 * 3 * 3 * 3
-  assert {r["metric"] for r in records} == {"f1", "accuracy"}
+def test_covers_the_cube(tiny, scores):
+  cube = {(s.task, *s.size) for s in scores}
+  assert len(cube) == len(scores) == 2 * 3 * 3 * 3
+  assert {s.metric for s in scores} == {"f1", "accuracy"}
 
 
 CELLS = [(24, 3, 48), (8, 1, 16), (16, 2, 8), (24, 3, 8), (24, 1, 48)]
 
 
 @pytest.mark.parametrize(("rank", "depth", "dim"), CELLS)
-def test_a_record_is_the_score_of_the_cut_model(tiny, params, inputs, contents, rank, depth, dim):
+def test_a_score_is_the_score_of_the_cut_model(tiny, params, inputs, contents, rank, depth, dim):
   (task, _), tokenizer = inputs
   cut = Slice(rank=rank, depth=depth)
   ids = tokenizer.encode(task.texts, 64)
@@ -59,24 +59,23 @@ def content(vectors):
 def contents(tiny, params, inputs):
   (task, _), tokenizer = inputs
   task = dataclasses.replace(task, score=content)
-  found = grid.evaluate(tiny, params, [task], tokenizer, make_mesh(tiny))
-  return {(r["rank"], r["exit"], r["dim"]): r["score"] for r in found}
+  found = grid.score_slices(tiny, params, [task], tokenizer, make_mesh(tiny))
+  return {(s.rank, s.depth, s.dim): s.score for s in found}
 
 
-def test_table_shows_before_and_after(records):
-  better = [r | {"score": r["score"] + 0.5} for r in records]
-  text = grid.table(records, better, "heldout/bitext.parquet")
-  lines = text.splitlines()
+@pytest.fixture(scope="module")
+def bitext(scores):
+  return [s for s in scores if s.task == "heldout/bitext.parquet"]
+
+
+def test_table_shows_before_and_after(bitext):
+  better = [dataclasses.replace(s, score=s.score + 0.5) for s in bitext]
+  lines = summary.change_table(bitext, better).splitlines()
   assert lines[0] == "| depth | dim 8 | dim 16 | dim 48 |"
   assert lines[6] == "| rank | dim 8 | dim 16 | dim 48 |"
-  full = next(
-    r["score"]
-    for r in records
-    if (r["task"], r["rank"], r["exit"], r["dim"]) == ("heldout/bitext.parquet", 24, 3, 48)
-  )
+  full = next(s.score for s in bitext if (s.rank, s.depth, s.dim) == (24, 3, 48))
   assert lines[4].endswith(f"| {100 * full:.0f} → {100 * full + 50:.0f} |") and lines[4][2] == "3"
 
 
-def test_table_shows_what_was_not_measured_as_a_dash(records):
-  text = grid.table([], records, "heldout/bitext.parquet")
-  assert text.splitlines()[2].startswith("| 1 | – → ")
+def test_table_shows_what_was_not_measured_as_a_dash(bitext):
+  assert summary.change_table([], bitext).splitlines()[2].startswith("| 1 | – → ")

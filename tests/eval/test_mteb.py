@@ -79,13 +79,17 @@ def out(tmp_path_factory) -> pathlib.Path:
   return tmp_path_factory.mktemp("out")
 
 
+def by_size(found) -> dict:
+  return {(s.task, s.rank, s.depth, s.dim): s for s in found}
+
+
 @pytest.fixture(scope="module")
 def records(encoder, files, out) -> dict:
   """Of every local task and slice."""
   encoder.passes.clear()
   found = evaluate(encoder, local_tasks.all_of(files), SLICES, out)
   assert len(found) == 4 * len(SLICES)
-  return {(r["task"], r["rank"], r["exit"], r["dim"]): r for r in found}
+  return by_size(found)
 
 
 def alone(model, tasks) -> dict[str, mteb.TaskResult]:
@@ -103,10 +107,10 @@ def test_scores_are_those_of_sentence_transformers(encoder, folder, files, recor
   found = [*mocks, *(r for key, r in records.items() if key[1:] == (0, 4, 48))]
   assert len(found) == len(theirs) == len(tasks)
   for record in found:
-    result = theirs[record["task"].removeprefix("mteb:")]
-    assert record["score"] == pytest.approx(result.get_score(), abs=1e-4), record["task"]
+    result = theirs[record.task.removeprefix("mteb:")]
+    assert record.score == pytest.approx(result.get_score(), abs=1e-4), record.task
     split = {scores["hf_subset"]: scores["main_score"] for scores in result.scores["test"]}
-    assert record["by_language"] == pytest.approx(split, abs=1e-4)
+    assert record.by_language == pytest.approx(split, abs=1e-4)
 
 
 @pytest.mark.parametrize("cut", SLICES[1::2])
@@ -114,14 +118,14 @@ def test_a_slice_scores_as_it_does_alone(encoder, files, records, cut):
   found = alone(MTEBEncoder(encoder, cut), local_tasks.all_of(files))
   for name, result in found.items():
     record = records[f"mteb:{name}", cut.rank or 0, cut.depth or 4, cut.dim or 48]
-    assert record["score"] == pytest.approx(result.get_score(), abs=1e-4), name
+    assert record.score == pytest.approx(result.get_score(), abs=1e-4), name
 
 
 def test_our_own_scores_are_those_of_mteb(encoder, files, records):
   def vectors(texts, prompt):
     return encoder.encode(texts.to_pylist(), prompt_name=prompt)
 
-  stated = records["mteb:LocalBitext", 0, 4, 48]["by_language"]
+  stated = records["mteb:LocalBitext", 0, 4, 48].by_language
   for lang in ("de-en", "zh-en"):
     pairs = pq.read_table(files / f"{lang}.parquet")
     sides = (vectors(pairs[f"sentence{i}"], "BitextMining") for i in (1, 2))
@@ -129,17 +133,17 @@ def test_our_own_scores_are_those_of_mteb(encoder, files, records):
   table = pq.read_table(files / "colours.parquet")
   labels, found = table["label"].to_numpy(), vectors(table["text"], "Classification")
   halves = found[:24], labels[:24], found[24:], labels[24:]
-  stated = records["mteb:LocalClassification", 0, 4, 48]["score"]
+  stated = records["mteb:LocalClassification", 0, 4, 48].score
   assert scores.classification(*halves)["accuracy"].mean() == pytest.approx(stated, abs=1e-4)
 
 
 def test_records(records):
   record = records["mteb:LocalBitext", 8, 3, 8]
-  assert record["metric"] == "f1"
-  assert record["precision"] == "float32"
-  assert set(record["by_language"]) == {"de-en", "zh-en"}
-  assert record["score"] == pytest.approx(np.mean([*record["by_language"].values()]), abs=1e-6)
-  assert len({r["score"] for r in records.values()}) > 12  # slices differ
+  assert record.metric == "f1"
+  assert record.precision == "float32"
+  assert set(record.by_language) == {"de-en", "zh-en"}
+  assert record.score == pytest.approx(np.mean([*record.by_language.values()]), abs=1e-6)
+  assert len({r.score for r in records.values()}) > 12  # slices differ
 
 
 def test_every_text_is_encoded_once_per_rank_and_task(encoder, files, tmp_path):
@@ -158,7 +162,7 @@ def test_results_are_read_by_mteb(encoder, records, out):
   meta = model_meta(encoder, Slice(depth=2, dim=16))
   result = cache.load_task_result("LocalClusters", meta.name, meta.revision)
   assert result is not None
-  assert result.get_score() == records["mteb:LocalClusters", 0, 2, 16]["score"]
+  assert result.get_score() == records["mteb:LocalClusters", 0, 2, 16].score
   folder = out / "results" / "mlembed__tiny-d16-l2" / (meta.revision or "")
   assert len(list(folder.glob("Local*.json"))) == 4
   written = json.loads((folder / "model_meta.json").read_text())
@@ -172,7 +176,7 @@ def test_results_that_are_there_are_not_computed_again(encoder, files, records, 
   encoder.passes.clear()
   tasks = local_tasks.all_of(files / "gone")
   again = evaluate(encoder, tasks, SLICES, out)
-  assert {(r["task"], r["rank"], r["exit"], r["dim"]): r for r in again} == records
+  assert by_size(again) == records
   assert not encoder.passes
 
 

@@ -1,14 +1,15 @@
 """The page holds the numbers, loads nothing, and no text of the data can become markup."""
 
-import copy
 import html.parser
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from mlembed_jax.eval import report, summary
+from mlembed_jax.slice_scores import Size
 from tests.eval import made_up
 
 HOSTILE = '</script><img src=x onerror="alert(1)">&amp;{{data}}<!--'
@@ -46,6 +47,11 @@ class Reader(html.parser.HTMLParser):
     return json.loads(self.scripts["application/json"])
 
 
+def size_of(value):
+  """Returns the slice that an entry of the page is about."""
+  return Size(*(value[axis] for axis in Size._fields))
+
+
 def shown(page, name):
   """Returns whether the section of a heading is there to be seen."""
   section = next(a for tag, a in page.elements if a.get("aria-labelledby") == name)
@@ -54,7 +60,7 @@ def shown(page, name):
 
 @pytest.fixture(scope="module")
 def evaluation():
-  return made_up.evaluation(exits=(4, 12, 28), dims=(8, 64, 1024), ranks=(64, 512))
+  return made_up.evaluation(depths=(4, 12, 28), dims=(8, 64, 1024), ranks=(64, 512))
 
 
 @pytest.fixture(scope="module")
@@ -82,24 +88,24 @@ def test_the_numbers_parse_back(page, evaluation):
   assert len(data["slices"]) == 3 * 3 * 2 * 3
   assert [view["name"] for view in data["views"]] == [
     "mean of 4 tasks",
-    *(task["name"] for task in evaluation["tasks"]),
+    *(task.name for task in evaluation.tasks),
   ]
-  slices = {summary.size_of(of): of for of in data["slices"]}
+  slices = {size_of(value): value for value in data["slices"]}
   codes = [code for code, _ in data["views"][2]["languages"]]
-  for record in evaluation["scores"]:
-    of = slices[summary.size_of(record)]
-    view = 1 + [task["name"] for task in evaluation["tasks"]].index(record["task"])
-    assert of["scores"][view] == pytest.approx(record["score"], abs=1e-6)
-    by_language = dict(zip(codes, of["languages"][view], strict=True))
-    assert by_language == pytest.approx(record["by_language"], abs=1e-6)
+  for score in evaluation.scores:
+    value = slices[score.size]
+    view = 1 + [task.name for task in evaluation.tasks].index(score.task)
+    assert value["scores"][view] == pytest.approx(score.score, abs=1e-6)
+    by_language = dict(zip(codes, value["languages"][view], strict=True))
+    assert by_language == pytest.approx(score.by_language, abs=1e-6)
 
 
 def test_the_fronts_are_those_of_the_summary(page, evaluation):
   data = page.data
-  for view, task in enumerate([None, *(task["name"] for task in evaluation["tasks"])]):
+  for view, task in enumerate([None, *(task.name for task in evaluation.tasks)]):
     points = summary.points(evaluation, task)
     for cost, places in data["views"][view]["fronts"].items():
-      sizes = [summary.size_of(data["slices"][place]) for place in places]
+      sizes = [size_of(data["slices"][place]) for place in places]
       assert sizes == [point.size for point in summary.front(points, cost)]
 
 
@@ -113,17 +119,25 @@ def test_the_answer_stands_in_the_page_itself(page, evaluation):
 
 
 def test_data_cannot_become_markup(evaluation):
-  hostile = copy.deepcopy(evaluation)
-  hostile["model"] = HOSTILE
-  hostile["costs"]["device"] = HOSTILE
-  hostile["skipped"] = {HOSTILE: 3}
-  for task in hostile["tasks"]:
-    task["name"] = HOSTILE + task["name"]
-    task["type"] = task["metric"] = HOSTILE
-  for record in hostile["scores"]:
-    record["task"] = HOSTILE + record["task"]
-    record["by_language"] = {HOSTILE: 0.5, **record["by_language"]}
-    record["others"] = {HOSTILE: 0.5}
+  hostile = replace(
+    evaluation,
+    model=HOSTILE,
+    costs=replace(evaluation.costs, device=HOSTILE),
+    skipped={HOSTILE: 3},
+    tasks=[
+      replace(task, name=HOSTILE + task.name, type=HOSTILE, metric=HOSTILE)
+      for task in evaluation.tasks
+    ],
+    scores=[
+      replace(
+        score,
+        task=HOSTILE + score.task,
+        by_language={HOSTILE: 0.5, **score.by_language},
+        others={HOSTILE: 0.5},
+      )
+      for score in evaluation.scores
+    ],
+  )
   page = Reader(report.page(hostile))
   assert page.open == []
   assert "img" not in {tag for tag, _ in page.elements}
@@ -149,35 +163,33 @@ def test_only_precisions_differ():
 
 
 def test_what_was_not_measured_is_left_out(evaluation):
-  lacking = copy.deepcopy(evaluation)
-  del lacking["costs"]["latency_ms"], lacking["skipped"]
-  lacking["scores"][0]["score"] = math.nan
-  lacking["scores"][5]["by_language"]["de"] = math.nan
+  scores = [*evaluation.scores]
+  scores[0] = replace(scores[0], score=math.nan)
+  scores[5] = replace(scores[5], by_language=scores[5].by_language | {"de": math.nan})
+  costs = replace(evaluation.costs, latency_ms=[])
+  lacking = replace(evaluation, scores=scores, costs=costs, skipped={})
   page = Reader(report.page(lacking))
   assert "latency" not in [a.get("data-cost") for _, a in page.elements]
   assert "Latency" not in " ".join(page.text)
-  spoilt = next(
-    of for of in page.data["slices"] if summary.size_of(of) == summary.size_of(lacking["scores"][0])
-  )
+  spoilt = next(value for value in page.data["slices"] if size_of(value) == scores[0].size)
   assert spoilt["scores"][:2] == [None, None]
 
 
 def test_a_task_whose_number_of_texts_is_not_known(evaluation):
-  some = copy.deepcopy(evaluation)
-  some["tasks"][0]["texts"] = None
-  known = sum(task["texts"] for task in some["tasks"][1:])
+  unknown = [replace(task, texts=None) for task in evaluation.tasks]
+  some = replace(evaluation, tasks=[*unknown[:1], *evaluation.tasks[1:]])
+  known = sum(task.texts for task in some.tasks[1:])
   assert f"4 tasks, {known:,} texts" in report.page(some)
-  for task in some["tasks"]:
-    task["texts"] = None
-  assert (
-    "4 tasks, " in report.page(some) and " texts" not in report.page(some).split("</header>")[0]
-  )
+  text = report.page(replace(evaluation, tasks=unknown))
+  assert "4 tasks, " in text and " texts" not in text.split("</header>")[0]
 
 
 def test_a_language_that_only_some_tasks_have(evaluation):
-  some = copy.deepcopy(evaluation)
-  for record in some["scores"]:
-    if record["task"] != "udhr_bitext.parquet":
-      del record["by_language"]["de"]
-  view = Reader(report.page(some)).data["views"][0]
+  scores = [
+    score
+    if score.task == "udhr_bitext.parquet"
+    else replace(score, by_language={k: v for k, v in score.by_language.items() if k != "de"})
+    for score in evaluation.scores
+  ]
+  view = Reader(report.page(replace(evaluation, scores=scores))).data["views"][0]
   assert dict(view["languages"])["de"] == 1 and dict(view["languages"])["fr"] == 4

@@ -1,41 +1,34 @@
 """Means, the cheapest good slices and Pareto fronts: by hand, and against brute force."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 
 from mlembed_jax.eval import summary
+from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
+from mlembed_jax.slice_scores import SliceScore
 from tests.eval import made_up
 
 
-def small(scores, tasks=("a",), latency=True):
-  """Returns an evaluation of (rank, exit, dim, precision) -> a score per task."""
-  costs = {
-    "parameters": [
-      {
-        "rank": rank,
-        "exit": depth,
-        "count": 10 * rank + depth,
-        "flops_per_token": rank + 100 * depth,
-      }
-      for rank, depth in {size[:2] for size in scores}
+def small(values, tasks=("a",), latency=True):
+  """Returns an evaluation of (rank, depth, dim, precision) -> a score per task."""
+  costs = Costs(
+    parameters=[
+      BodyCost(rank, depth, count=10 * rank + depth, flops_per_token=rank + 100 * depth)
+      for rank, depth in {size[:2] for size in values}
     ],
-    "latency_ms": [{"exit": depth, "ms": 2.0 * depth, "tokens": 32} for depth in (1, 2)],
-    "device": "cpu",
-  }
-  if not latency:
-    del costs["latency_ms"]
-  records = [
-    {
-      **{"task": task, "metric": "f1", "score": score, "by_language": {"de": score}},
-      **dict(zip(summary.AXES, size, strict=True)),
-    }
-    for size, values in scores.items()
-    for task, score in zip(tasks, values, strict=True)
+    latency_ms=[Latency(depth, 2.0 * depth, 32) for depth in (1, 2)] if latency else [],
+    device="cpu",
+  )
+  scores = [
+    SliceScore(task, "f1", *size, score, {"de": score})
+    for size, of_tasks in values.items()
+    for task, score in zip(tasks, of_tasks, strict=True)
   ]
-  about = [{"name": t, "type": "bitext", "metric": "f1", "texts": 9, "languages": 1} for t in tasks]
-  return {"model": "m", "tasks": about, "scores": records, "costs": costs, "skipped": {}}
+  about = [TaskSummary(task, "bitext", "f1", texts=9, languages=1) for task in tasks]
+  return Evaluation("m", ["float32"], about, scores, costs, {})
 
 
 BY_HAND = {
@@ -151,7 +144,7 @@ def test_without_latency():
 
 
 def test_without_any_costs_bytes_remain():
-  evaluation = {**small(BY_HAND), "costs": {}}
+  evaluation = dataclasses.replace(small(BY_HAND), costs=Costs())
   assert list(summary.cheapest(evaluation, 0.05)) == ["bytes"]
 
 
@@ -174,7 +167,7 @@ def test_costs_are_shown_to_three_digits(cost, value, text):
 def test_the_text_of_a_grid(evaluation):
   lines = summary.text_table(evaluation).splitlines()
   headings = [line for line in lines if line.endswith(":")]
-  tasks = [task["name"] for task in evaluation["tasks"]]
+  tasks = [task.name for task in evaluation.tasks]
   assert headings == [f"{name}:" for name in [*tasks, "mean", "mean at full depth"]]
   top = summary.full(summary.points(evaluation)).score
   full_depth = next(line for line in lines[lines.index("mean:") :] if line.startswith("| 28 |"))

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf.checks.finding import (
   CONSUMERS,
   ERROR,
   LLAMA,

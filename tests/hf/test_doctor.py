@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3Model
 
-from mlembed_jax.hf import parity
-from mlembed_jax.hf.checks import agreement, examination, installed
+from mlembed_jax.errors import LoadError
+from mlembed_jax.hf import own_file, parity
+from mlembed_jax.hf.checks import examine, installed, vectors
 from mlembed_jax.hf.checks import small_files as checks
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf.checks.finding import (
   CONSUMERS,
   ERROR,
   LLAMA,
@@ -50,8 +51,8 @@ from tests.hf.broken import (
 from tests.hf.exports import CUTS, Trained, load_st
 
 ROOT = pathlib.Path(__file__).parents[2]
-VECTORS = Check("D16", agreement.d16, (OURS,), (parity.FILE, "mlembed.json"))
-ALL = (*examination.CHECKS, VECTORS)
+VECTORS = Check("D16", vectors.d16, (OURS,), (parity.FILE, "mlembed.json"))
+ALL = (*examine.CHECKS, VECTORS)
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +70,13 @@ def faults(findings: list[Finding]) -> list[Finding]:
   return [f for f in findings if f.level in (WARNING, ERROR)]
 
 
-def verdicts(folder: pathlib.Path, findings: list[Finding]) -> dict[str, examination.Verdict]:
-  return {v.consumer: v for v in examination.verdicts(folder, findings)}
+def verdicts(folder: pathlib.Path, findings: list[Finding]) -> dict[str, examine.Verdict]:
+  return {v.consumer: v for v in examine.verdicts(folder, findings)}
 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_an_export_is_in_order(cut: str, folders: dict):
-  findings = examination.examine(folders[cut], ALL)
+  findings = examine.examine(folders[cut], ALL)
   assert not faults(findings)
   assert {f.check for f in findings} == {f"D{i:02}" for i in range(1, 17)}
   assert [f.check for f in findings if f.level == SKIPPED] == ["D13"], "not Qwen's vocabulary"
@@ -85,7 +86,7 @@ def test_an_export_is_in_order(cut: str, folders: dict):
 
 
 def test_a_folder_of_factors_is_in_order_and_not_for_servers(uv: pathlib.Path):
-  findings = examination.examine(uv, ALL)
+  findings = examine.examine(uv, ALL)
   assert not faults(findings)
   found = verdicts(uv, findings)
   assert {name for name, v in found.items() if v.level == SKIPPED} == set(SERVERS)
@@ -96,7 +97,7 @@ def test_a_folder_of_factors_is_in_order_and_not_for_servers(uv: pathlib.Path):
 def test_a_fault_is_found_by_its_check(case: tuple, copy: pathlib.Path):
   check, level, said, edit, concerned = case
   edit(copy)
-  findings = examination.examine(copy, ALL if check == "D16" else examination.CHECKS)
+  findings = examine.examine(copy, ALL if check == "D16" else examine.CHECKS)
   matching = [f for f in faults(findings) if f.check == check and said in f.found]
   assert matching, [f for f in findings if f.check == check]
   assert (matching[0].level, set(matching[0].consumers)) == (level, set(concerned))
@@ -115,13 +116,13 @@ def test_the_code_and_the_rank_of_a_folder_of_factors_are_checked(
 ):
   folder = pathlib.Path(shutil.copytree(uv, tmp_path / "uv"))
   (folder / "modeling_mlembed.py").write_text("import os\n")
-  findings = examination.examine(folder)
+  findings = examine.examine(folder)
   assert [(f.check, f.level) for f in faults(findings)] == [("D06", WARNING)]
   check = Check("D16", installed.transformers, (TRANSFORMERS,))
-  assert "code that is not ours" in examination.examine(folder, [check])[0].found
+  assert "code that is not ours" in examine.examine(folder, [check])[0].found
   (folder / "modeling_mlembed.py").unlink()
   nested(OWN, "table", "rank_exported", to=16)(folder)
-  found = {(f.check, f.level) for f in faults(examination.examine(folder))}
+  found = {(f.check, f.level) for f in faults(examine.examine(folder))}
   assert {("D06", ERROR), ("D14", ERROR)} <= found
 
 
@@ -143,7 +144,7 @@ def test_code_below_or_elsewhere_is_not_run(uv: pathlib.Path, tmp_path: pathlib.
 
 def test_a_fault_of_one_program_is_not_one_of_others(copy: pathlib.Path):
   nested(PROMPTS, "prompts", "document", to=None)(copy)
-  found = verdicts(copy, examination.examine(copy))
+  found = verdicts(copy, examine.examine(copy))
   assert [name for name, v in found.items() if v.level != OK] == [TEI]
   assert str(found[TEI]).split("  ")[-1].strip() == "would fail because of D02"
 
@@ -152,15 +153,39 @@ def test_a_check_that_stumbles_says_so(copy: pathlib.Path):
   change(CONFIG, matryoshka_dimensions=3)(copy)
   change(OWN, dims=1, pooling=[])(copy)
   (copy / "modules.json").write_text('{"a": 1}')
-  found = [f for f in examination.examine(copy, ALL) if "cannot be examined" in f.found]
+  found = [f for f in examine.examine(copy, ALL) if "cannot be examined" in f.found]
   assert found and all(f.level == ERROR for f in found)
+
+
+@pytest.mark.parametrize(
+  ("edit", "said"),
+  [
+    (nested(OWN, "exits", "trained", to=["1"]), "exits.trained[0] is '1', expected int"),
+    (nested(OWN, "pooling", "token", to=None), "pooling.token is None, expected str"),
+    (nested(OWN, "training", "step", to=True), "training.step is True, expected int"),
+    (nested(OWN, "files", "README.md", to={}), "files.README.md.sha256 is missing"),
+    (change(OWN, dims=1), "dims is 1, expected dict"),
+    (change(OWN, table=...), "table is missing"),
+    (change(OWN, format_version=2), "format_version 2"),
+    (lambda folder: (folder / OWN).write_text("[]"), "no JSON object"),
+  ],
+)
+def test_a_damaged_file_of_ours_is_a_finding(edit: Edit, said: str, copy: pathlib.Path):
+  edit(copy)
+  with pytest.raises(LoadError) as raised:
+    own_file.read(copy)
+  assert str(raised.value).startswith(f"{copy / OWN}") and said in str(raised.value)
+  findings = examine.examine(copy, ALL)
+  assert [(f.check, f.file, f.consumers) for f in faults(findings)] == [("D02", OWN, (OURS,))]
+  assert said in faults(findings)[0].found
+  assert {"D14", "D16"} <= {f.check for f in findings if f.level == SKIPPED}
 
 
 def test_a_folder_of_others_is_examined_without_our_files(folders: dict, tmp_path: pathlib.Path):
   ours = pathlib.Path(shutil.copytree(folders["full"], tmp_path / "ours"))
   for file in (OWN, parity.FILE):
     remove(file)(ours)
-  findings = examination.examine(ours, ALL)
+  findings = examine.examine(ours, ALL)
   assert not faults(findings)
   assert {f.check for f in findings if f.level == SKIPPED} == {"D01", "D13", "D14", "D15", "D16"}
 
@@ -169,7 +194,7 @@ def test_a_folder_of_others_is_examined_without_our_files(folders: dict, tmp_pat
   heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
   Qwen3Model(Qwen3Config(**sizes, **heads, eos_token_id=3)).save_pretrained(plain)
   shutil.copy(folders["full"] / "tokenizer.json", plain)
-  findings = examination.examine(plain, ALL)
+  findings = examine.examine(plain, ALL)
   assert not [f.found for f in findings if "cannot be examined" in f.found]
   assert {"D01", "D05", "D12"} <= {f.check for f in findings if f.level == ERROR}
   assert not {"D03", "D04", "D08"} & {f.check for f in faults(findings)}
@@ -180,7 +205,7 @@ def test_programs_that_are_not_installed_are_skipped(
 ):
   monkeypatch.setitem(sys.modules, "torch", None)
   checks = [Check("D16", installed.sentence_transformers, (ST,))]
-  findings = examination.examine(folders["full"], checks)
+  findings = examine.examine(folders["full"], checks)
   assert [(f.level, f.found) for f in findings] == [(SKIPPED, "not loaded: torch is not installed")]
 
 
@@ -197,7 +222,7 @@ def test_programs_that_are_installed_are_loaded(fault: str, copy: pathlib.Path):
     Check("D16", installed.sentence_transformers, (ST,)),
     Check("D16", installed.transformers, (TRANSFORMERS,)),
   ]
-  theirs, plain = examination.examine(copy, checks)
+  theirs, plain = examine.examine(copy, checks)
   said = {
     "ids": ["other ids to 1 of 17 texts, first 'arabic'"] * 2,
     "vectors": ["least cosine"] * 2,

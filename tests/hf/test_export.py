@@ -1,7 +1,6 @@
 import dataclasses
 import hashlib
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +12,11 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.hf import card, export, files
+from mlembed_jax.hf import card, config_files, export
 from mlembed_jax.hf.export import ExportError, variant_name
 from mlembed_jax.matryoshka import Slice
+from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.workdir import StepScores
 from tests import material
 from tests.hf.exports import CUTS, TEXTS, Trained, load_st, parity_difference, read, trained
 
@@ -48,7 +49,7 @@ def test_every_exit_is_the_transformers_model_of_that_depth(
 @pytest.mark.parametrize("cut", CUTS)
 def test_sentence_transformers_gives_our_vectors(cut: str, folders: dict, factorised: Trained):
   theirs = load_st(folders[cut]).encode(TEXTS, prompt_name="query", batch_size=7)
-  prompt = files.prompts(factorised.run.datasets)["query"]
+  prompt = config_files.prompts(factorised.run.datasets)["query"]
   ours = factorised.vectors(TEXTS, CUTS[cut], prompt)
   assert theirs.shape == (len(TEXTS), CUTS[cut].dim or 48)
   np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-6)
@@ -206,12 +207,14 @@ def test_prompts_name_task_types_and_then_files(folders: dict):
 
 
 def test_without_training_files_the_query_prompt_is_that_of_the_reference():
-  assert files.prompts({})["query"].startswith("Instruct: Given a question, retrieve passages")
+  assert config_files.prompts({})["query"].startswith(
+    "Instruct: Given a question, retrieve passages"
+  )
   topics = {
     "b": material.entry("clustering", 1, "B."),
     "a": material.entry("classification", 1, "A."),
   }
-  assert files.prompts(topics)["Classification"] == "Instruct: A.\nQuery: "
+  assert config_files.prompts(topics)["Classification"] == "Instruct: A.\nQuery: "
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_the_tokenizer_class_follows_the_vocabulary(
   tmp_path: pathlib.Path,
   monkeypatch: pytest.MonkeyPatch,
 ):
-  monkeypatch.setattr(files, "QWEN_SIZE", 500)
+  monkeypatch.setattr(config_files, "QWEN_SIZE", 500)
   made = material.train_tokenizer(600)
   made.add_special_tokens(tokens)
   made.save(str(tmp_path / "tokenizer.json"))
@@ -329,21 +332,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(factorised: Trained, tmp_path:
   assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
-def scores() -> dict[str, Any]:
+def scores() -> StepScores:
   listed = [
-    {
-      "task": "bitext",
-      "metric": "accuracy",
-      "rank": r,
-      "exit": e,
-      "dim": d,
-      "score": r / 100 + e / 10 + d / 1000,
-    }
+    SliceScore("bitext", "accuracy", r, n, d, "float32", r / 100 + n / 10 + d / 1000, {})
     for r in (8, 16, 24)
-    for e in (1, 2, 4)
+    for n in (1, 2, 4)
     for d in (8, 16, 48)
   ]
-  return {"step": 20, "scores": listed}
+  return StepScores(20, {}, listed)
 
 
 def test_the_card_has_its_front_matter_headings_and_scores(

@@ -11,7 +11,7 @@ import torch
 
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, torch_file
-from mlembed_jax.hf.folder import open_folder, read_model
+from mlembed_jax.hf.folder import open_model_folder, read_model
 from mlembed_jax.hf.load import load_params
 from tests.hf.test_families import theirs
 
@@ -87,7 +87,7 @@ def test_new_factors_are_kept_by_the_table(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   theirs("llama", torch.float32).save_pretrained(tmp_path / "model")
   model = dataclasses.replace(read_model(tmp_path / "model"), rank=32)
-  folder = open_folder(tmp_path / "model", model)
+  folder = open_model_folder(tmp_path / "model", model)
   first = factors.of_folder(folder, 32)
   assert "640 x 48 factorised in" in capsys.readouterr().out
   again = factors.of_folder(folder, 32)

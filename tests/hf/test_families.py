@@ -12,7 +12,7 @@ import transformers
 
 from mlembed_jax.config import from_mapping, load_module
 from mlembed_jax.errors import ConfigError, LoadError
-from mlembed_jax.hf import names
+from mlembed_jax.hf import param_mapping
 from mlembed_jax.hf.folder import read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
@@ -61,7 +61,7 @@ def test_every_exit_equals_that_of_transformers(family, shards, dtype, tmp_path)
   made.save_pretrained(tmp_path, max_shard_size=f"{size // shards // 1000 + 2 * (shards == 1)}KB")
   assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shards == 5)
   model = read_model(tmp_path)
-  assert names.family(model) == family
+  assert param_mapping.family(model) == family
   tokens, sizes = material.random_batch(model.vocab, 5, 40)
   params = load_params(tmp_path, model)
   ours = np.asarray(jax.jit(material.padded(model))({"params": params}, tokens, sizes))

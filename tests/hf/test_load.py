@@ -15,7 +15,7 @@ import transformers
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
-from mlembed_jax.hf import names
+from mlembed_jax.hf import param_mapping
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice, slice_params
@@ -28,7 +28,7 @@ Q = "layers.1.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def theirs(tiny: Config) -> transformers.Qwen3ForCausalLM:
   """A model of transformers with random norms, so that a forgotten norm shows."""
-  sizes = {key: getattr(tiny.model, field) for field, key in names.CONFIG_KEYS.items()}
+  sizes = {key: getattr(tiny.model, field) for field, key in param_mapping.CONFIG_KEYS.items()}
   config = transformers.Qwen3Config(
     **sizes,
     rope_parameters={"rope_type": "default", "rope_theta": tiny.model.rope_theta},

@@ -1,10 +1,12 @@
 """FLOPs by hand and by the compiler; what a chip can do."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from mlembed_jax.config import from_mapping
 from mlembed_jax.devices import chips
@@ -39,9 +41,34 @@ def test_a_factorised_table_costs_its_product_and_a_full_one_nothing():
   assert factorised - whole == 7 * 2 * 512 * 1024
 
 
-def test_training_is_three_times_forward():
-  model = model_of("0_6b")
-  assert flops.step_flops(model, 10, 110) == 3 * flops.forward_flops(model, 10, 110)
+def products(jaxpr):
+  """Returns the FLOPs of all matrix products of a program, a loop's as often as it runs."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      sizes = (eqn.invars[0].aval.shape[axis] for axis in contracted)
+      total += 2 * eqn.outvars[0].aval.size * math.prod(sizes)
+    times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    total += times * sum(map(products, jaxprs_in_params(eqn.params)))
+  return total
+
+
+@pytest.mark.parametrize("rank", [0, 24])
+def test_an_update_is_counted_by_the_products_of_its_gradient(rank):
+  model = dataclasses.replace(from_mapping(config_dict()).model, rank=rank)
+  tokens, ends = np.zeros((4, 32), np.int32), np.full((4, 1), 31, np.int32)
+
+  def loss(params):
+    return Encoder(model).apply({"params": params}, tokens, ends).sum()
+
+  def found(function):
+    return products(jax.make_jaxpr(function)(random_params(model)).jaxpr)
+
+  # The einsum multiplies all pairs of tokens, and `squares` is twice their number.
+  squares = 2 * 4 * 32 * 32
+  assert found(loss) == flops.forward_flops(model, 4 * 32, squares)
+  assert found(jax.value_and_grad(loss)) == flops.step_flops(model, 4 * 32, squares)
 
 
 def counted(model, texts, size):

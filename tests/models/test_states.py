@@ -46,3 +46,10 @@ def test_one_program_per_length(tiny, params, ids):
 
 def test_no_texts_give_no_vectors(tiny, params):
   assert run(tiny, params, []).shape == (2, 0, tiny.model.width)
+
+
+def test_bucket_and_pad():
+  assert [module.bucket(n, (32, 64)) for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
+  tokens, lengths = module.pad([[5, 6], [7]], 3)
+  np.testing.assert_array_equal(tokens, [[5, 6, 0], [7, 0, 0]])
+  np.testing.assert_array_equal(lengths, [2, 1])

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.parallel import distributed
+from mlembed_jax.parallel import join
 from tests import test_train
 from tests.test_train import ENVIRONMENT, ROOT, arrays, lines, wait_for_step
 
@@ -123,7 +123,7 @@ def test_every_layout_gives_the_same_scores_and_export(alone, continued):
       json.loads((w / f"eval/step_{step}.json").read_text())["scores"]
       for w in (alone, continued[0])
     )
-    axes = ("task", "metric", "rank", "exit", "dim", "precision")
+    axes = ("task", "metric", "rank", "depth", "dim", "precision")
     assert [[r[axis] for axis in axes] for r in one] == [[r[axis] for axis in axes] for r in other]
     scores = [[r["score"] for r in of] for of in (one, other)]
     np.testing.assert_allclose(scores[1], scores[0], atol=0.02)  # 1 of 100 texts per language
@@ -145,7 +145,7 @@ def test_one_process_prints_and_writes(alone, continued):
 
 
 def test_what_processes_do_together(tmp_path):
-  status, output, errors = finish(start(*launcher(2, 2, "-m", "tests.hosts_script", tmp_path)))
+  status, output, errors = finish(start(*launcher(2, 2, "-m", "tests.processes_script", tmp_path)))
   assert status == 0, errors
   assert "[0] all is well" in output
 
@@ -167,7 +167,7 @@ def test_another_configuration_on_one_process_is_refused_by_all(data, tmp_path):
 
 
 def test_processes_that_do_not_meet_end_in_time_with_a_message(data, tmp_path):
-  with distributed.socket.create_server(("", 0)) as server:
+  with join.socket.create_server(("", 0)) as server:
     free = server.getsockname()[1]
   flags = [*training(data, tmp_path), "--join_timeout_s=3"]
   began = time.monotonic()
@@ -194,17 +194,17 @@ def test_processes_that_do_not_meet_end_in_time_with_a_message(data, tmp_path):
 
 
 def test_a_port_that_is_taken_is_named():
-  with distributed.socket.create_server(("", 0)) as server:
-    member = distributed.Member(f"localhost:{server.getsockname()[1]}", 2, 0)
+  with join.socket.create_server(("", 0)) as server:
+    member = join.Member(f"localhost:{server.getsockname()[1]}", 2, 0)
     with pytest.raises(ConfigError, match=r"cannot listen on port \d+: Address already in use"):
-      distributed._check_address(member, time.monotonic())
+      join._check_address(member, time.monotonic())
 
 
 def test_jax_still_says_the_same_of_a_single_machine():
   """On TPU machines it is asked whether there are others; `join` goes by this answer."""
   code = "import jax; jax.distributed.initialize()"
   _, _, errors = finish(start(sys.executable, "-c", code))
-  assert f"ValueError: {distributed.NO_CLUSTER}" in errors
+  assert f"ValueError: {join.NO_CLUSTER}" in errors
 
 
 ALL = {
@@ -215,9 +215,9 @@ ALL = {
 
 
 def test_the_three_variables():
-  assert distributed.from_environment({}) is None
-  assert distributed.from_environment(ALL) == distributed.Member("10.0.0.2:8476", 4, 3)
-  assert distributed.Member("[::1]:80", 1, 0).endpoint == ("::1", 80)
+  assert join.from_environment({}) is None
+  assert join.from_environment(ALL) == join.Member("10.0.0.2:8476", 4, 3)
+  assert join.Member("[::1]:80", 1, 0).endpoint == ("::1", 80)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_the_three_variables():
 )
 def test_variables_that_contradict_each_other_are_refused(changed, message):
   with pytest.raises(ConfigError) as error:
-    distributed.from_environment(ALL | changed)
+    join.from_environment(ALL | changed)
   assert message in str(error.value)
 
 
@@ -258,10 +258,10 @@ SLURM = dict.fromkeys(("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"), 
   ],
 )
 def test_clusters_are_told_by_their_variables(monkeypatch, variables, expected):
-  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
-  assert distributed.cluster(variables) == expected
-  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
-  assert distributed.cluster(variables) == (expected if expected in ("slurm", "ompi") else None)
+  monkeypatch.setattr(join.importlib.util, "find_spec", lambda name: name)
+  assert join.cluster(variables) == expected
+  monkeypatch.setattr(join.importlib.util, "find_spec", lambda name: None)
+  assert join.cluster(variables) == (expected if expected in ("slurm", "ompi") else None)
 
 
 FAILS = (

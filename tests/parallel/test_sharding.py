@@ -1,5 +1,7 @@
 """Where arrays live, and what is refused instead of being replicated in silence."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -87,13 +89,55 @@ def test_state_is_created_where_it_lives(tiny, mesh):
     )
 
 
-def test_only_small_arrays_stay_whole(tiny, mesh):
+# How the mesh splits the dimensions of each weight; the first of "layers" counts them.
+SPLIT = {
+  "table": P(None, "fsdp"),
+  "up": P("fsdp", None),
+  "layers.attention.q": P(None, "fsdp", "tensor", None),
+  "layers.attention.k": P(None, "fsdp", "tensor", None),
+  "layers.attention.v": P(None, "fsdp", "tensor", None),
+  "layers.attention.q_bias": P(None, "tensor", None),
+  "layers.attention.k_bias": P(None, "tensor", None),
+  "layers.attention.v_bias": P(None, "tensor", None),
+  "layers.attention.o": P(None, "tensor", None, "fsdp"),
+  "layers.mlp.gate": P(None, "fsdp", "tensor"),
+  "layers.mlp.up": P(None, "fsdp", "tensor"),
+  "layers.mlp.down": P(None, "tensor", "fsdp"),
+}
+# Norm scales alone may stay whole: they are vectors of one width or head.
+WHOLE = {
+  "layers.attention_norm.scale",
+  "layers.attention.q_norm.scale",
+  "layers.attention.k_norm.scale",
+  "layers.mlp_norm.scale",
+  "final_norm.scale",
+}
+
+
+def named(tree):
+  """Returns the arrays of a tree by their names."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def test_weights_are_split_and_only_norm_scales_stay_whole(tiny, mesh):
   """A weight that no rule splits would cost every device its full size."""
-  abstract = train_state.abstract(tiny, optimizer.make(tiny.optimizer, 10), mesh)
-  whole = [x.shape for x in jax.tree.leaves(abstract) if x.sharding.is_fully_replicated]
-  assert all(
-    len(shape) < 2 or shape[-1] in (tiny.model.width, tiny.model.head_dim) for shape in whole
-  )
+  # Norms beside biases are no architecture, but all weights that there are.
+  config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, qkv_bias=True))
+  state = train_state.abstract(config, optimizer.make(config.optimizer, 10), mesh)
+  specs = {name: x.sharding.spec for name, x in named(state.params).items()}
+  whole = {name for name, spec in specs.items() if not any(spec)}
+  assert whole == WHOLE
+  assert {name: spec for name, spec in specs.items() if name not in whole} == SPLIT
+
+
+def test_all_else_that_stays_whole_is_a_number(tiny, mesh):
+  """The moments follow their parameters; steps and temperatures are one number each."""
+  state = train_state.abstract(tiny, optimizer.make(tiny.optimizer, 10), mesh)
+  whole = {name: x.shape for name, x in named(state).items() if x.sharding.is_fully_replicated}
+  scales = {name for name in whole if name.endswith(tuple(f"params.{norm}" for norm in WHOLE))}
+  assert len(scales) == 3 * len(WHOLE)  # parameters and two moments
+  assert {whole[name] for name in set(whole) - scales} == {()}
 
 
 def test_initial_state_does_not_depend_on_the_mesh(tiny, mesh):

@@ -13,8 +13,8 @@ from mlembed_jax.config import from_mapping
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel.sharding import make_mesh, put_batch, replicas, shardings
-from mlembed_jax.training import gradcache, memory, train_state, train_step
+from mlembed_jax.parallel.sharding import batch_shards, make_mesh, put_batch, shardings
+from mlembed_jax.training import gradcache, lowering, train_state, train_step
 from mlembed_jax.training.train_step import TeacherShape
 from tests.material import FAST_COMPILE, config_dict, random_params
 from tests.training.test_train_step import batch_of, batch_on, on_mesh
@@ -31,7 +31,7 @@ EIGHT = {"mesh.data": 2, "data.micro_batch": 512, "data.kept_tokens": 1024}
 def value_and_grad(config, task, mesh, change=lambda arrays: arrays, **options):
   boxed = abstract_params(config.model)
   texts = 2 if task.kind == "scored_pairs" else 4
-  arrays = batch_of(texts=texts, shards=replicas(mesh.shape), **options)
+  arrays = batch_of(texts=texts, shards=batch_shards(mesh.shape), **options)
   if task.kind == "scored_pairs":
     arrays["scores"] = np.random.default_rng(0).choice([0.0, 0.25, 1.0], 16).astype(np.float32)
   if config.kd.teacher == "stored":
@@ -215,11 +215,11 @@ def test_what_is_kept_is_split_over_the_devices():
     mesh = make_mesh(config)
     kind = Kind("retrieval", 1, 2, 64, None)
     with on_mesh(mesh):
-      compiled = memory.lowered_step(config, kind, 10, mesh).compile(FAST_COMPILE)
-      sheets = memory.batch_shapes(config, kind, replicas(mesh.shape))["sheets"]
+      compiled = lowering.lowered_step(config, kind, 10, mesh).compile(FAST_COMPILE)
+      sheets = lowering.batch_shapes(config, kind, batch_shards(mesh.shape))["sheets"]
       params = parameter_shapes(config.model)
       kept = train_step.kept_bytes(config, params, sheets)
-    return compiled.memory_analysis().temp_size_in_bytes, kept // replicas(mesh.shape)
+    return compiled.memory_analysis().temp_size_in_bytes, kept // batch_shards(mesh.shape)
 
   (none, nothing), (all_, kept) = temporaries(0), temporaries(10**6)
   assert nothing == 0 and kept > none / 2

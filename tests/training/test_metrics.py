@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlembed_jax.devices.chips import Chip
-from mlembed_jax.parallel.sharding import make_mesh, put_batch, replicas
+from mlembed_jax.parallel.sharding import batch_shards, make_mesh, put_batch
 from mlembed_jax.training import gradcache, metrics
 from tests.data.test_loader import texts_of
 from tests.material import batches_of
@@ -22,7 +22,7 @@ LENGTHS = (16, 64)
 def steps(request, tiny, data):
   """Returns batches with sheets of two widths, and the work that eight devices see in each."""
   mesh = make_mesh(tiny)
-  shards, work = replicas(mesh.shape), jax.jit(gradcache.work)
+  shards, work = batch_shards(mesh.shape), jax.jit(gradcache.work)
   options = {"shards": shards, "lengths": LENGTHS, "block_tokens": request.param}
   batches = list(map(batches_of(data / "dataset", **options).__getitem__, range(4)))
   with on_mesh(mesh):

@@ -14,7 +14,13 @@ from mlembed_jax.config import flatten, from_mapping
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params
 from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel.sharding import logical_rules, make_mesh, put_batch, replicas, shardings
+from mlembed_jax.parallel.sharding import (
+  batch_shards,
+  logical_rules,
+  make_mesh,
+  put_batch,
+  shardings,
+)
 from mlembed_jax.training import optimizer, train_state, train_step
 from tests.material import FAST_COMPILE, config_dict, packed, random_batch, random_params
 
@@ -36,7 +42,7 @@ def batch_of(rows=16, texts=4, size=32, seed=0, **options):
 
 
 def batch_on(mesh, *shape, **options):
-  return put_batch(batch_of(*shape, shards=replicas(mesh.shape), **options), mesh)
+  return put_batch(batch_of(*shape, shards=batch_shards(mesh.shape), **options), mesh)
 
 
 def on_mesh(mesh):
@@ -115,7 +121,7 @@ def test_compiles_once_per_shape(tiny, trainer):
 
 def test_one_program_whatever_number_of_blocks_is_used(tiny):
   mesh = make_mesh(tiny)
-  rows, rng = replicas(mesh.shape), np.random.default_rng(0)
+  rows, rng = batch_shards(mesh.shape), np.random.default_rng(0)
   with on_mesh(mesh):
     step, state = train_step.make(tiny, 20, mesh), new_state(tiny, mesh)
     used = set()
@@ -138,8 +144,8 @@ def test_learned_temperatures_compile_once_and_leave_the_lowest_again():
   tokens, lengths = random_rows()
   for array in (tokens, lengths):
     array[:, 1] = array[:, 0]  # a positive with a cosine of 1: lower is better
-  random = batch_of(shards=replicas(mesh.shape))
-  equal = random | {"sheets": packed(tokens, lengths, replicas(mesh.shape))}
+  random = batch_of(shards=batch_shards(mesh.shape))
+  equal = random | {"sheets": packed(tokens, lengths, batch_shards(mesh.shape))}
   with on_mesh(mesh):
     step, state = train_step.make(config, 20, mesh), new_state(config, mesh)
     seen = []
@@ -237,7 +243,7 @@ def program(config, task=RETRIEVAL, vectors=False):
   mesh = make_mesh(config)
   tx = optimizer.make(config.optimizer, 20)
   state = train_state.abstract(config, tx, mesh)
-  arrays = batch_of(shards=replicas(mesh.shape))
+  arrays = batch_of(shards=batch_shards(mesh.shape))
   if task.kind == "scored_pairs":
     arrays |= {"scores": np.zeros(16, np.float32)}
   if vectors:

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlembed_jax.hf.checks.agreement import EXACT, Item, compare, items
-from mlembed_jax.hf.checks.small_files import foreign_code
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   ERROR,
   SKIPPED,
@@ -22,6 +20,8 @@ from mlembed_jax.hf.checks.subject import (
   Said,
   Subject,
 )
+from mlembed_jax.hf.checks.small_files import foreign_code
+from mlembed_jax.hf.checks.vectors import EXACT, Item, compare, items
 from mlembed_jax.hf.parity import FILE, TOLERANCE
 
 Load = Callable[[Subject, Sequence[Item]], Iterator[Said]]

@@ -4,11 +4,11 @@ TEI, vLLM and llama.cpp are not run: what they require was read in their source.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-from mlembed_jax.hf import files, names
+from mlembed_jax.errors import LoadError
+from mlembed_jax.hf import config_files, own_file, param_mapping
 from mlembed_jax.hf.card import HEADINGS, TAGS
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   CONSUMERS,
   ERROR,
@@ -25,6 +25,7 @@ from mlembed_jax.hf.checks.subject import (
   Subject,
 )
 from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.hf.parity import FILE as PARITY
 
 MODULES, BERT = "modules.json", "sentence_bert_config.json"
@@ -45,7 +46,7 @@ MAX_LENGTH_RATIO = 8  # of the length that is allowed to the one that was traine
 
 Types = dict[str, tuple[type, ...]]
 NUMBER, COUNT, FLAG, TEXT = (int, float), (int,), (bool,), (str,)
-SHAPE: Types = {key: COUNT for key in names.CONFIG_KEYS.values() if key != "head_dim"}
+SHAPE: Types = {key: COUNT for key in param_mapping.CONFIG_KEYS.values() if key != "head_dim"}
 SHAPE |= {"rms_norm_eps": NUMBER, "max_position_embeddings": COUNT, "model_type": TEXT}
 SHAPE |= {"architectures": (list,), "hidden_act": TEXT, "use_sliding_window": FLAG}
 OF_QWEN3: Types = {"head_dim": COUNT, "attention_bias": FLAG}  # others leave them out
@@ -76,7 +77,7 @@ def d01(s: Subject) -> Iterator[Said]:
 
 
 def _own_files(s: Subject) -> Iterator[Said]:
-  if not s.ours:
+  if not s.json(OWN):
     found = "absent or empty: not an export of mlembed_jax; what it would say is not checked"
     yield Said(SKIPPED, OWN, found)
   elif not s.has(PARITY):
@@ -91,6 +92,8 @@ def d02(s: Subject) -> Iterator[Said]:
       s.parse(file)
     except (OSError, ValueError) as error:
       yield Said(ERROR, file, f"is no JSON: {error}", AGAIN)
+    else:
+      yield from _own_types(s) if file == OWN else ()
   config = SHAPE | (OF_QWEN3 if s.kind == "qwen3" else {})
   for file, types in {"config.json": config, **SCHEMAS}.items():
     yield from _types(s, file, types)
@@ -100,6 +103,13 @@ def d02(s: Subject) -> Iterator[Said]:
       yield Said(ERROR, PROMPTS, found, 'Write "" for none.', (TEI,))
 
 
+def _own_types(s: Subject) -> Iterator[Said]:
+  try:
+    own_file.read(s.path)
+  except LoadError as error:
+    yield Said(ERROR, OWN, str(error), AGAIN, (OURS,))
+
+
 def _types(s: Subject, file: str, types: Types) -> Iterator[Said]:
   found = s.json(file)
   for key, kinds in types.items() if found else ():
@@ -107,7 +117,7 @@ def _types(s: Subject, file: str, types: Types) -> Iterator[Said]:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
       wanted = " or ".join(kind.__name__ for kind in kinds)
       # Others have defaults; a size is needed by all.
-      readers = CONSUMERS if key in names.CONFIG_KEYS.values() else (TEI, VLLM)
+      readers = CONSUMERS if key in param_mapping.CONFIG_KEYS.values() else (TEI, VLLM)
       yield Said(ERROR, file, f"{key} is {value!r}, expected {wanted}", AGAIN, readers)
 
 
@@ -129,8 +139,8 @@ def d05(s: Subject) -> Iterator[Said]:
 def d06(s: Subject) -> Iterator[Said]:
   """The architecture is known, and nothing says more than an encoder has."""
   file, config = "config.json", s.config
-  if s.kind not in names.FAMILIES:
-    known = ", ".join(names.FAMILIES)
+  if s.kind not in param_mapping.FAMILIES:
+    known = ", ".join(param_mapping.FAMILIES)
     found = f"model_type is {s.kind!r}; known are {known}"
     yield Said(ERROR, file, found, "Examine it with its own tools.", (OURS,))
   eos = config.get("eos_token_id")
@@ -170,7 +180,9 @@ def foreign_code(s: Subject) -> list[str]:
 
   Loaders that trust a folder also run code below it, of other repositories, of any package.
   """
-  known = files.remote_code(s.kind) if s.is_remote and s.kind in names.FAMILIES else {}
+  known = (
+    config_files.remote_code(s.kind) if s.is_remote and s.kind in param_mapping.FAMILIES else {}
+  )
   found = sorted(path.relative_to(s.path).as_posix() for path in s.path.rglob("*.py"))
   foreign = [f for f in found if (s.path / f).read_text(encoding="utf-8") != known.get(f)]
   for file in ("config.json", "tokenizer_config.json"):
@@ -254,7 +266,7 @@ def d11(s: Subject) -> Iterator[Said]:
   if allowed and isinstance(positions, int) and allowed > positions:
     found = f"max_seq_length {allowed} is more than max_position_embeddings {positions}"
     yield Said(ERROR, BERT, found, "Lower it.")
-  trained = s.ours.get("pooling", {}).get("trained_length")
+  trained = s.own and s.own.pooling.trained_length
   if allowed and trained and allowed > MAX_LENGTH_RATIO * trained:
     found = f"max_seq_length {allowed} is {allowed / trained:.0f} times the trained {trained}"
     yield Said(WARNING, BERT, found, "Set export.max_seq_length to what you tested.")
@@ -271,14 +283,15 @@ def d15(s: Subject) -> Iterator[Said]:
   for heading in HEADINGS:
     if f"## {heading}" not in lines:
       yield Said(WARNING, CARD, f"there is no heading {heading!r}", "Add it.")
-  yield from _stated_sizes(s.ours, lines)
+  if s.own:
+    yield from _stated_sizes(s.own, lines)
 
 
-def _stated_sizes(ours: dict[str, Any], lines: list[str]) -> Iterator[Said]:
+def _stated_sizes(own: OwnFile, lines: list[str]) -> Iterator[Said]:
   for row, size in (
-    ("Parameters", f"{ours['body']['parameters']:,}"),
-    ("Layers", str(ours["exits"]["exported"])),
-    ("Dimension", str(ours["dims"]["exported"])),
+    ("Parameters", f"{own.body.parameters:,}"),
+    ("Layers", str(own.exits.exported)),
+    ("Dimension", str(own.dims.exported)),
   ):
     cells = next((line.split("|") for line in lines if line.startswith(f"| {row} |")), None)
     stated = cells[2].strip() if cells else "nothing"

@@ -7,8 +7,8 @@ from typing import Any
 
 import tokenizers
 
-from mlembed_jax.hf import names
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf import param_mapping
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   CONSUMERS,
   ERROR,
@@ -92,8 +92,7 @@ def _names(s: Subject, tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator
   if (name := stated.get("content") if isinstance(stated, dict) else stated) != token:
     found = f"eos_token is {name!r}, but texts end in {token!r}"
     yield Said(ERROR, CONFIG, found, f"Write {token}.")
-  ours = s.ours.get("pooling", {}).get("token", token)
-  if ours != token:
+  if s.own and (ours := s.own.pooling.token) != token:
     found = f"pooling.token is {ours!r}, its token_id {pooled} is {token!r}"
     yield Said(ERROR, OWN, found, AGAIN, (OURS,))
 
@@ -114,10 +113,10 @@ def _class(config: Mapping[str, Any]) -> Iterator[Said]:
 
 def d13(s: Subject) -> Iterator[Said]:
   """llama.cpp's converter knows the architecture, the tokenizer and the tensors."""
-  if s.is_remote or s.kind not in names.FAMILIES:
+  if s.is_remote or s.kind not in param_mapping.FAMILIES:
     yield Said(SKIPPED, "config.json", "is of no architecture that llama.cpp reads")
     return
-  wanted, stated = names.FAMILIES[s.kind].architecture, s.config.get("architectures")
+  wanted, stated = param_mapping.FAMILIES[s.kind].architecture, s.config.get("architectures")
   if stated != [wanted]:
     found = f"architectures is {stated}; older converters know {wanted} alone"
     yield Said(WARNING, "config.json", found, f"Write {wanted}.")

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from mlembed_jax.errors import LoadError
-from mlembed_jax.hf import factors, names
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf import factors, param_mapping
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   ERROR,
   LLAMA,
   OK,
   OURS,
   OWN,
+  SKIPPED,
   ST,
   TEI,
   TRANSFORMERS,
@@ -29,7 +30,7 @@ from mlembed_jax.hf.folder import (
   Folder,
   Stored,
   open_file,
-  open_folder,
+  open_model_folder,
   read_model,
 )
 from mlembed_jax.models.encoder import parameter_count
@@ -43,7 +44,7 @@ PREFIX = "torch.nn.modules."
 def d03(s: Subject) -> Iterator[Said]:
   """Exactly the tensors of config.json are stored, finite and in the dtype that it states."""
   try:
-    folder = open_folder(s.path, read_model(s.path))
+    folder = open_model_folder(s.path, read_model(s.path))
   except LoadError as error:
     for line in _lines(error):
       yield Said(ERROR, "config.json" if "E105 config" in line else WEIGHTS, line, AGAIN)
@@ -75,9 +76,8 @@ def _values(folder: Folder, dtype: str | None) -> Iterator[Said]:
 
 
 def _count(s: Subject) -> Iterator[Said]:
-  stated = s.ours.get("body", {}).get("parameters")
-  if stated is not None and stated != (count := parameter_count(read_model(s.path))):
-    found = f"body.parameters is {stated:,}, the weights have {count:,}"
+  if s.own and s.own.body.parameters != (count := parameter_count(read_model(s.path))):
+    found = f"body.parameters is {s.own.body.parameters:,}, the weights have {count:,}"
     yield Said(ERROR, OWN, found, AGAIN, (OURS,))
 
 
@@ -93,12 +93,12 @@ def d04(s: Subject) -> Iterator[Said]:
   if types is not None and len(types) != layers:
     found = f"layer_types has {len(types)} entries for {layers} layers"
     yield Said(ERROR, file, found, "Remove the key.", (ST, TRANSFORMERS, VLLM))
-  exits = s.ours.get("exits", {})
-  if exits and exits.get("exported") != layers:
-    found = f"exits.exported is {exits.get('exported')}, num_hidden_layers {layers}"
+  exits = s.own and s.own.exits
+  if exits and exits.exported != layers:
+    found = f"exits.exported is {exits.exported}, num_hidden_layers {layers}"
     yield Said(ERROR, OWN, found, AGAIN, (OURS,))
-  elif exits and layers not in exits.get("trained", ()):
-    found = f"depth {layers} was not trained; trained: {exits.get('trained')}"
+  elif exits and layers not in exits.trained:
+    found = f"depth {layers} was not trained; trained: {list(exits.trained)}"
     yield Said(WARNING, OWN, found, "Export a trained depth.")
 
 
@@ -113,11 +113,11 @@ def d09(s: Subject) -> Iterator[Said]:
     yield from _dense_weights(s, f"{path}/{WEIGHTS}", (out, width))
     found = f"does not apply {path}: keep the first {out} coordinates and normalise again"
     yield Said(OK, f"{path}/config.json", found, "", (LLAMA,))
-  exported = s.ours.get("dims", {}).get("exported", out)
+  exported = s.own.dims.exported if s.own else out
   if exported != out:
     found = f"the modules give {out} coordinates, mlembed.json says {exported}"
     yield Said(ERROR, "modules.json", found, AGAIN, (OURS, ST, TEI, VLLM))
-  listed = s.config.get("matryoshka_dimensions", () if s.ours else (out,))
+  listed = s.config.get("matryoshka_dimensions", () if s.own else (out,))
   if (largest := max(listed, default=0)) != out:
     found = f"matryoshka_dimensions is {listed}, the vectors have {out}; vLLM refuses others"
     level = ERROR if largest > out else WARNING  # of a dimension that was not trained
@@ -160,18 +160,21 @@ def _shapes(stored: Mapping[str, Stored]) -> str:
 
 def d14(s: Subject) -> Iterator[Said]:
   """The trained factors beside a merged table multiply to it."""
-  table = s.ours["table"]
-  rank, stored = table["rank_exported"], s.config.get(names.RANK_KEY)
-  if table["form"] == "uv" and stored != rank:
-    found = f"{names.RANK_KEY} is {stored}, mlembed.json says {rank}"
+  if not s.own:
+    yield Said(SKIPPED, OWN, "says nothing that can be used")
+    return
+  table = s.own.table
+  rank, stored = table.rank_exported, s.config.get(param_mapping.RANK_KEY)
+  if table.form == "uv" and stored != rank:
+    found = f"{param_mapping.RANK_KEY} is {stored}, mlembed.json says {rank}"
     yield Said(ERROR, "config.json", found, AGAIN)
-  if file := table["uv_file"]:
+  if file := table.uv_file:
     yield from _factors(s, file, rank)
 
 
-def _factors(s: Subject, file: str, rank: int) -> Iterator[Said]:
+def _factors(s: Subject, file: str, rank: int | None) -> Iterator[Said]:
   try:
-    whole = factors.table(open_folder(s.path, read_model(s.path)))
+    whole = factors.table(open_model_folder(s.path, read_model(s.path)))
   except LoadError:
     return  # D03 says so
   try:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from mlembed_jax.hf import names, own_file
+from mlembed_jax.errors import LoadError
+from mlembed_jax.hf import own_file, param_mapping
+from mlembed_jax.hf.own_file import OwnFile
 
 OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
 OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
@@ -88,20 +90,23 @@ class Subject:
     """Returns config.json."""
     return self.json("config.json")
 
-  @property
-  def ours(self) -> dict[str, Any]:
-    """Returns mlembed.json; {} of a folder that others wrote."""
-    return self.json(OWN)
+  @functools.cached_property
+  def own(self) -> OwnFile | None:
+    """Returns mlembed.json; None of a folder that others wrote, or of damage that D02 finds."""
+    try:
+      return own_file.read(self.path)
+    except LoadError:
+      return None
 
   @property
   def kind(self) -> str:
     """Returns the name of the architecture, also of a folder of factors."""
-    return str(self.config.get("model_type")).removeprefix(names.REMOTE)
+    return str(self.config.get("model_type")).removeprefix(param_mapping.REMOTE)
 
   @property
   def is_remote(self) -> bool:
     """Returns whether the token table is stored as factors, which needs code of the folder."""
-    return str(self.config.get("model_type")).startswith(names.REMOTE)
+    return str(self.config.get("model_type")).startswith(param_mapping.REMOTE)
 
   def modules(self) -> list[dict[str, Any]]:
     """Returns the entries of modules.json that are objects."""
@@ -124,7 +129,7 @@ class Subject:
   @property
   def pooled_id(self) -> int | None:
     """Returns the id whose state is the embedding."""
-    stated = self.ours.get("pooling", {}).get("token_id", self.config.get("eos_token_id"))
+    stated = self.own.pooling.token_id if self.own else self.config.get("eos_token_id")
     return stated if isinstance(stated, int) else None
 
   @property

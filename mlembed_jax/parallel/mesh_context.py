@@ -33,7 +33,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
   return tuple(name for name in names if shape[name] > 1)
 
 
-def parts(axis: str) -> int:
-  """Returns how many parts a logical axis is split into."""
+def shards(axis: str) -> int:
+  """Returns how many shards a logical axis is split into; of "batch" they are `batch_shards`."""
   shape = jax.sharding.get_abstract_mesh().shape
   return math.prod(shape[name] for name in mesh_axes(axis))

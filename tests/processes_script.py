@@ -1,4 +1,4 @@
-"""Run by two processes: each function of hosts.py does what it says, or this ends with an error."""
+"""Run by two processes: tries each function of processes.py, and fails where one is wrong."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.parallel import distributed, hosts
+from mlembed_jax.parallel import join, processes
 from mlembed_jax.parallel.sharding import put_batch, rows_of
 
 
@@ -22,32 +22,32 @@ def raised(act):
 
 
 def one_fails(me):
-  with hosts.agreed():
+  with processes.agreed():
     if me == 1:
-      with hosts.agreed():
+      with processes.agreed():
         raise ConfigError("the disk is full")
-    hosts.gather("an exchange that process 1 does not come to")
+    processes.gather("an exchange that process 1 does not come to")
 
 
 def check_exchange(me, folder):
-  assert hosts.gather({"ü": me}) == [{"ü": 0}, {"ü": 1}]
+  assert processes.gather({"ü": me}) == [{"ü": 0}, {"ü": 1}]
   told = raised(lambda: one_fails(me))
   assert told == ("the disk is full" if me == 1 else "process 1: the disk is full")
-  hosts.check_same({"a": 1, "b": 2})
-  other = raised(lambda: hosts.check_same({"a": 1, "seed": me}))
+  processes.check_same({"a": 1, "b": 2})
+  other = raised(lambda: processes.check_same({"a": 1, "seed": me}))
   assert other.startswith("process 1: not the same run as process 0; ")
   assert other.endswith("versions:\n  seed: 0 on process 0, 1 on process 1")
-  hosts.check_shared(folder)
-  hosts.SEEN_WITHIN_S = 0.0
+  processes.check_shared(folder)
+  processes.SEEN_WITHIN_S = 0.0
   own = folder / str(me)
   own.mkdir()
-  assert "storage that all machines share" in raised(lambda: hosts.check_shared(own))
-  hosts.gather(None)
+  assert "storage that all machines share" in raised(lambda: processes.check_shared(own))
+  processes.gather(None)
   assert not list(folder.glob("**/.shared_*"))
   seen = []
-  squares = hosts.shared(range(5), lambda x: seen.append(x) or x * x)
+  squares = processes.shared(range(5), lambda x: seen.append(x) or x * x)
   assert squares == [0, 1, 4, 9, 16] and seen == [[0, 2, 4], [1, 3]][me]
-  hosts.on_first(lambda: (folder / f"by_{me}").touch())
+  processes.on_first(lambda: (folder / f"by_{me}").touch())
   assert (folder / "by_0").exists() and not (folder / "by_1").exists()
 
 
@@ -60,12 +60,12 @@ def check_arrays(me):
   mesh = mesh_of(range(4), (1, 4, 1))
   full = {"x": np.arange(24.0).reshape(8, 3), "y": np.arange(4.0)}
   layout = NamedSharding(mesh, PartitionSpec("fsdp"))
-  made = hosts.place(full, {"x": layout, "y": layout})
+  made = processes.place(full, {"x": layout, "y": layout})
   assert not made["x"].is_fully_addressable
-  hosts.PIECE_BYTES = 30  # less than three rows
-  for name, array in hosts.fetch(made).items():
+  processes.PIECE_BYTES = 30  # less than three rows
+  for name, array in processes.fetch(made).items():
     np.testing.assert_array_equal(array, full[name] if me == 0 else np.empty(0))
-  first = hosts.from_first({"x": full["x"] + me})
+  first = processes.from_first({"x": full["x"] + me})
   np.testing.assert_array_equal(first["x"], full["x"])
 
 
@@ -73,9 +73,9 @@ def check_rows(me):
   """Each row of a batch is read once, wherever the mesh puts the devices of a process."""
   for order, shape, expected in (
     (range(4), (1, 4, 1), (me, 2)),
-    ([2, 0, 3, 1], (1, 4, 1), (1 - me, 2)),  # replicas 0 and 2 on process 1
+    ([2, 0, 3, 1], (1, 4, 1), (1 - me, 2)),  # shards 0 and 2 on process 1
     (range(4), (1, 2, 2), (me, 2)),
-    ([0, 2, 1, 3], (1, 2, 2), (0, 1)),  # both processes hold half of each replica
+    ([0, 2, 1, 3], (1, 2, 2), (0, 1)),  # both processes hold half of each shard
   ):
     mesh = mesh_of(order, shape)
     part, parts = rows_of(me, mesh)
@@ -93,7 +93,7 @@ def check_rows(me):
 
 
 def main():
-  with distributed.joined(60):
+  with join.joined(60):
     me = int(os.environ["JAX_PROCESS_ID"])
     check_exchange(me, pathlib.Path(sys.argv[1]))
     check_arrays(me)

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from mlembed_jax.hf.checks import small_files, tokenizer, weights
-from mlembed_jax.hf.checks.subject import (
+from mlembed_jax.hf.checks.finding import (
   AGAIN,
   CONSUMERS,
   EMBEDDERS,

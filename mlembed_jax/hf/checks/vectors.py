@@ -9,7 +9,7 @@ import numpy as np
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError, LoadError
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.checks.subject import AGAIN, ERROR, OK, OURS, Said, Subject
+from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, OURS, OWN, SKIPPED, Said, Subject
 from mlembed_jax.hf.folder import read_model
 
 EXACT = parity.TOLERANCE["float32"]
@@ -28,8 +28,9 @@ class Item:
 
 def items(s: Subject) -> list[Item]:
   """Returns the texts of parity.json with the prompts of the folder; [] where there are none."""
-  stated = s.json(parity.FILE).get("items", []) if s.ours else []
-  limit = s.allowed or s.ours.get("pooling", {}).get("max_seq_length")
+  if not s.own:
+    return []
+  limit = s.allowed or s.own.pooling.max_seq_length
   return [
     Item(
       name=item["id"],
@@ -38,7 +39,7 @@ def items(s: Subject) -> list[Item]:
       ids=item["input_ids"],
       vector=parity.embedding(item),
     )
-    for item in stated
+    for item in s.json(parity.FILE).get("items", [])
   ]
 
 
@@ -86,16 +87,18 @@ def _distances(
 
 def d16(s: Subject) -> Iterator[Said]:
   """Our own forward pass of the stored weights gives the vectors of parity.json."""
+  if not (own := s.own):
+    yield Said(SKIPPED, OWN, "says nothing that can be used")
+    return
   found = items(s)
   try:
-    tokenizer = Tokenizer(s.path / "tokenizer.json", s.ours["pooling"]["token"])
+    tokenizer = Tokenizer(s.path / "tokenizer.json", own.pooling.token)
     ids: Any = lambda item: tokenizer.encode([item.text], item.limit)[0]  # noqa: E731
-    yield from compare(found, OURS, OURS, ids, lambda: _vectors(s, found), EXACT)
+    yield from compare(found, OURS, OURS, ids, lambda: _vectors(s, found, own.dims.exported), EXACT)
   except (DataError, LoadError) as error:
     text = f"{OURS} refuses the folder: {str(error).splitlines()[-1]}"
     yield Said(ERROR, parity.FILE, text, AGAIN, (OURS,))
 
 
-def _vectors(s: Subject, found: Sequence[Item]) -> Any:
-  dim = s.ours["dims"]["exported"]
+def _vectors(s: Subject, found: Sequence[Item], dim: int) -> Any:
   return parity.vectors(s.path, read_model(s.path), [item.ids for item in found], dim)

@@ -4,19 +4,17 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
 import pytest
 
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import MeshConfig
 from mlembed_jax.data.batching import Kind
-from mlembed_jax.devices import tpu
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.estimate import pod
+from mlembed_jax.estimate.estimate import Target
 from mlembed_jax.parallel.sharding import make_mesh
-from mlembed_jax.training import memory
-from tests.material import config_dict, packed
-from tests.training.test_train_step import on_mesh, random_rows
+from mlembed_jax.training import lowering, micro_batch
+from tests.material import config_dict
+from tests.training.test_train_step import on_mesh
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 SIZES = [2, 4, 8, 16, 32, 64]
@@ -30,7 +28,7 @@ def test_the_largest_that_fits_is_found_in_few_tries(limit):
     tried.append(size)
     return None if size > 32 else 10 * size  # the compiler gives up on the largest
 
-  assert memory.largest_micro_batch(SIZES, needed, limit) == max(
+  assert micro_batch.largest_micro_batch(SIZES, needed, limit) == max(
     size for size in SIZES if size <= 32 and 10 * size <= limit
   )
   assert len(tried) <= 5
@@ -38,36 +36,28 @@ def test_the_largest_that_fits_is_found_in_few_tries(limit):
 
 def test_too_little_memory_is_refused():
   with pytest.raises(ConfigError, match=r"data.micro_batch: not even 2 tokens at a time fit"):
-    memory.largest_micro_batch(SIZES, lambda size: 10 * size, 19)
+    micro_batch.largest_micro_batch(SIZES, lambda size: 10 * size, 19)
 
 
 def test_sizes_start_at_a_sheet_per_device_and_end_where_padding_would_be_too_much():
   config = from_mapping(config_dict())  # widths 32 and 64
   mesh = make_mesh(config)
-  assert memory.sizes(config, 100_000, mesh) == [512, 1024, 1536]
+  assert micro_batch.sizes(config, 100_000, mesh) == [512, 1024, 1536]
   # 2 widths x 1,024 are 2 percent.
-  assert memory.sizes(config, 102_400, mesh) == [512, 1024, 1536, 2048]
-  assert memory.sizes(config, 100, mesh) == [512]
+  assert micro_batch.sizes(config, 102_400, mesh) == [512, 1024, 1536, 2048]
+  assert micro_batch.sizes(config, 100, mesh) == [512]
 
 
 def test_chips_that_gather_weights_get_larger_blocks():
   config = from_mapping(config_dict(**{"mesh.data": 4, "data.lengths": (64,)}))
-  split = make_mesh(config, pod.Target.parse("v5e:4x4", 1).devices())
+  split = make_mesh(config, Target.parse("v5e:4x4", 1).devices())
   copies = dataclasses.replace(config, mesh=MeshConfig(data=16, fsdp=1, tensor=1))
   whole = make_mesh(copies, list(split.devices.flat))
-  assert memory.sizes(config, 200_000, whole)[-1] == 6 * 1024  # of 16 sheets of 64; 2 percent
+  assert micro_batch.sizes(config, 200_000, whole)[-1] == 6 * 1024  # of 16 sheets of 64; 2 percent
   # Groups of 4 chips gather over a link: 197e12 / 45e9 tokens take as long.
   for tokens in (40_000, 200_000, 3_200_000):
     best = min(tokens / 16, (197e12 / 45e9 * tokens / 16) ** 0.5)  # no more than there are
-    assert 0.6 * best < memory.sizes(config, tokens, split)[-1] / 16 <= best
-
-
-def test_a_torus_is_read_from_its_chips():
-  for name, found in (("v5p:2x2x4", (2, 2, 4)), ("v6e:4x8", (4, 8, 1))):
-    devices = pod.Target.parse(name, 1).devices()
-    assert tpu.torus([d.coords for d in devices]) == found
-    assert tpu.find(devices[0].device_kind) == tpu.TPUS[name[:3]]
-  assert tpu.find("TPU v5p") == tpu.TPUS["v5p"] and tpu.find("NVIDIA H200") is None
+    assert 0.6 * best < micro_batch.sizes(config, tokens, split)[-1] / 16 <= best
 
 
 BITEXT = Kind("bitext", 1, 4, 64, None)
@@ -84,12 +74,12 @@ def test_a_real_step_is_compiled_for_the_choice(config, monkeypatch, capsys):
   mesh, kind = make_mesh(config, jax.devices()[:1]), dataclasses.replace(BITEXT, longest=32)
 
   def chosen(available):
-    monkeypatch.setattr(memory, "device_bytes", lambda: available)
-    return memory.with_micro_batch(config, 0, [kind], 6400, 20, mesh, None).data.micro_batch
+    monkeypatch.setattr(micro_batch, "device_bytes", lambda: available)
+    return micro_batch.with_micro_batch(config, 0, [kind], 6400, 20, mesh, None).data.micro_batch
 
   with on_mesh(mesh):
     small, large = (
-      memory._step_bytes(memory.sized(config, n), kind, 20, mesh, None) for n in (64, 128)
+      lowering.step_bytes(micro_batch.sized(config, n), kind, 20, mesh, None) for n in (64, 128)
     )
     assert small < large
     assert chosen(small) == 64
@@ -99,58 +89,44 @@ def test_a_real_step_is_compiled_for_the_choice(config, monkeypatch, capsys):
 
 def test_the_choice_of_a_continued_run_stays(config, monkeypatch):
   mesh = make_mesh(config)
-  monkeypatch.setattr(memory, "_step_bytes", lambda *_: 10)  # everything fits
+  monkeypatch.setattr(lowering, "step_bytes", lambda *_: 10)  # everything fits
   # 256 tokens are no sheet for each of 8 devices.
   for before, chosen in ((512, 512), (4096, 4096), (256, 2048), (0, 2048)):
-    found = memory.with_micro_batch(config, before, [BITEXT], 102_400, 20, mesh, None)
+    found = micro_batch.with_micro_batch(config, before, [BITEXT], 102_400, 20, mesh, None)
     assert found.data.micro_batch == chosen
 
 
 def test_a_choice_that_no_longer_fits_is_made_again(config, monkeypatch, capsys):
   mesh = make_mesh(config)
-  monkeypatch.setattr(memory, "has_own_memory", lambda _: True)
-  monkeypatch.setattr(memory, "_step_bytes", lambda config, *_: config.data.micro_batch)
+  monkeypatch.setattr(micro_batch, "has_own_memory", lambda _: True)
+  monkeypatch.setattr(lowering, "step_bytes", lambda config, *_: config.data.micro_batch)
   for available, chosen in ((4096, 4096), (3900, 4096), (3000, 2048), (600, 512)):
-    monkeypatch.setattr(memory, "device_bytes", lambda n=available: n)
-    found = memory.with_micro_batch(config, 4096, [BITEXT], 102_400, 20, mesh, None)
+    monkeypatch.setattr(micro_batch, "device_bytes", lambda n=available: n)
+    found = micro_batch.with_micro_batch(config, 4096, [BITEXT], 102_400, 20, mesh, None)
     assert found.data.micro_batch == chosen
     said = capsys.readouterr().out
     assert ("4,096 of the checkpoint do not fit any more" in said) == (chosen != 4096)
 
 
 def test_a_given_micro_batch_is_kept_where_it_fits(config, monkeypatch):
-  mesh, given = make_mesh(config), memory.sized(config, 1024)
-  choose = functools.partial(memory.with_micro_batch, given, 512, [BITEXT], 1e5, 20, mesh, None)
-  monkeypatch.setattr(memory, "device_bytes", lambda: 2**30)
-  monkeypatch.setattr(memory, "_step_bytes", lambda *_: 3 * 2**30)
+  mesh, given = make_mesh(config), micro_batch.sized(config, 1024)
+  choose = functools.partial(
+    micro_batch.with_micro_batch, given, 512, [BITEXT], 1e5, 20, mesh, None
+  )
+  monkeypatch.setattr(micro_batch, "device_bytes", lambda: 2**30)
+  monkeypatch.setattr(lowering, "step_bytes", lambda *_: 3 * 2**30)
   assert choose() == given  # on CPU
-  monkeypatch.setattr(memory, "has_own_memory", lambda _: True)
+  monkeypatch.setattr(micro_batch, "has_own_memory", lambda _: True)
   with pytest.raises(ConfigError, match=r"data\.micro_batch: with 1,024 tokens.* takes 3\.0 GiB"):
     choose()
-  monkeypatch.setattr(memory, "_step_bytes", lambda *_: 2**30)
+  monkeypatch.setattr(lowering, "step_bytes", lambda *_: 2**30)
   assert choose() == given
 
 
 def test_the_widest_kind_decides_with_the_longest_texts_of_all(config):
   hard = dataclasses.replace(BITEXT, task_type="clustering", longest=20)
   vectors = dataclasses.replace(BITEXT, longest=30, vectors=(2, 64))
-  assert memory.widest(config, [SCORED, hard]) == dataclasses.replace(hard, longest=64)
-  assert memory.widest(config, [hard, BITEXT]) == BITEXT
-  found = memory.widest(config, [vectors, BITEXT, SCORED])
+  assert micro_batch.widest(config, [SCORED, hard]) == dataclasses.replace(hard, longest=64)
+  assert micro_batch.widest(config, [hard, BITEXT]) == BITEXT
+  found = micro_batch.widest(config, [vectors, BITEXT, SCORED])
   assert found == dataclasses.replace(vectors, longest=64)
-
-
-@pytest.mark.parametrize("kind", [BITEXT, SCORED, dataclasses.replace(BITEXT, vectors=(2, 64))])
-def test_shapes_are_those_of_a_batch(config, kind):
-  sized = memory.sized(config, 512)
-  rows = random_rows(64, kind.texts, 64)
-  expected = {
-    "sheets": packed(*rows, 8, block_tokens=512),
-    "hashes": np.zeros((64, kind.texts, 2), np.uint32),
-  }
-  if kind is SCORED:
-    expected["scores"] = np.zeros(64, np.float32)
-  if kind.vectors:
-    expected["teacher"] = np.zeros((64, 2, 64), np.float32)
-  describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-  assert describe(memory.batch_shapes(sized, kind, 8)) == describe(expected)

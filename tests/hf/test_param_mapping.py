@@ -8,13 +8,13 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mlembed_jax.config_fields import Config
-from mlembed_jax.hf import names
+from mlembed_jax.hf import param_mapping
 from mlembed_jax.models.encoder import abstract_params
 
 
 @pytest.fixture(scope="module")
-def table(tiny: Config) -> list[names.Tensor]:
-  return names.tensors(dataclasses.replace(tiny.model, rank=0))
+def table(tiny: Config) -> list[param_mapping.Tensor]:
+  return param_mapping.tensors(dataclasses.replace(tiny.model, rank=0))
 
 
 @pytest.mark.parametrize("rank", [0, 24])
@@ -24,16 +24,16 @@ def test_the_table_covers_the_parameter_tree_exactly(tiny: Config, rank: int):
   shapes = {k: v.shape for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
   stacked = {
     t.path: t.our_shape if t.layer is None else (model.layers, *t.our_shape)
-    for t in names.tensors(model)
+    for t in param_mapping.tensors(model)
   }
   assert stacked == shapes
 
 
 def test_the_table_covers_the_tensors_of_transformers_exactly(
-  tiny: Config, table: list[names.Tensor]
+  tiny: Config, table: list[param_mapping.Tensor]
 ):
   m = tiny.model
-  sizes = {key: getattr(m, field) for field, key in names.CONFIG_KEYS.items()}
+  sizes = {key: getattr(m, field) for field, key in param_mapping.CONFIG_KEYS.items()}
   with torch.device("meta"):
     state = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True)).state_dict()
   theirs = {k.removeprefix("model."): tuple(v.shape) for k, v in state.items()}
@@ -42,7 +42,7 @@ def test_the_table_covers_the_tensors_of_transformers_exactly(
   assert len(table) == 11 * m.layers + 2
 
 
-def test_every_layout_change_can_be_undone(table: list[names.Tensor]):
+def test_every_layout_change_can_be_undone(table: list[param_mapping.Tensor]):
   for t in table:
     array = np.random.default_rng(0).normal(size=t.our_shape)
     tensor = t.to_hf(array)
@@ -50,7 +50,7 @@ def test_every_layout_change_can_be_undone(table: list[names.Tensor]):
     np.testing.assert_array_equal(t.from_hf(tensor), array, err_msg=t.name)
 
 
-def test_heads_are_rows_of_the_projection(tiny: Config, table: list[names.Tensor]):
+def test_heads_are_rows_of_the_projection(tiny: Config, table: list[param_mapping.Tensor]):
   q = next(t for t in table if t.path == "layers/attention/q")
   o = next(t for t in table if t.path == "layers/attention/o")
   head, k = 1, tiny.model.head_dim

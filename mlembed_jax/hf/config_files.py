@@ -13,7 +13,7 @@ from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
 from mlembed_jax.errors import ExportError
-from mlembed_jax.hf import names
+from mlembed_jax.hf import param_mapping
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.workdir import Run
 
@@ -99,7 +99,7 @@ def model_config(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]
   pad_id = _added_tokens(spec).get(PAD_TOKEN, tokenizer.pooled_id)
   return {
     **_architecture(body),
-    **{key: getattr(body, field) for field, key in names.CONFIG_KEYS.items()},
+    **{key: getattr(body, field) for field, key in param_mapping.CONFIG_KEYS.items()},
     "hidden_act": "silu",
     "max_position_embeddings": export.max_positions,
     "max_window_layers": body.layers,
@@ -127,16 +127,16 @@ def model_config(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]
 
 
 def _architecture(body: ModelConfig) -> dict[str, Any]:
-  family = names.family(body) or ""
+  family = param_mapping.family(body) or ""
   if not body.rank:
     # Older llama.cpp converters know only this class for Qwen3.
-    return {"architectures": [names.FAMILIES[family].architecture], "model_type": family}
+    return {"architectures": [param_mapping.FAMILIES[family].architecture], "model_type": family}
   prefix = "MLEmbed" + _class_prefix(family)
   return {
     "architectures": [f"{prefix}Model"],
     # Under its own name stock loaders would take the body for whole and invent a random table.
-    "model_type": names.REMOTE + family,
-    names.RANK_KEY: body.rank,
+    "model_type": param_mapping.REMOTE + family,
+    param_mapping.RANK_KEY: body.rank,
     "auto_map": {
       "AutoConfig": f"configuration_mlembed.{prefix}Config",
       "AutoModel": f"modeling_mlembed.{prefix}Model",
@@ -145,7 +145,7 @@ def _architecture(body: ModelConfig) -> dict[str, Any]:
 
 
 def _class_prefix(family: str) -> str:
-  return names.FAMILIES[family].architecture.removesuffix("ForCausalLM")
+  return param_mapping.FAMILIES[family].architecture.removesuffix("ForCausalLM")
 
 
 def remote_code(family: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How many tokens fit the devices at a time, by the compiler's own account of memory."""
+"""The micro-batch: how many tokens fit the devices at a time, by the compiler's own account."""
 
 import dataclasses
 import functools
@@ -6,22 +6,17 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlembed_jax.config_fields import Config
-from mlembed_jax.data import packing
 from mlembed_jax.data.batching import Kind
 from mlembed_jax.devices import tpu
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.models import attention
-from mlembed_jax.objective.losses import Task
-from mlembed_jax.parallel import hosts
-from mlembed_jax.parallel.sharding import abstract_batch, replicas, smallest_micro_batch
-from mlembed_jax.training import optimizer, train_state, train_step
+from mlembed_jax.parallel import processes
+from mlembed_jax.parallel.sharding import batch_shards, smallest_micro_batch
+from mlembed_jax.training import lowering
 from mlembed_jax.training.teacher import Teacher
 
 # Of a device's memory; the rest is for batches on their way, and for fragmentation.
@@ -31,15 +26,7 @@ PADDING = 0.02  # of a step's tokens
 # known: H100s over NVLink, 989e12 FLOPs / 450e9 bytes per second. Over a slower network between
 # machines it would be more.
 GATHER_TOKENS = 2200
-VMEM = "memory space vmem"  # in an error: tiles of one operation, no matter of the step's size
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
-
-
-def check_attention(config: Config, platform: str) -> None:
-  """Raises ConfigError where `model.attention` cannot compute sheets of `data.lengths`."""
-  m = config.model
-  for length in config.data.lengths:
-    attention.choose(m.attention, platform, length, m.head_dim, m.dtype)
 
 
 def device_bytes() -> int:
@@ -52,14 +39,6 @@ def device_bytes() -> int:
   if CGROUP.is_file() and (limit := CGROUP.read_text().strip()).isdigit():
     total = min(total, int(limit))
   return int(USABLE * total) // jax.local_device_count()
-
-
-def needed_bytes(compiled: Any) -> int:
-  """Returns the bytes of one device that a compiled program takes, with its code."""
-  m = compiled.memory_analysis()
-  donated = m.alias_size_in_bytes  # outputs in the place of inputs
-  held = m.argument_size_in_bytes + m.output_size_in_bytes - donated
-  return held + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 
 
 def gather_tokens(mesh: Mesh) -> float:
@@ -83,10 +62,10 @@ def sizes(config: Config, tokens_per_step: float, mesh: Mesh) -> list[int]:
   costs about h/2T of the time (h: `gather_tokens`), T/2S + h/2T is smallest at T = sqrt(hS)
   (or S, if that is less).
   """
-  smallest, parts = smallest_micro_batch(config, mesh.shape), replicas(mesh.shape)
-  tokens = tokens_per_step / parts / len(config.data.lengths)
+  smallest, shards = smallest_micro_batch(config, mesh.shape), batch_shards(mesh.shape)
+  tokens = tokens_per_step / shards / len(config.data.lengths)
   gathered = min(tokens, math.sqrt(gather_tokens(mesh) * tokens))
-  largest = parts * max(2 * PADDING * tokens, gathered)
+  largest = shards * max(2 * PADDING * tokens, gathered)
   times = sorted({1, *(n * 2**i for n in (2, 3) for i in range(60))})
   return [smallest * n for n in times if n == 1 or smallest * n <= largest]
 
@@ -147,13 +126,13 @@ def with_micro_batch(
   if given and not has_own_memory(mesh):
     return sized(config, given)
   # All processes must compile the same programs, and choose the same.
-  available, kind = min(hosts.gather(device_bytes())), widest(config, kinds)
+  available, kind = min(processes.gather(device_bytes())), widest(config, kinds)
 
   @functools.cache
   def needed(size: int) -> int | None:
-    with hosts.agreed():
-      own = _step_bytes(sized(config, size), kind, steps, mesh, teacher)
-    found = hosts.gather(own)
+    with processes.agreed():
+      own = lowering.step_bytes(sized(config, size), kind, steps, mesh, teacher)
+    found = processes.gather(own)
     return None if None in found else max(found)
 
   # The margin is for a new choice; what a run began with may use all there is.
@@ -208,55 +187,3 @@ def widest(config: Config, kinds: Sequence[Kind]) -> Kind:
 
   longest = max(kind.longest for kind in kinds)
   return dataclasses.replace(max(kinds, key=demand), longest=longest)
-
-
-def kind_layout(config: Config, kind: Kind, shards: int) -> packing.Layout:
-  """Returns the shapes of the sheets of this kind's batches."""
-  return packing.layout(
-    rows=config.data.global_batch,
-    texts_per_row=kind.texts,
-    longest=kind.longest,
-    widths=config.data.lengths,
-    block_tokens=config.data.micro_batch,
-    shards=shards,
-    packed=config.data.packing,
-  )
-
-
-def batch_shapes(config: Config, kind: Kind, shards: int) -> dict[str, Any]:
-  """Returns this kind's batches as shapes."""
-  rows = config.data.global_batch
-  sheets = kind_layout(config, kind, shards).shapes()
-  shapes: dict[str, Any] = {
-    "sheets": tuple({k: jax.ShapeDtypeStruct(v, jnp.int32) for k, v in s.items()} for s in sheets),
-    "hashes": jax.ShapeDtypeStruct((rows, kind.texts, 2), jnp.uint32),
-  }
-  if not config.losses.task(kind.task_type):
-    shapes["scores"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
-  if kind.vectors:
-    shapes["teacher"] = jax.ShapeDtypeStruct((rows, *kind.vectors), jnp.float32)
-  return shapes
-
-
-def lowered_step(
-  config: Config, kind: Kind, steps: int, mesh: Mesh, teacher: Teacher | None = None
-) -> Any:
-  """Returns the update for batches of this kind, ready to be compiled."""
-  state = train_state.abstract(config, optimizer.make(config.optimizer, steps), mesh)
-  step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
-  batch = abstract_batch(batch_shapes(config, kind, replicas(mesh.shape)), mesh)
-  params = teacher.abstract(mesh) if teacher else None
-  return step.lower(state, batch, params, task=Task(kind.task_type, kind.positives))
-
-
-def _step_bytes(
-  config: Config, kind: Kind, steps: int, mesh: Mesh, teacher: Teacher | None
-) -> int | None:
-  """Returns what the update takes per device; None where the compiler runs out of memory."""
-  lowered = lowered_step(config, kind, steps, mesh, teacher)
-  try:
-    return needed_bytes(lowered.compile())
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error) or VMEM in str(error):
-      raise
-    return None

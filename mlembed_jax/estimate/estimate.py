@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import packing
@@ -20,9 +21,12 @@ from mlembed_jax.devices.tpu import TPUS, Tpu
 from mlembed_jax.errors import ConfigError, HloError
 from mlembed_jax.estimate import hlo
 from mlembed_jax.models import flops
-from mlembed_jax.parallel.sharding import logical_rules, make_mesh, replicas
-from mlembed_jax.training import memory, optimizer, train_state, train_step
+from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh
+from mlembed_jax.training import lowering, micro_batch, optimizer, train_state, train_step
 from mlembed_jax.training.gradcache import BLOCKS
+
+# Updates of the run that the step belongs to. The schedule holds it as one number, so any will do.
+RUN_STEPS = 1000
 
 
 def gib(size: float) -> str:
@@ -45,8 +49,11 @@ class Target:
     kind, _, shape = name.partition(":")
     tpu = TPUS.get(kind)
     axes = tuple(int(n) for n in shape.split("x")) if re.fullmatch(r"\d+(x\d+)+", shape) else ()
+    if tpu and tpu.not_estimated:
+      raise ConfigError(f"--topology: {kind} has no estimate, as {tpu.not_estimated}")
     if tpu is None or len(axes) != len(tpu.largest) or not all(axes):
-      known = ", ".join(f"{k}:{'x'.join('ABC'[: len(t.largest)])}" for k, t in TPUS.items())
+      estimated = {k: t.largest for k, t in TPUS.items() if not t.not_estimated}
+      known = ", ".join(f"{k}:{'x'.join('ABC'[: len(axes)])}" for k, axes in estimated.items())
       raise ConfigError(
         f"--topology: {name!r} is none that is known: {known}, with chips along each axis of the "
         "torus, e.g. v5e:16x16, v5p:4x4x4"
@@ -64,12 +71,13 @@ class Target:
       raise ConfigError('the compiler for TPUs is missing; pip install -e ".[tpu]"')
     # Without a TPU the library would wait for the metadata server of Google's cloud.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Nor need it say that it finds none.
+    # With these two it does not warn that it found no TPU.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     # One process at a time may hold a TPU; there is none to hold.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options = {"num_slices": self.slices} if self.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+    options["chip_config_name"] = self.tpu.chip_config
     try:
       found = topologies.get_topology_desc(self.name, "tpu", **options)
     except (RuntimeError, NotImplementedError) as error:
@@ -94,7 +102,7 @@ class Step:
       known = ", ".join(tasks)
       raise ConfigError(f"--task: {self.task!r} is not one of those that are estimated: {known}")
     kinds = {name: Kind(name, 1, task.negatives, longest, None) for name, task in tasks.items()}
-    return kinds[self.task] if self.task else memory.widest(config, list(kinds.values()))
+    return kinds[self.task] if self.task else micro_batch.widest(config, list(kinds.values()))
 
   def tokens(self, config: Config) -> int:
     """Returns the tokens of each text; ConfigError if none can have so many."""
@@ -114,7 +122,7 @@ class Estimate:
   topology: str
   devices: int
   mesh: str
-  replicas: int
+  batch_shards: int
   remat: str
   micro_batch: int
   kept_tokens: int
@@ -137,7 +145,7 @@ class Estimate:
   @property
   def block(self) -> int:
     """Tokens encoded at a time on a chip, or on the chips of `mesh.tensor` together."""
-    return self.micro_batch // self.replicas
+    return self.micro_batch // self.batch_shards
 
   @property
   def free(self) -> float:
@@ -145,7 +153,7 @@ class Estimate:
     return 1 - self.hbm_bytes_per_device / self.hbm_capacity
 
 
-def estimate(config: Config, target: Target, step: Step) -> Estimate:
+def estimate_step(config: Config, target: Target, step: Step) -> Estimate:
   """Returns what the update of a step needs on the chips of `target`.
 
   Where `data.micro_batch` is 0, with the largest one that training would try and that fits.
@@ -157,93 +165,107 @@ def estimate(config: Config, target: Target, step: Step) -> Estimate:
     raise ConfigError("kd.teacher: a teacher is not part of the estimate; set it to ''")
   kind, length = step.kind(config), step.tokens(config)
   mesh = make_mesh(config, target.devices())
-  memory.check_attention(config, "tpu")
+  lowering.check_attention(config, "tpu")
   tokens = config.data.global_batch * kind.texts * length
   given = config.data.micro_batch
-  sizes = [given] if given else memory.sizes(config, tokens, mesh)
+  sizes = [given] if given else micro_batch.sizes(config, tokens, mesh)
   while True:
-    found = _compiled(memory.sized(config, sizes.pop()), target, mesh, kind, length)
+    sized = micro_batch.sized(config, sizes.pop())
+    case = _Case(sized, target, mesh, kind, length)
+    found = _estimate(case, _compile(case))
     if found.fits or not sizes:
       return found
 
 
-def _compiled(config: Config, target: Target, mesh: Any, kind: Kind, length: int) -> Estimate:
-  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+@dataclasses.dataclass(frozen=True)
+class _Case:
+  """One update to compile."""
+
+  config: Config
+  target: Target
+  mesh: Mesh
+  kind: Kind
+  length: int  # tokens of every text
+
+  @property
+  def batch_shards(self) -> int:
+    return batch_shards(self.mesh.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Account:
+  """What the compiler says of an update; where it gave up, nothing but the memory."""
+
+  by_kind: dict[str, int]  # bytes of one chip by what they hold
+  spent: hlo.Seconds = dataclasses.field(default_factory=hlo.Seconds)
+  collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  seconds: float = 0.0  # that compiling took
+
+
+def _compile(case: _Case) -> _Account:
+  with jax.set_mesh(case.mesh), nn.logical_axis_rules(logical_rules()):
     started = time.perf_counter()
-    lowered = memory.lowered_step(config, kind, 1000, mesh)
+    lowered = lowering.lowered_step(case.config, case.kind, RUN_STEPS, case.mesh)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-      return _too_large(config, target, mesh, kind, length, str(error))
+      return _Account({"all": _refused_bytes(str(error))})
     seconds = time.perf_counter() - started
-    by_kind = _memory(config, kind, mesh, compiled)
+    by_kind = _memory(case, compiled)
   module = hlo.Module(compiled.as_text())
-  trips = _Trips(memory.kind_layout(config, kind, replicas(mesh.shape)), length)
-  spent = module.seconds(target.tpu, target.torus, trips)
-  return _estimate(
-    config, target, mesh, kind, length, by_kind, spent, _listed(module, trips), seconds
-  )
+  trips = _Trips(lowering.kind_layout(case.config, case.kind, case.batch_shards), case.length)
+  spent = module.seconds(case.target.tpu, case.target.torus, trips)
+  return _Account(by_kind, spent, _listed(module, trips), seconds)
 
 
-def _estimate(
-  config: Config,
-  target: Target,
-  mesh: Any,
-  kind: Kind,
-  length: int,
-  by_kind: dict[str, int],
-  spent: hlo.Seconds,
-  collectives: list[dict[str, Any]],
-  compile_seconds: float,
-) -> Estimate:
-  needed, capacity = sum(by_kind.values()), target.tpu.chip.hbm_bytes
-  texts = config.data.global_batch * kind.texts
+def _estimate(case: _Case, account: _Account) -> Estimate:
+  config, target, mesh, length = case.config, case.target, case.mesh, case.length
+  needed, capacity = sum(account.by_kind.values()), target.tpu.hbm_bytes
+  texts = config.data.global_batch * case.kind.texts
   work = flops.step_flops(config.model, texts * length, texts * length * (length + 1))
-  total = spent.total
+  total = account.spent.total
   rate = 1 / total / mesh.size if total else 0.0
   return Estimate(
     topology=target.name + (f" x {target.slices}" if target.slices > 1 else ""),
     devices=mesh.size,
     mesh=" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-    replicas=replicas(mesh.shape),
+    batch_shards=case.batch_shards,
     remat=config.model.remat,
     micro_batch=config.data.micro_batch,
     kept_tokens=config.data.kept_tokens,
-    task=kind.task_type,
+    task=case.kind.task_type,
     hbm_bytes_per_device=needed,
     hbm_capacity=capacity,
-    hbm_by_kind=by_kind,
-    fits=needed <= memory.USABLE * capacity and spent.total > 0,
+    hbm_by_kind=account.by_kind,
+    fits=needed <= micro_batch.USABLE * capacity and total > 0,
     sequences=texts,
     text_tokens=length,
     model_flops_per_step=work,
     estimated_step_seconds=total,
-    seconds_by_kind=dataclasses.asdict(spent),
+    seconds_by_kind=dataclasses.asdict(account.spent),
     estimated_mfu=work * rate / target.tpu.peak_flops,
     tokens_per_second_per_chip=texts * length * rate,
     sequences_per_second_per_chip=texts * rate,
-    collectives=collectives,
-    compile_seconds=compile_seconds,
+    collectives=account.collectives,
+    compile_seconds=account.seconds,
   )
 
 
-def _too_large(
-  config: Config, target: Target, mesh: Any, kind: Kind, length: int, message: str
-) -> Estimate:
-  """Returns the estimate of a program that the compiler gave up for its memory."""
-  if memory.VMEM in message:
+def _refused_bytes(message: str) -> int:
+  """Returns what a program needs that the compiler gave up for its memory."""
+  if lowering.VMEM in message:
     raise ConfigError(f"the compiler finds no room for the tiles of an operation: {message[:2000]}")
   used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([GM])", message)
   if not used:
     raise ConfigError(f"the compiler refuses the update: {message[:2000]}")
-  needed = int(float(used.group(1)) * 2 ** (30 if used.group(2) == "G" else 20))
-  return _estimate(config, target, mesh, kind, length, {"all": needed}, hlo.Seconds(), [], 0.0)
+  return int(float(used.group(1)) * 2 ** (30 if used.group(2) == "G" else 20))
 
 
-def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, int]:
+def _memory(case: _Case, compiled: Any) -> dict[str, int]:
   """Returns the bytes of one chip by what they hold."""
-  state = train_state.abstract(config, optimizer.make(config.optimizer, 1000), mesh)
-  batch = memory.batch_shapes(config, kind, replicas(mesh.shape))
+  config, shards = case.config, case.batch_shards
+  state = train_state.abstract(config, optimizer.make(config.optimizer, RUN_STEPS), case.mesh)
+  batch = lowering.batch_shapes(config, case.kind, shards)
 
   def held(tree: Any) -> int:
     return sum(
@@ -252,11 +274,11 @@ def _memory(config: Config, kind: Kind, mesh: Any, compiled: Any) -> dict[str, i
 
   parameters, moments = held(state.params), held(state.opt_state)
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // replicas(mesh.shape)
+  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // shards
   return {
     "parameters": parameters,
     "optimizer": moments,
-    "batch and code": memory.needed_bytes(compiled) - temporary - parameters - moments,
+    "batch and code": lowering.needed_bytes(compiled) - temporary - parameters - moments,
     "kept activations": kept,
     "temporaries": temporary - kept,
   }
@@ -271,7 +293,7 @@ class _Trips:
       below = layout.widths[i - 1] if i else 0
       per_sheet = min(width // length, layout.slots(width)) if layout.packed else 1
       sheets = math.ceil(layout.texts / per_sheet) if below < length <= width else 0
-      self.blocks[width] = math.ceil(sheets * layout.shards / layout.sheets[i])
+      self.blocks[width] = math.ceil(sheets * layout.batch_shards / layout.sheets[i])
 
   def __call__(self, scope: str) -> float:
     found = re.findall(rf"{BLOCKS}(\d+)_(\d+)_(\d+)", scope)

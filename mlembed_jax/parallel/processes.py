@@ -1,4 +1,4 @@
-"""What the processes of a run do together; with one process, every function does the plain thing.
+"""What the processes of a run do together; a run of one process exchanges nothing.
 
 All processes must call these functions in the same order.
 """
