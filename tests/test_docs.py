@@ -2,60 +2,43 @@
 
 import ast
 import importlib
-import pathlib
+import json
 import re
 import shlex
 
 import pytest
 
 from mlembed_jax.config import load_module
-from mlembed_jax.config_fields import DEFAULTS, REFERENCE
-
-ROOT = pathlib.Path(__file__).parents[1]
-PACKAGE = ROOT / "mlembed_jax"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-HISTORY = ROOT / "CHANGELOG.md"  # may name what is gone
-SETUP = (  # README must not change them
-  'pip install -e ".[quickstart]" && python -m mlembed_jax.train --config configs/quickstart.py'
-  " --workdir /tmp/quickstart\n",
-  'pip install -e ".[test]" && python -m pytest -n 2\n',
+from mlembed_jax.config_fields import DEFAULTS, REFERENCE, ModelConfig
+from mlembed_jax.data import manifest
+from mlembed_jax.models.encoder import parameter_count
+from tests.pages import (
+  BLOCK,
+  HISTORY,
+  LINK,
+  PAGES,
+  ROOT,
+  SET_UP,
+  anchors,
+  blocks,
+  commands,
+  is_after_quickstart,
+  spans,
+  table,
+  text_of,
 )
-# Commands that are not of this project and need nothing but it.
-TOOLS = ("python3 -m venv", ". .venv", "pip install -e", "python -m pytest", "ruff", "pyright")
-TOOLS += (".ci/run", "git merge")
-NEEDS = r"<!-- needs [^>]+ -->"  # before a block that cannot be run by everybody
-BLOCK = re.compile(rf"^(?:({NEEDS})\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+PACKAGE = ROOT / "mlembed_jax"
 TRAIN = PACKAGE / "train.py"
+# Commands that .ci/run or a reader runs, and that need nothing but this project.
+TOOLS = ("python3 -m venv", ". .venv", "pip install -e", "python -m pytest", "ruff", "pyright")
+TOOLS += (".ci/run",)
+# Programs whose flags may stand in a sentence.
+PROGRAMS = [*PACKAGE.glob("*.py"), *(ROOT / "launch").rglob("*"), *(ROOT / "tests").rglob("*.py")]
+# Files of users, in examples.
+EXAMPLES = {"faq.query.npy", "faq.passage.npy", "vectors.ranges.npy"}
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def text_of(page):
-  return page.read_text(encoding="utf-8")
-
-
-def anchors(page):
-  """Returns the anchors of the headings, as forges make them."""
-  headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
-  return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-
-
-def blocks(page, *languages):
-  """Returns (what it needs, content) of the code blocks."""
-  found = BLOCK.findall(text_of(page))
-  assert len(found) == text_of(page).count("\n```") / 2, f"{page.name}: a fence is not understood"
-  return [(needs, content) for needs, language, content in found if language in languages]
-
-
-def commands(content):
-  """Yields the words of each command of a block."""
-  for line in content.replace("\\\n", " ").splitlines():
-    words = shlex.split(line, comments=True)
-    while words:
-      end = words.index("&&") if "&&" in words else len(words)
-      yield words[:end]
-      words = words[end + 1 :]
 
 
 def calls(words):
@@ -81,16 +64,22 @@ def _launched(file, arguments):
 
 
 def flags_of(file):
-  """Returns the flags that the text of a program defines."""
+  """Returns the flags that a program defines: by absl, or literally, as argparse and shells do."""
   text = text_of(file)
-  named = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", text))
   bools = {f"no{name}" for name in re.findall(r"DEFINE_bool\(\s*\"(\w+)\"", text)}
-  return named | bools | set(re.findall(r"--(\w+)", text)) if named else set(re.findall(r"--(\w+)", text))
+  absl = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", text)) | bools
+  return absl or set(re.findall(r"--([\w-]+)", text))
+
+
+def flag_names(words):
+  """Leaves out options of other programs, which stand together in one word."""
+  given = [word for word in words if re.match(r"--\w", word) and " --" not in word]
+  return [word[2:].partition("=")[0] for word in given]
 
 
 def check_flags(file, arguments):
   assert file.is_file(), f"{file} does not exist"
-  for flag in (word[2:].partition("=")[0] for word in arguments if word.startswith("--")):
+  for flag in flag_names(arguments):
     if flag.startswith("config."):
       assert flag.removeprefix("config.") in DEFAULTS, f"--{flag}"
     else:
@@ -98,16 +87,19 @@ def check_flags(file, arguments):
 
 
 def all_commands(page):
-  """Yields (whether the block is marked, words): of blocks, then of inline code."""
-  for needs, content in blocks(page, "sh"):
-    yield from ((bool(needs), words) for words in commands(content))
-  for code in re.findall(r"`(python -m [^`]+)`", BLOCK.sub("", text_of(page)).replace("\n", " ")):
-    yield True, shlex.split(code)
+  """Yields (whether it need not run here, words): of blocks, then of code in sentences."""
+  for marked, content in blocks(page, "sh"):
+    yield from ((marked, words) for words in commands(content))
+  yield from ((True, shlex.split(code)) for code in spans(page) if code.startswith("python -m"))
 
 
 def test_the_set_up_commands_stand_as_they_are():
-  for command in SETUP:
+  for command in SET_UP:
     assert command in text_of(ROOT / "README.md")
+
+
+def test_the_readme_stays_short():
+  assert len(text_of(ROOT / "README.md").splitlines()) <= 180
 
 
 @pytest.mark.parametrize("page", [*PAGES, HISTORY], ids=lambda page: page.name)
@@ -121,11 +113,20 @@ def test_links_resolve(page):
 @by_page
 def test_commands_and_their_flags_exist(page):
   for marked, words in all_commands(page):
-    found = list(calls(words))
-    for file, arguments in found:
+    for file, arguments in calls(words):
       check_flags(file, arguments)
-    known = found or shlex.join(words).startswith(TOOLS)
-    assert marked or known, f"{shlex.join(words)}: say what it needs, as <!-- needs a cloud -->"
+    runs = is_after_quickstart(words) or shlex.join(words).startswith(TOOLS)
+    set_up = any(words in commands(text) for text in SET_UP)
+    assert marked or runs or set_up, (
+      f"{shlex.join(words)}: say what it needs: <!-- needs a cloud -->"
+    )
+
+
+@by_page
+def test_flags_in_sentences_exist(page):
+  known = {flag for file in PROGRAMS if file.suffix in (".py", ".sh") for flag in flags_of(file)}
+  for flag in (flag for code in spans(page) for flag in flag_names(code.split())):
+    assert flag.removeprefix("config.") in DEFAULTS or flag in known, f"--{flag}"
 
 
 @by_page
@@ -138,39 +139,71 @@ def test_python_blocks_import_what_exists(page):
 
 
 @by_page
+def test_manifests_have_the_fields_that_preparation_knows(page):
+  for entry in (entry for _, text in blocks(page, "json") for entry in json.loads(text).values()):
+    assert set(manifest.REQUIRED) <= set(entry) <= set(manifest.REQUIRED | manifest.OPTIONAL)
+
+
+@by_page
 def test_configurations_exist(page):
   for name, variant in re.findall(r"configs/(\w+)\.py(?::(\w+))?", text_of(page)):
     file = ROOT / f"configs/{name}.py"
     assert file.is_file(), file
     if name != "from_hf":  # there a model follows
       load_module(file).get_config(variant)
-  for field in re.findall(r"--config\.([\w.]*\w)", text_of(page)):
-    assert field in DEFAULTS, f"--config.{field}"
-
-
-def is_there(name):
-  """Returns whether a dotted name is a setting, a module of the package, or a name in one."""
-  parts = name.removeprefix("mlembed_jax.").split(".")
-  if name in DEFAULTS or name == "mlembed_jax":
-    return True
-  for end in range(len(parts), -1, -1):
-    stem = PACKAGE.joinpath(*parts[:end])
-    file = next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
-    if file:
-      return all(re.search(rf"\b{part}\b", text_of(file)) for part in parts[end:])
-  return False
 
 
 @by_page
-def test_settings_modules_and_files_that_code_spans_name_exist(page):
-  rooms = {path.stem for path in PACKAGE.iterdir()}
-  first = "|".join(sorted(rooms | {name.partition(".")[0] for name in DEFAULTS}))
-  text = BLOCK.sub("", text_of(page))
-  for name in re.findall(rf"`((?:{first}|mlembed_jax)(?:\.\w+)+)`", text):
-    assert is_there(name), name
-  for name in re.findall(r"`([\w.\-]+(?:/[\w.\-]+)*\.(?:py|md|sh|sbatch|toml))(?::\w+)?`", text):
-    homes = (ROOT, PACKAGE, ROOT / "configs", ROOT / "docs")
-    assert any((home / name).exists() for home in homes), name
+def test_settings_in_sentences_exist(page):
+  groups = "|".join(sorted({name.partition(".")[0] for name in DEFAULTS}))
+  modules = {path.stem for path in PACKAGE.iterdir()}
+  for code in spans(page):
+    name = code.removeprefix("--config.").partition("=")[0].replace("{task}", "retrieval")
+    if re.fullmatch(rf"({groups})\.[\w.]+", name) and not name.endswith((".json", ".md", ".py")):
+      in_module = name.partition(".")[0] in modules and is_there(name)
+      assert name in DEFAULTS or in_module, code
+
+
+def names_in(file):
+  """Returns the names that a file defines, of classes their attributes too."""
+  found = set()
+  for node in ast.walk(ast.parse(text_of(file))):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+      found.add(node.name)
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      found.add(node.id)
+  return found
+
+
+def is_there(name):
+  """Returns whether a dotted name is a module of the package, or defined in one."""
+  parts = name.removeprefix("mlembed_jax.").split(".")
+  for end in range(len(parts), 0, -1):
+    stem = PACKAGE.joinpath(*parts[:end])
+    file = next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
+    if file:
+      return set(parts[end:]) <= names_in(file)
+  return hasattr(importlib.import_module("mlembed_jax"), parts[0])
+
+
+@by_page
+def test_modules_in_sentences_exist(page):
+  rooms = "|".join(sorted(path.stem for path in PACKAGE.iterdir()))
+  for code in spans(page):
+    found = re.match(rf"((?:mlembed_jax|{rooms})(?:\.\w+)+)(?=$|[( ])", code)
+    if found and found[1] not in DEFAULTS and not found[1].endswith(".json"):
+      assert is_there(found[1]), code
+
+
+@by_page
+def test_files_in_sentences_exist_or_are_written(page):
+  code = "\n".join(text_of(path) for path in PACKAGE.rglob("*.py"))
+  for name in spans(page):
+    if re.fullmatch(r"[\w.\-/]+\.(?:py|md|sh|sbatch|toml|yaml|js)", name):
+      homes = (ROOT, PACKAGE, ROOT / "configs", ROOT / "docs")
+      assert any((home / name).exists() for home in homes), name
+    elif re.fullmatch(r"[\w.\-/]+\.(?:json|jsonl|html|png|npy|safetensors|pth)", name):
+      assert name in EXAMPLES or re.search(rf"[\"'/.]{name.split('/')[-1]}\b", code), name
 
 
 def codes(pattern, folder):
@@ -179,11 +212,36 @@ def codes(pattern, folder):
 
 def test_all_checks_and_error_codes_are_listed():
   rows = re.findall(r"^\| ([DE]\d+) \|", text_of(ROOT / "docs/export.md"), re.MULTILINE)
-  in_code = codes(r"Check\(\"(D\d\d)\"", PACKAGE) | codes(r"\bE\d{3}\b", PACKAGE / "hf")
+  in_code = codes(r"Check\(\"(D\d\d)\"", PACKAGE) | codes(r"(?<!noqa: )\bE\d{3}\b", PACKAGE / "hf")
   assert rows == sorted(in_code)
 
 
-def test_the_switches_of_the_published_recipe_are_listed():
-  section = text_of(ROOT / "docs/training.md").partition("### The published recipe")[2]
-  rows = re.findall(r"^\| `([a-z_.]+)` \|", section.partition("\n#")[0], re.MULTILINE)
-  assert set(rows) == {name for name in REFERENCE if REFERENCE[name] != DEFAULTS[name]}
+def test_the_switches_of_the_published_recipe_are_listed_with_their_values():
+  rows = table(ROOT / "docs/training.md", "### The published recipe")[1:]
+  listed = {name.strip("`"): values for name, *values in rows}
+  assert set(listed) == {name for name in REFERENCE if REFERENCE[name] != DEFAULTS[name]}
+  for name, cells in listed.items():
+    stated = [cell.replace("\\", "").partition(":")[0].strip("`") for cell in cells]
+    assert stated == [str(DEFAULTS[name]), str(REFERENCE[name])]
+
+
+def test_the_table_of_sizes_is_that_of_the_configurations():
+  for file, *cells in table(ROOT / "docs/training.md", "## Sizes")[1:]:
+    values = load_module(ROOT / file.strip("`")).get_config().model
+    model = ModelConfig(**values)
+    count, in_table = parameter_count(model), model.rank * (model.vocab + model.width)
+    shape = f"{model.layers} x {model.width}"
+    assert cells == [shape, str(model.rank), f"{count:,}", f"{100 * in_table / count:.0f} %"]
+
+
+def test_the_task_types_are_listed_with_their_negatives():
+  rows = table(ROOT / "docs/data.md", "## Files and the manifest")
+  used = {row[0].strip("`"): row[-1] for row in rows if len(row) == 3 and row[0] != "`task_type`"}
+  assert set(used) == set(manifest.TASK_TYPES)
+  for name, negatives in used.items():
+    assert negatives == str(DEFAULTS.get(f"losses.{name}.negatives", "none"))
+
+
+def test_no_block_of_a_page_has_an_unknown_language():
+  languages = {of for page in PAGES for _, of, _ in BLOCK.findall(text_of(page))}
+  assert languages <= {"sh", "python", "json", ""}
