@@ -32,7 +32,7 @@ PACKAGE = ROOT / "mlembed_jax"
 TRAIN = PACKAGE / "train.py"
 # Commands that .ci/run or a reader runs, and that need nothing but this project.
 TOOLS = ("python3 -m venv", ". .venv", "pip install -e", "python -m pytest", "ruff", "pyright")
-TOOLS += (".ci/run",)
+TOOLS += (".ci/run", "python launch/local_processes.py")  # the last by tests/parallel
 # Programs whose flags may stand in a sentence.
 PROGRAMS = [*PACKAGE.glob("*.py"), *(ROOT / "launch").rglob("*"), *(ROOT / "tests").rglob("*.py")]
 # Files of users, in examples.
