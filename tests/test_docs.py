@@ -11,6 +11,7 @@ import pytest
 from mlembed_jax.config import load_module
 from mlembed_jax.config_fields import DEFAULTS, REFERENCE, ModelConfig
 from mlembed_jax.data import manifest
+from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.models.encoder import parameter_count
 from tests.pages import (
   BLOCK,
@@ -232,6 +233,19 @@ def test_the_table_of_sizes_is_that_of_the_configurations():
     count, in_table = parameter_count(model), model.rank * (model.vocab + model.width)
     shape = f"{model.layers} x {model.width}"
     assert cells == [shape, str(model.rank), f"{count:,}", f"{100 * in_table / count:.0f} %"]
+
+
+def test_the_generations_of_tpus_and_the_pods_of_all_sizes_are_listed():
+  words = {row[0]: row[1] for row in table(ROOT / "docs/glossary.md", "## Machines")}
+  assert set(re.findall(r"v\d\w?|tpu\d\w", words["generation"].lower())) == set(TPUS)
+  rows = table(ROOT / "docs/estimate.md", "## All sizes")
+  listed = {(row[0].strip("`"), row[1]) for row in rows if row[0] != "config"}
+  pods = load_module(ROOT / "configs/base.py").PODS
+  assert listed == {
+    (f"{size}.py:{name}", f"{name}:{'x'.join(map(str, TPUS[name].pod))}")
+    for name, sizes in pods.items()
+    for size in sizes
+  }
 
 
 def test_the_task_types_are_listed_with_their_negatives():
