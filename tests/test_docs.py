@@ -8,10 +8,13 @@ import shlex
 
 import pytest
 
+from mlembed_jax import workdir
 from mlembed_jax.config import load_module
 from mlembed_jax.config_fields import DEFAULTS, REFERENCE, ModelConfig
-from mlembed_jax.data import manifest
+from mlembed_jax.data import catalog, manifest
 from mlembed_jax.devices.tpu import TPUS
+from mlembed_jax.eval import evaluation
+from mlembed_jax.hf import own_file
 from mlembed_jax.models.encoder import parameter_count
 from tests.pages import (
   BLOCK,
@@ -254,6 +257,20 @@ def test_the_task_types_are_listed_with_their_negatives():
   assert set(used) == set(manifest.TASK_TYPES)
   for name, negatives in used.items():
     assert negatives == str(DEFAULTS.get(f"losses.{name}.negatives", "none"))
+
+
+def test_the_changelog_has_the_versions_of_all_formats():
+  parity = re.search(r"\"format_version\": (\d+)", text_of(PACKAGE / "hf/parity.py"))
+  versions = {
+    "run.json": workdir.FORMAT,
+    "eval/step_N.json": workdir.SCORES_FORMAT,
+    "scores.json": evaluation.FORMAT,
+    "mlembed.json": own_file.FORMAT,
+    "parity.json": int(parity[1]),
+    "catalog.json": catalog.VERSION,
+  }
+  rows = table(HISTORY, "## Formats of files")[1:]
+  assert {row[0].split("`")[1]: int(re.match(r"\d+", row[-1])[0]) for row in rows} == versions
 
 
 def test_no_block_of_a_page_has_an_unknown_language():

@@ -31,7 +31,8 @@ def run(words: list[str], folder: pathlib.Path) -> None:
   words = [word.replace("/tmp/", f"{folder}/") for word in words]
   start = time.monotonic()
   done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
-  print(f"{time.monotonic() - start:5.1f} s  {shlex.join(words)}", flush=True)
+  seconds, shown = time.monotonic() - start, shlex.join(words).splitlines()[0]
+  print(f"{seconds:5.1f} s  {shown}", flush=True)
   if done.returncode:
     sys.exit(f"{done.stdout}{done.stderr}\nended with status {done.returncode}")
 
