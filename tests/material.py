@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 
+from mlembed_jax.batch import Kind, Sheets
 from mlembed_jax.config import load_module
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data import catalog, loader, manifest, packing, plan, prepare, store
@@ -246,6 +247,11 @@ def padded(model: ModelConfig) -> Any:
   return apply
 
 
+def kind_of(task_type: str, positives: int = 1) -> Kind:
+  """Returns a kind for what reads the shapes from the arrays."""
+  return Kind(task_type, positives, negatives=0, longest=0, vectors=None)
+
+
 def packed(
   tokens: np.ndarray,
   lengths: np.ndarray,
@@ -254,7 +260,7 @@ def packed(
   widths: Sequence[int] = (32, 64),
   block_tokens: int = 10**6,
   share: bool = True,
-) -> tuple[dict[str, np.ndarray], ...]:
+) -> tuple[Sheets, ...]:
   """Returns the sheets of the texts tokens [B, C, T], lengths [B, C]; all in one block as it is."""
   rows, texts, size = tokens.shape
   layout = packing.layout(

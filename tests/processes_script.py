@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlembed_jax.batch import Arrays, Sheets
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.parallel import join, processes
 from mlembed_jax.parallel.sharding import put_batch, rows_of
@@ -81,11 +82,9 @@ def check_rows(me):
     part, parts = rows_of(me, mesh)
     assert (part, parts) == expected
     rows = np.arange(8).reshape(parts, -1)[part]
-    batch = put_batch({"sheets": ({"texts": rows[None, :, None]},), "hashes": rows}, mesh)
+    batch = put_batch(Arrays(rows, sheets=(Sheets(*[rows[None, :, None]] * 3),)), mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    hashes, texts = jax.jit(lambda *x: x, out_shardings=whole)(
-      batch["hashes"], batch["sheets"][0]["texts"]
-    )
+    hashes, texts = jax.jit(lambda *x: x, out_shardings=whole)(batch.hashes, batch.sheets[0].texts)
     np.testing.assert_array_equal(np.sort(hashes), np.arange(8))
     np.testing.assert_array_equal(texts[0, :, 0], hashes)
   uneven = mesh_of([0, 1, 2], (1, 3, 1))

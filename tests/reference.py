@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from mlembed_jax.batch import Arrays
 from mlembed_jax.config import from_mapping
 from mlembed_jax.matryoshka import Matryoshka, dim_weights
 from mlembed_jax.objective import losses
-from tests.material import FAST_COMPILE, config_dict
+from tests.material import FAST_COMPILE, config_dict, kind_of
 
 NEVER = -torch.inf
 # On 2 cores its threads and those of XLA wait for each other: 6 s instead of 0.2 s at width 2560.
@@ -223,7 +224,7 @@ def ours(
   dims: tuple[int, ...],
   *,
   weights: tuple[float, ...] | None = None,
-  kind: str = "retrieval",
+  task_type: str = "retrieval",
   positives: int = 1,
   temperature: float = 0.05,
   scores: Any = None,
@@ -242,7 +243,7 @@ def ours(
     result = losses.objective(
       states,
       batch,
-      task=losses.Task(kind, positives),
+      kind=kind_of(task_type, positives),
       axes=axes,
       config=config.losses,
       kd=config.kd,
@@ -251,7 +252,7 @@ def ours(
     )
     return result.loss, result
 
-  batch = {"hashes": hashes} | ({} if scores is None else {"scores": scores})
+  batch = Arrays(hashes, scores)
   differentiate = jax.jit(
     jax.value_and_grad(run, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE
   )

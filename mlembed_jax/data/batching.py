@@ -1,27 +1,9 @@
-"""What one step reads and of what shape: kinds of batches, drawn negatives and instructions."""
-
-import dataclasses
+"""What a step draws of its rows: hard negatives, and which documents have the instruction."""
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 NEGATIVES, INSTRUCTIONS = 0x4E45, 0x494E  # separate the draws from every other use of the seed
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """What decides the shapes of a step's batch; one program is compiled per kind."""
-
-  task_type: str
-  positives: int  # per row
-  negatives: int  # hard ones used per row
-  longest: int  # tokens of its longest text
-  vectors: tuple[int, int] | None  # a teacher's, per row: texts that have one, and their width
-
-  @property
-  def texts(self) -> int:
-    """Texts per row."""
-    return 1 + self.positives + self.negatives
 
 
 def _generator(*entropy: int) -> np.random.Generator:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt32
 
+from mlembed_jax.batch import Arrays, Kind, Sheets
 from mlembed_jax.data import batching, packing
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.data.manifest import SCORED, File
 from mlembed_jax.data.order import Order
-from mlembed_jax.data.packing import Layout, Sheets
+from mlembed_jax.data.packing import Layout
 from mlembed_jax.data.records import Row, Text, decode, decode_text
 from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer
@@ -24,8 +24,7 @@ class Batch:
 
   step: int
   dataset: str
-  task_type: str
-  positives: int  # per row
+  kind: Kind
   rows: Int64[np.ndarray, "B"]  # of the file, counted from 0
   global_rows: int  # of all processes
   languages: list[str]  # of the rows
@@ -36,14 +35,10 @@ class Batch:
   teacher: Float32[np.ndarray, "B C2 D2"] | None  # a teacher's vectors of the first C2 texts
   real_tokens: int
 
-  def arrays(self) -> dict[str, Any]:
+  def arrays(self) -> Arrays:
     """Returns what the device needs."""
-    optional = {"scores": self.scores, "teacher": self.teacher}
-    return {
-      "sheets": packing.whole(self.sheets, self.layout),
-      "hashes": self.hashes,
-      **{name: array for name, array in optional.items() if array is not None},
-    }
+    sheets = packing.whole(self.sheets, self.layout)
+    return Arrays(self.hashes, self.scores, sheets, self.teacher)
 
   @property
   def computed_tokens(self) -> int:
@@ -132,8 +127,7 @@ class Batches:
     return Batch(
       step=step,
       dataset=file.name,
-      task_type=kind.task_type,
-      positives=kind.positives,
+      kind=kind,
       rows=np.array([row.row for row in rows]),
       global_rows=options.batch_size,
       languages=[row.language for row in rows],

@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32
+
+from mlembed_jax.batch import Sheets
 
 # A sheet has a place for the end of one text per so many tokens. Texts are longer than that on
 # average: 8-40 tokens with their end token even in corpora of names and menu entries.
@@ -33,21 +34,13 @@ class Layout:
     """Returns how many texts a sheet may hold."""
     return max(1, width // TOKENS_PER_TEXT) if self.packed else 1
 
-  def shapes(self) -> list[dict[str, tuple[int, int, int]]]:
-    """Returns the shapes of the sheets of each width, int32, by their names in `Sheets`."""
-    return [
-      {"tokens": (n, s, t), "ends": (n, s, self.slots(t)), "texts": (n, s, self.slots(t))}
-      for n, s, t in zip(self.blocks, self.sheets, self.widths, strict=True)
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sheets:
-  """The sheets of one width; S counts the sheets of a block, shard after shard."""
-
-  tokens: Int32[np.ndarray, "blocks S T"]
-  ends: Int32[np.ndarray, "blocks S K"]  # where each text ends, ascending; T: no more texts
-  texts: Int32[np.ndarray, "blocks S K"]  # which of its shard's texts; Layout.texts: none
+  def shapes(self) -> list[Sheets]:
+    """Returns `Sheets` of each width that hold shapes instead of int32 arrays."""
+    made = []
+    for n, s, t in zip(self.blocks, self.sheets, self.widths, strict=True):
+      slots = (n, s, self.slots(t))
+      made.append(Sheets(ends=slots, texts=slots, tokens=(n, s, t)))
+    return made
 
 
 def layout(
@@ -113,13 +106,13 @@ def _bins(lengths: np.ndarray, layout: Layout) -> list[list[np.ndarray]]:
   return made
 
 
-def whole(sheets: Sequence[Sheets], layout: Layout) -> tuple[dict[str, np.ndarray], ...]:
-  """Returns the arrays of each width with all blocks of the layout, the further ones empty."""
+def whole(sheets: Sequence[Sheets], layout: Layout) -> tuple[Sheets, ...]:
+  """Returns the sheets of each width with all blocks of the layout, the further ones empty."""
   made = []
   for i, used in enumerate(sheets):
-    full = vars(_empty(layout, i, layout.blocks[i]))
-    for name, array in vars(used).items():
-      full[name][: len(array)] = array
+    full = _empty(layout, i, layout.blocks[i])
+    for into, array in zip(full, used, strict=True):
+      into[: len(array)] = array
     made.append(full)
   return tuple(made)
 
@@ -149,11 +142,10 @@ def fill(lengths: np.ndarray, width: int, slots: int, below: int = 0) -> list[li
 
 
 def _empty(layout: Layout, i: int, blocks: int) -> Sheets:
-  shapes = {name: (blocks, *shape[1:]) for name, shape in layout.shapes()[i].items()}
+  filled = Sheets(ends=layout.widths[i], texts=layout.texts, tokens=0)
+  shapes = layout.shapes()[i]
   return Sheets(
-    np.zeros(shapes["tokens"], np.int32),
-    np.full(shapes["ends"], layout.widths[i], np.int32),
-    np.full(shapes["texts"], layout.texts, np.int32),
+    *(np.full((blocks, *s[1:]), x, np.int32) for s, x in zip(shapes, filled, strict=True))
   )
 
 

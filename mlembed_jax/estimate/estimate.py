@@ -14,9 +14,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import packing
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.devices.tpu import TPUS, Tpu
 from mlembed_jax.errors import ConfigError, HloError
 from mlembed_jax.estimate import hlo
@@ -274,7 +274,7 @@ def _memory(case: _Case, compiled: Any) -> dict[str, int]:
 
   parameters, moments = held(state.params), held(state.opt_state)
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  kept = train_step.kept_bytes(config, state.params, batch["sheets"]) // shards
+  kept = train_step.kept_bytes(config, state.params, batch.sheets) // shards
   return {
     "parameters": parameters,
     "optimizer": moments,

@@ -9,13 +9,14 @@ over its negatives alone. A row without negatives has l = EMPTY and loss 0, not 
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlembed_jax.batch import Arrays, Kind
 from mlembed_jax.config_fields import NO_LIMIT, KdConfig, LossesConfig
 from mlembed_jax.matryoshka import Matryoshka, truncate
 from mlembed_jax.objective import regularizers, streaming
@@ -47,14 +48,6 @@ class Objective:
   empty_rows: Float[Array, ""]  # rows without any
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """What is static of a batch."""
-
-  kind: str  # task type
-  positives: int = 1  # per row
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teachers:
@@ -80,7 +73,7 @@ class _Known:
 class _Exit:
   """The loss of one exit."""
 
-  task: Task
+  kind: Kind
   axes: Matryoshka
   config: LossesConfig
   kd: KdConfig
@@ -104,7 +97,7 @@ class _Exit:
     terms = {name: jnp.sum(term_M * weights_M) for name, term_M in by_dim.items()}
     if known.teacher is not None:
       teacher = known.teacher[jnp.minimum(index, len(known.teacher) - 1)]
-      distance = from_teacher(states_BCD, teacher, self.task.positives, self.kd.space)
+      distance = from_teacher(states_BCD, teacher, self.kind.positives, self.kd.space)
       terms["distillation"] = self.kd.weight * distance
     count = c.count if known.scores is None else partners(known.scores)
     return sum(terms.values(), jnp.zeros(())), (terms, count)
@@ -112,7 +105,7 @@ class _Exit:
   def contrasted(
     self, states_BCD: Array, dims: Sequence[int], temperature: Array, known: _Known
   ) -> Contrast:
-    views = make_views(states_BCD, dims, self.task.positives, temperature)
+    views = make_views(states_BCD, dims, self.kind.positives, temperature)
     met = self.config.inbatch_negatives, self.config.inbatch_passage_grad
     return contrast(views, known.ids, known.keys and known.keys[0], *met)
 
@@ -121,7 +114,7 @@ class _Exit:
       return {"scored": cosent(c.own[:, 0], known.scores)}
     if not known.keys:
       return {"hard": _cross_entropy(c.hard, c.own)}
-    symmetric = getattr(self.config, self.task.kind).symmetric
+    symmetric = getattr(self.config, self.kind.task_type).symmetric
     return contrastive(c, known.keys[1] if symmetric else None, self.config)
 
   def spread_out(self, states_BCD: Array, known: _Known) -> Float[Array, "M"]:
@@ -134,9 +127,9 @@ class _Exit:
 
 def objective(
   states_EBCD: Float[Array, "E B C D"],
-  batch: Mapping[str, Array],
+  batch: Arrays,
   *,
-  task: Task,
+  kind: Kind,
   axes: Matryoshka,
   config: LossesConfig,
   kd: KdConfig,
@@ -145,11 +138,11 @@ def objective(
 ) -> Objective:
   """Returns the mean over exits of the sum of all terms, each a weighted sum over output dims.
 
-  `states` are final-norm states, not normalised. `batch` holds `hashes` [B, C, 2], and `scores`
-  [B] for scored pairs.
+  `states` are final-norm states, not normalised. Of `batch` the hashes are read, and the
+  scores where the rows are scored pairs.
   """
-  each, temperature = _Exit(task, axes, config, kd), jnp.asarray(temperature, jnp.float32)
-  known = _known(states_EBCD, batch, task, config, kd, teachers)
+  each, temperature = _Exit(kind, axes, config, kd), jnp.asarray(temperature, jnp.float32)
+  known = _known(states_EBCD, batch, kind, config, kd, teachers)
   if config.self_distillation and known.scores is None:
     full = states_EBCD if teachers.full is None else teachers.full
     c = each.contrasted(full[-1], axes.dims[-1:], temperature, known)
@@ -162,33 +155,33 @@ def objective(
 
 def _known(
   states_EBCD: Array,
-  batch: Mapping[str, Array],
-  task: Task,
+  batch: Arrays,
+  kind: Kind,
   config: LossesConfig,
   kd: KdConfig,
   teachers: Teachers,
 ) -> _Known:
-  ids_BC = text_ids(batch["hashes"], config.mask_duplicates)
+  ids_BC = text_ids(batch.hashes, config.mask_duplicates)
   return _Known(
     ids=ids_BC,
-    keys=_keys(states_EBCD, ids_BC, task, config, teachers),
-    scores=None if config.task(task.kind) else batch["scores"],
+    keys=_keys(states_EBCD, ids_BC, kind, config, teachers),
+    scores=None if config.task(kind.task_type) else batch.scores,
     teacher=teachers.exits if kd.weight else None,
   )
 
 
 def _keys(
-  states_EBCD: Array, ids_BC: Array, task: Task, config: LossesConfig, teachers: Teachers
+  states_EBCD: Array, ids_BC: Array, kind: Kind, config: LossesConfig, teachers: Teachers
 ) -> tuple[Keys, Keys] | None:
-  if not (settings := config.task(task.kind)) or not settings.inbatch:
+  if not (settings := config.task(kind.task_type)) or not settings.inbatch:
     return None
-  used = ids_BC.shape[1] if config.inbatch_negatives else 1 + task.positives
+  used = ids_BC.shape[1] if config.inbatch_negatives else 1 + kind.positives
   guide = None
   if config.false_negative_margin < NO_LIMIT:
     own = states_EBCD if teachers.full is None else teachers.full
     judge: Any = own if config.false_negative_score == "own" else teachers.exits
     guide = truncate(judge[-1, ..., : states_EBCD.shape[-1]], None)
-  return batch_keys(ids_BC, task.positives, used, guide, config.false_negative_margin)
+  return batch_keys(ids_BC, kind.positives, used, guide, config.false_negative_margin)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

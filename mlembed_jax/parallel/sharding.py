@@ -11,6 +11,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlembed_jax.batch import Arrays
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.errors import ConfigError
 
@@ -206,22 +207,19 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
 
 
-def _with_sharding(one: Callable[[NamedSharding, Any], Any], batch: Any, mesh: Mesh) -> Any:
+def _with_sharding(one: Callable[[NamedSharding, Any], Any], arrays: Arrays, mesh: Mesh) -> Arrays:
   """Returns `one(sharding, array)` of each array: sheets are [blocks, S, ...], others [B, ...]."""
-  return {
-    name: jax.tree.map(
-      functools.partial(one, batch_sharding(mesh, axis=1 if name == "sheets" else 0)), arrays
-    )
-    for name, arrays in batch.items()
-  }
+  by_row, by_sheet = (functools.partial(one, batch_sharding(mesh, axis)) for axis in (0, 1))
+  rows = jax.tree.map(by_row, arrays._replace(sheets=()))
+  return rows._replace(sheets=jax.tree.map(by_sheet, arrays.sheets))
 
 
-def put_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+def put_batch(arrays: Arrays, mesh: Mesh) -> Arrays:
   """Returns global arrays from this process's: its sheets of every block, and its rows."""
   return _with_sharding(jax.make_array_from_process_local_data, arrays, mesh)
 
 
-def abstract_batch(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+def abstract_batch(shapes: Arrays, mesh: Mesh) -> Arrays:
   """Returns what `put_batch` returns as shapes, from global ones."""
 
   def one(sharding: NamedSharding, x: Any) -> jax.ShapeDtypeStruct:

@@ -5,8 +5,7 @@ the states of all texts at once; pull the gradient of each block's states back t
 Unlike accumulation, the loss sees every row of the batch. What the backward pass needs of a block
 is kept from the first pass for as many blocks as memory holds; the others are encoded again.
 
-Arrays only. Sheets of one width: tokens [n, S, T], ends [n, S, K] and texts [n, S, K] of n blocks,
-as data/packing.py makes them. Only blocks that hold a text are encoded.
+Sheets come by width, as data/packing.py makes them. Only blocks that hold a text are encoded.
 """
 
 import dataclasses
@@ -20,10 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from mlembed_jax.batch import Sheets
 from mlembed_jax.parallel.sharding import RULES
 from mlembed_jax.training.residuals import Pull
 
-Sheets = dict[str, Array]
 Encode = Callable[[Any, Sheets], Float[Array, "E S K D"]]
 ROWS = PartitionSpec(RULES["batch"])
 STATES = PartitionSpec(None, RULES["batch"])
@@ -76,7 +75,7 @@ def kept_bytes(encode: Encode, params: Any, sheets: Sequence[Sheets], kept_token
 
 
 def work(sheets: Sequence[Sheets]) -> dict[str, Array]:
-  """Returns what a batch holds, and what is computed of it, over all devices of all hosts.
+  """Returns what a batch holds, and what is computed of it, over all devices.
 
   `texts`, `tokens`, `computed_tokens` (places of tokens, padding too; int32) and `squares`, the
   sum over texts of s * (s + 1) for s tokens (float32, as a large batch has more than int32 holds).
@@ -85,7 +84,7 @@ def work(sheets: Sequence[Sheets]) -> dict[str, Array]:
 
 
 def _work(width: Sheets) -> dict[str, Array]:
-  ends, (_, S, T) = width["ends"], width["tokens"].shape
+  ends, (_, S, T) = width.ends, width.tokens.shape
   starts = jnp.pad(ends[..., :-1] + 1, ((0, 0), (0, 0), (1, 0)))  # of texts; empty slots come last
   lengths = jnp.where(ends < T, ends + 1 - starts, 0)
   # Within a sheet in int32: there, it is at most T * (T + 1).
@@ -100,7 +99,7 @@ def _work(width: Sheets) -> dict[str, Array]:
 
 def _used(width: Sheets) -> Array:
   """Returns how many blocks hold a text on any device; they come first."""
-  return jnp.any(width["ends"] < width["tokens"].shape[-1], axis=(1, 2)).sum()
+  return jnp.any(width.ends < width.tokens.shape[-1], axis=(1, 2)).sum()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,7 @@ class _Passes:
 
   @property
   def blocks(self) -> int:
-    return len(self.sheets["tokens"])
+    return len(self.sheets.tokens)
 
   def block(self, i: Any) -> Sheets:
     return jax.tree.map(lambda x: x[i], self.sheets)
@@ -126,7 +125,7 @@ class _Passes:
 
   @functools.cached_property
   def kept(self) -> int:
-    blocks, *size = self.sheets["tokens"].shape
+    blocks, *size = self.sheets.tokens.shape
     if self.alone and blocks == 1:
       return 1  # there is no other block whose activations would need the memory
     return min(blocks, math.ceil(self.kept_tokens / (size[0] * size[1])))
@@ -157,21 +156,21 @@ class _Passes:
 
     def from_kept(i: Array, total: Any) -> Any:
       found = jax.tree.map(lambda x: x[i], residuals)
-      d_block = _take(d_states, self.sheets["texts"][i])
+      d_block = _take(d_states, self.sheets.texts[i])
       d_params = self.pull.back(self.params, self.block(0), found, d_block)
       return jax.tree.map(jnp.add, total, d_params)
 
     def from_text(i: Array, total: Any) -> Any:
       block = self.block(i)
       _, pull = jax.vjp(lambda p: self.encode(p, block), self.params)
-      return jax.tree.map(jnp.add, total, pull(_take(d_states, block["texts"]))[0])
+      return jax.tree.map(jnp.add, total, pull(_take(d_states, block.texts))[0])
 
     grads = self._loop(0, self.kept, from_kept, grads)
     return self._loop(self.kept, self.blocks, from_text, grads)
 
   def _loop(self, start: int, end: int, body: Callable[..., Any], carry: Any) -> Any:
     """Returns the carry after the used blocks from `start` to before `end`."""
-    width = self.sheets["tokens"].shape[-1]
+    width = self.sheets.tokens.shape[-1]
     if start == end:
       return carry
     if self.alone and (start, end) == (0, 1):
@@ -188,7 +187,7 @@ class _Passes:
 
 def _put_all(into: Any, states: Any, block: Sheets) -> Any:
   """Returns arrays by text with those of a block, [E, S, K, D], in their places."""
-  return jax.tree.map(functools.partial(_put, texts_SK=block["texts"]), into, states)
+  return jax.tree.map(functools.partial(_put, texts_SK=block.texts), into, states)
 
 
 def _put(

@@ -6,9 +6,9 @@ import os
 import pathlib
 from typing import Any
 
+from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import STORED, Config, DataConfig
 from mlembed_jax.data import catalog, loader, manifest, mixture, plan_report, prepare, quickstart
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN

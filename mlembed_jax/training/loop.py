@@ -27,7 +27,6 @@ from mlembed_jax.hf.export import check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh, put_batch, rows_of
 from mlembed_jax.parallel.stop import StopSignals
@@ -71,7 +70,7 @@ def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoin
 def make_step(
   config: Config, steps: int, mesh: Mesh, teacher: Teacher | None
 ) -> Callable[..., Any]:
-  """Returns `step(state, batch, task=...)`; a teacher's weights are read here."""
+  """Returns `step(state, batch, kind=...)`; a teacher's weights are read here."""
   step = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
   return functools.partial(step, teacher_params=teacher.params(mesh) if teacher else None)
 
@@ -105,11 +104,10 @@ def fit(
   pending, start = None, int(state.step)
   with jax.transfer_guard("disallow"):
     for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers)):
-      task = Task(batch.task_type, batch.positives)
       # To jax, parts of global arrays are implicit transfers.
       with jax.transfer_guard_host_to_device("allow"):
         arrays, signals = put_batch(batch.arrays(), mesh), stop.exchange()
-      state, values = step(state, arrays, task=task)
+      state, values = step(state, arrays, kind=batch.kind)
       if pending:
         recorder.record(*pending)
       pending = batch, values, waited_s

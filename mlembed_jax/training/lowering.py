@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mlembed_jax.batch import Arrays, Kind, Sheets
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import packing
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.models import attention
-from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel.sharding import abstract_batch, batch_shards
 from mlembed_jax.training import optimizer, train_state, train_step
 from mlembed_jax.training.teacher import Teacher
@@ -38,19 +37,17 @@ def kind_layout(config: Config, kind: Kind, batch_shards: int) -> packing.Layout
   )
 
 
-def batch_shapes(config: Config, kind: Kind, batch_shards: int) -> dict[str, Any]:
+def batch_shapes(config: Config, kind: Kind, batch_shards: int) -> Arrays:
   """Returns this kind's batches as shapes."""
-  rows = config.data.global_batch
+  rows, shape = config.data.global_batch, jax.ShapeDtypeStruct
   sheets = kind_layout(config, kind, batch_shards).shapes()
-  shapes: dict[str, Any] = {
-    "sheets": tuple({k: jax.ShapeDtypeStruct(v, jnp.int32) for k, v in s.items()} for s in sheets),
-    "hashes": jax.ShapeDtypeStruct((rows, kind.texts, 2), jnp.uint32),
-  }
-  if not config.losses.task(kind.task_type):
-    shapes["scores"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
-  if kind.vectors:
-    shapes["teacher"] = jax.ShapeDtypeStruct((rows, *kind.vectors), jnp.float32)
-  return shapes
+  scored = not config.losses.task(kind.task_type)
+  return Arrays(
+    hashes=shape((rows, kind.texts, 2), jnp.uint32),
+    scores=shape((rows,), jnp.float32) if scored else None,
+    sheets=tuple(Sheets(*(shape(each, jnp.int32) for each in width)) for width in sheets),
+    teacher=shape((rows, *kind.vectors), jnp.float32) if kind.vectors else None,
+  )
 
 
 def lowered_step(
@@ -61,7 +58,7 @@ def lowered_step(
   step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
   batch = abstract_batch(batch_shapes(config, kind, batch_shards(mesh.shape)), mesh)
   params = teacher.abstract(mesh) if teacher else None
-  return step.lower(state, batch, params, task=Task(kind.task_type, kind.positives))
+  return step.lower(state, batch, params, kind=kind)
 
 
 def needed_bytes(compiled: Any) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh
 
+from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import Config
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.devices import tpu
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.parallel import processes

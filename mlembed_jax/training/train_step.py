@@ -12,17 +12,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from mlembed_jax.batch import Arrays, Kind, Sheets
 from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, LossesConfig, ModelConfig
 from mlembed_jax.devices import compiler
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.objective import losses
-from mlembed_jax.objective.losses import Task, Teachers
+from mlembed_jax.objective.losses import Teachers
 from mlembed_jax.training import gradcache, optimizer, train_state
-from mlembed_jax.training.gradcache import Sheets
 from mlembed_jax.training.train_state import TrainState
 
-Batch = dict[str, Any]  # sheets (gradcache), hashes [B, C, 2]; scores [B], teacher [B, C2, D2]
 Metrics = dict[str, jax.Array]
 
 RANK_STREAM = 0x52414E4B  # separates the draw of ranks from every other use of the seed
@@ -49,12 +48,12 @@ def rank_mask(rank: jax.Array, full: int) -> jax.Array:
 
 
 def temperature_at(
-  config: LossesConfig, kind: str, log_temperature: dict[str, Any], progress: Any
+  config: LossesConfig, task_type: str, log_temperature: dict[str, Any], progress: Any
 ) -> Any:
   """Returns the temperature of a task type after a share of the run (0 to 1)."""
   if config.learn_temperature:
-    return jnp.exp(log_temperature[kind])
-  settings = getattr(config, kind)
+    return jnp.exp(log_temperature[task_type])
+  settings = getattr(config, task_type)
   return settings.temperature + progress * (settings.final_temperature - settings.temperature)
 
 
@@ -68,7 +67,7 @@ def encode(
 ) -> Float[Array, "E S K D"]:
   """Returns the states of a block's texts (tokens [S, T], ends [S, K]) at the exits."""
   encoder = Encoder(model, exits)
-  states: Any = encoder.apply({"params": params}, sheets["tokens"], sheets["ends"], mask)
+  states: Any = encoder.apply({"params": params}, sheets.tokens, sheets.ends, mask)
   return states
 
 
@@ -76,9 +75,9 @@ def value_and_grad(
   config: Config,
   params: Any,
   log_temperature: dict[str, Any],
-  batch: Batch,
+  batch: Arrays,
   *,
-  task: Task,
+  kind: Kind,
   rank: Any,
   progress: Any,
   teacher: TeacherShape | None = None,
@@ -96,18 +95,20 @@ def value_and_grad(
     if teacher:
       exits = encode(teacher.model, teacher.exits, teacher_params, block)[..., : config.model.width]
     # At full rank the states of the batch are the full model's already.
-    if config.losses.self_distillation and config.losses.task(task.kind) and len(axes.ranks) > 1:
+    if (
+      config.losses.self_distillation and config.losses.task(kind.task_type) and len(axes.ranks) > 1
+    ):
       full = encode(config.model, axes.exits[-1:], params, block)
     return jax.lax.stop_gradient(Teachers(exits, full))
 
   def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
-    if "teacher" in batch:
-      teachers = dataclasses.replace(teachers, exits=batch["teacher"][None])
-    temperature = temperature_at(config.losses, task.kind, logs, progress)
+    if batch.teacher is not None:
+      teachers = dataclasses.replace(teachers, exits=batch.teacher[None])
+    temperature = temperature_at(config.losses, kind.task_type, logs, progress)
     result = losses.objective(
       states,
       batch,
-      task=task,
+      kind=kind,
       axes=axes,
       config=config.losses,
       kd=config.kd,
@@ -122,8 +123,8 @@ def value_and_grad(
     loss,
     params,
     log_temperature,
-    batch["sheets"],
-    batch["hashes"].shape[:2],
+    batch.sheets,
+    batch.hashes.shape[:2],
     config.data.kept_tokens,
   )
   return result, grads
@@ -140,22 +141,22 @@ def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
 def make(
   config: Config, steps: int, mesh: Mesh, teacher: TeacherShape | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns `step(state, batch, teacher_params, task=...)`, jitted; the old state is reused."""
+  """Returns `step(state, batch, teacher_params, kind=...)`, jitted; the old state is reused."""
   axes = plan(config.model, config.matryoshka)
   tx = optimizer.make(config.optimizer, steps)
   rate = optimizer.schedule(config.optimizer, steps)
   layout = jax.tree.map(lambda x: x.sharding, train_state.abstract(config, tx, mesh))
-  whole = NamedSharding(mesh, PartitionSpec())  # every host reads the metrics
+  whole = NamedSharding(mesh, PartitionSpec())  # every process reads the metrics
 
   @functools.partial(
     jax.jit,
     donate_argnames="state",
-    static_argnames="task",
+    static_argnames="kind",
     out_shardings=(layout, whole),
     compiler_options=compiler.options(mesh.devices.flat[0]),
   )
   def step(
-    state: TrainState, batch: Batch, teacher_params: Any, task: Task
+    state: TrainState, batch: Arrays, teacher_params: Any, kind: Kind
   ) -> tuple[TrainState, Metrics]:
     rank = draw_rank(axes, config.train.seed, state.step) if axes.ranks else None
     progress = state.step / steps
@@ -164,7 +165,7 @@ def make(
       state.params,
       state.log_temperature,
       batch,
-      task=task,
+      kind=kind,
       rank=rank,
       progress=progress,
       teacher=teacher,
@@ -182,11 +183,11 @@ def make(
       "learning_rate": rate(state.step),
       "rank": jnp.zeros((), jnp.int32) if rank is None else rank,
       "temperature": jnp.asarray(
-        temperature_at(config.losses, task.kind, state.log_temperature, progress)
+        temperature_at(config.losses, kind.task_type, state.log_temperature, progress)
       ),
       "negatives": result.negatives,
       "empty_rows": result.empty_rows,
-      **gradcache.work(batch["sheets"]),
+      **gradcache.work(batch.sheets),
     }
     return TrainState(step=state.step + 1, opt_state=opt_state, **trained), metrics
 

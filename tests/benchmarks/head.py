@@ -23,12 +23,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, UInt32
 
+from mlembed_jax.batch import Arrays
 from mlembed_jax.config_fields import Config
 from mlembed_jax.matryoshka import Matryoshka, default_dims, default_exits, dim_weights
 from mlembed_jax.objective import losses
-from mlembed_jax.objective.losses import Task, Teachers
+from mlembed_jax.objective.losses import Teachers
 from mlembed_jax.objective.streaming import TILE_ROWS
 from tests.benchmarks import common
+from tests.material import kind_of
 
 TEMPERATURE = 0.05
 AGREE = 1e-5  # relative; both sum in float32
@@ -53,8 +55,8 @@ def ours(
 ) -> Float[Array, ""]:
   return losses.objective(
     states,
-    {"hashes": hashes},
-    task=Task("retrieval"),
+    Arrays(hashes),
+    kind=kind_of("retrieval"),
     axes=axes,
     config=config.losses,
     kd=config.kd,

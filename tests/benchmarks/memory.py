@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import Config
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.matryoshka import Matryoshka, default_dims, dim_weights
 from mlembed_jax.parallel.sharding import batch_sharding, make_mesh
 from mlembed_jax.training import lowering

@@ -23,16 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mlembed_jax.batch import Arrays, Kind
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data import packing
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.matryoshka import Matryoshka, plan
-from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel.sharding import batch_sharding, batch_shards, make_mesh, put_batch
 from mlembed_jax.training import lowering, optimizer, train_state, train_step
-from mlembed_jax.training.train_step import Batch
 from tests.benchmarks import common
 from tests.benchmarks.head import head_flops, ours
+from tests.material import kind_of
 
 STEPS = 1000  # of the schedule
 HEADER = (
@@ -57,23 +56,23 @@ def random_ids(config: Config, texts: int) -> np.ndarray:
   return np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
 
 
-def random_batch(config: Config, texts: int, mesh: Mesh) -> Batch:
+def random_batch(config: Config, texts: int, mesh: Mesh) -> Arrays:
   shards, rows, tokens = batch_shards(mesh.shape), config.data.global_batch, config.data.lengths[-1]
   layout = lowering.kind_layout(config, Kind("retrieval", 1, texts - 2, tokens, None), shards)
   ids: Any = random_ids(config, texts).reshape(shards, layout.texts, tokens)
   sheets = packing.whole(packing.pack(ids, layout), layout)
-  return put_batch({"sheets": sheets, "hashes": common.random_hashes(rows, texts)}, mesh)
+  return put_batch(Arrays(common.random_hashes(rows, texts), sheets=sheets), mesh)
 
 
 class Stepper:
   """A compiled step with its state, which each call replaces."""
 
-  def __init__(self, config: Config, mesh: Mesh, batch: Batch):
+  def __init__(self, config: Config, mesh: Mesh, batch: Arrays):
     self.batch = batch
     tx = optimizer.make(config.optimizer, STEPS)
     step: Any = train_step.make(config, STEPS, mesh)
     abstract = train_state.abstract(config, tx, mesh)
-    self.compiled = step.lower(abstract, batch, None, task=Task("retrieval")).compile()
+    self.compiled = step.lower(abstract, batch, None, kind=kind_of("retrieval")).compile()
     self.state = train_state.create(config, tx, mesh)
 
   def __call__(self) -> Any:
@@ -81,16 +80,16 @@ class Stepper:
     return self.state, metrics
 
 
-def head_of(config: Config, mesh: Mesh, batch: Batch) -> Any:
+def head_of(config: Config, mesh: Mesh, batch: Arrays) -> Any:
   """Returns the objective with its gradient to random states of the batch, ready to run."""
   axes = plan(config.model, config.matryoshka)
-  shape = (len(axes.exits), *batch["hashes"].shape[:2], config.model.width)
+  shape = (len(axes.exits), *batch.hashes.shape[:2], config.model.width)
   layout = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
   draw = functools.partial(jax.random.normal, shape=shape, dtype=jnp.dtype(config.model.dtype))
   states = jax.jit(draw, out_shardings=layout)(jax.random.key(0))
   loss = functools.partial(ours, axes=axes, config=config)
-  compiled = jax.jit(jax.value_and_grad(loss)).lower(states, batch["hashes"]).compile()
-  return functools.partial(compiled, states, batch["hashes"])
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(states, batch.hashes).compile()
+  return functools.partial(compiled, states, batch.hashes)
 
 
 def encoder_flops(model: ModelConfig, texts: int, tokens: int) -> float:
@@ -112,7 +111,7 @@ def step_flops(config: Config, axes: Matryoshka, texts: int) -> float:
 def describe(name: str, config: Config, time: dict[str, float], step: Stepper) -> list[Any]:
   axes = plan(config.model, config.matryoshka)
   whole, head = time[name], time[f"head of {name}"]
-  texts = step.batch["hashes"].shape[1]
+  texts = step.batch.hashes.shape[1]
   tokens = config.data.global_batch * texts * config.data.lengths[-1]
   return [
     *(name, len(axes.dims), len(axes.exits), len(axes.ranks)),

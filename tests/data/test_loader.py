@@ -4,6 +4,7 @@ import ast
 import collections
 import pathlib
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -98,13 +99,7 @@ def encoded(tokenizer, text, instruction=None, longest=64):
 def same(a, b):
   assert (a.step, a.dataset, a.languages) == (b.step, b.dataset, b.languages)
   np.testing.assert_array_equal(a.rows, b.rows)
-  assert a.arrays().keys() == b.arrays().keys()
-  for name, array in a.arrays().items():
-    if name != "sheets":
-      np.testing.assert_array_equal(array, b.arrays()[name])
-  for x, y in zip(a.arrays()["sheets"], b.arrays()["sheets"], strict=True):
-    for name in x:
-      np.testing.assert_array_equal(x[name], y[name])
+  jax.tree.map(np.testing.assert_array_equal, a.arrays(), b.arrays())
   return True
 
 
@@ -121,8 +116,8 @@ def test_a_batch_holds_its_texts_each_tokenised_as_a_whole(
     seen.add(batch.dataset)
     described = FILES[batch.dataset][1]
     names = names_of(batch.dataset, step, 2, seed=5)
-    assert batch.positives == described.get("positives", 1) and batch.rows.dtype == np.int64
-    assert (batch.task_type, batch.step) == (described["task_type"], step)
+    assert batch.kind.positives == described.get("positives", 1) and batch.rows.dtype == np.int64
+    assert (batch.kind.task_type, batch.step) == (described["task_type"], step)
     for n, (number, texts) in enumerate(zip(batch.rows, texts_of(batch), strict=True)):
       row = tables[batch.dataset][number]
       assert batch.languages[n] == row["lang"]
@@ -177,10 +172,10 @@ def test_scores_are_those_of_the_rows_and_of_scored_pairs_alone(dataset, tables)
   for step in range(20):
     batch = batches_of(dataset)[step]
     if batch.dataset != "train/scored.parquet":
-      assert batch.scores is None and "scores" not in batch.arrays()
+      assert batch.scores is None and batch.arrays().scores is None
       continue
     expected = [tables[batch.dataset][row]["score"] for row in batch.rows]
-    assert batch.scores.dtype == np.float32 and batch.arrays()["scores"] is batch.scores
+    assert batch.scores.dtype == np.float32 and batch.arrays().scores is batch.scores
     np.testing.assert_allclose(batch.scores, expected, rtol=1e-6)
 
 
@@ -246,7 +241,7 @@ def test_shards_have_about_the_same_number_of_tokens(data, tmp_path):
 
 
 def test_texts_per_row_follow_the_task_and_what_is_stored(dataset):
-  found = {(b.task_type, b.hashes.shape) for b in (batches_of(dataset)[n] for n in range(24))}
+  found = {(b.kind.task_type, b.hashes.shape) for b in (batches_of(dataset)[n] for n in range(24))}
   assert found == {
     ("retrieval", (16, 2 + 3, 2)),  # 3 stored, 7 wanted
     ("bitext", (16, 4 + 4, 2)),
@@ -261,8 +256,8 @@ def test_batches_of_a_kind_have_one_shape_with_the_longest_text_in_mind(dataset,
   shapes = collections.defaultdict(set)
   for step in range(40):
     batch = batches[step]
-    arrays = [array.shape for sheets in batch.arrays()["sheets"] for array in sheets.values()]
-    shapes[batch.task_type].add(tuple(arrays))
+    arrays = [array.shape for width in batch.arrays().sheets for array in width]
+    shapes[batch.kind.task_type].add(tuple(arrays))
   assert len(shapes) == 5 and all(len(found) == 1 for found in shapes.values())
 
 

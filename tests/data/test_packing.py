@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mlembed_jax.batch import Sheets
 from mlembed_jax.data import packing
 
 WIDTHS = (256, 1024)
@@ -30,17 +31,17 @@ def read(made, layout, shard):
   """Returns {text: its tokens} of one shard, from the sheets alone."""
   found = {}
   for sheets, width in zip(made, layout.widths, strict=True):
-    own = {k: np.split(v, layout.batch_shards, 1)[shard] for k, v in vars(sheets).items()}
-    for at in np.ndindex(own["tokens"].shape[:2]):
+    own = Sheets(*(np.split(array, layout.batch_shards, 1)[shard] for array in sheets))
+    for at in np.ndindex(own.tokens.shape[:2]):
       start = 0
-      for end, text in zip(own["ends"][at], own["texts"][at], strict=True):
+      for end, text in zip(own.ends[at], own.texts[at], strict=True):
         if text == layout.texts:
           assert end == width
           continue
         assert text not in found
-        found[int(text)] = own["tokens"][at][start : end + 1]
+        found[int(text)] = own.tokens[at][start : end + 1]
         start = end + 1
-      assert not own["tokens"][at][start:].any()
+      assert not own.tokens[at][start:].any()
   return found
 
 
@@ -62,15 +63,15 @@ def test_whole_batches_have_the_shapes_of_the_layout_and_empty_blocks_at_the_end
   layout = layout_of(rows=64, block_tokens=8192)
   made = packing.pack([texts_of(part) for part in corpus(64 * 9).reshape(8, -1)], layout)
   for used, arrays, shapes in zip(made, packing.whole(made, layout), layout.shapes(), strict=True):
-    assert {name: array.shape for name, array in arrays.items()} == shapes
-    assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
-    blocks, width = len(used.tokens), arrays["tokens"].shape[-1]
+    assert Sheets(*(array.shape for array in arrays)) == shapes
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+    blocks, width = len(used.tokens), arrays.tokens.shape[-1]
     assert np.all(np.any(used.texts < layout.texts, axis=(1, 2)))
-    for name, array in vars(used).items():
-      np.testing.assert_array_equal(arrays[name][:blocks], array)
-    empty = {"tokens": 0, "ends": width, "texts": layout.texts}
-    assert all(np.all(arrays[name][blocks:] == value) for name, value in empty.items())
-    assert blocks < len(arrays["tokens"])
+    empty = Sheets(ends=width, texts=layout.texts, tokens=0)
+    for whole, array, value in zip(arrays, used, empty, strict=True):
+      np.testing.assert_array_equal(whole[:blocks], array)
+      assert np.all(whole[blocks:] == value)
+    assert blocks < len(arrays.tokens)
 
 
 def test_a_text_is_in_the_narrowest_sheet_that_holds_it_or_beside_a_longer_one():

@@ -75,7 +75,7 @@ def test_a_batch_holds_the_vectors_of_its_texts(
     batch = batches[step]
     chosen = batching.negative_columns(4, 2, 1, step)
     assert batch.teacher.shape == (16, 1 + positives + 2 * stored, WIDTH)
-    assert batch.teacher.dtype == np.float32 and batch.arrays()["teacher"] is batch.teacher
+    assert batch.teacher.dtype == np.float32 and batch.arrays().teacher is batch.teacher
     assert not set(UNUSABLE) & set(batch.rows)
     for row, hashes, found in zip(batch.rows, batch.hashes, batch.teacher, strict=True):
       assert hashes[0].tobytes() == rows.hash64([texts[row]]).tobytes()
@@ -111,7 +111,7 @@ def test_scored_pairs_have_vectors_too(data, tmp_path):
   batch = batches_of(dataset, teacher_vectors=True)[0]
   passages = np.load(tmp_path / "sts.passage.npy")[batch.rows]
   np.testing.assert_array_equal(batch.teacher[:, 1], passages)
-  assert list(batch.arrays()) == ["sheets", "hashes", "scores", "teacher"]
+  assert batch.arrays().scores is batch.scores and batch.arrays().teacher is batch.teacher
 
 
 def test_files_may_hold_columns_first(tmp_path, prepare):
@@ -128,7 +128,7 @@ def test_files_may_hold_columns_first(tmp_path, prepare):
 def test_vectors_are_read_only_when_asked_for(prepare):
   dataset = prepare(SHAPES)
   batch = batches_of(dataset)[0]
-  assert batch.teacher is None and "teacher" not in batch.arrays()
+  assert batch.teacher is None and batch.arrays().teacher is None
   for path in dataset.glob("*train*.vectors.npy"):
     path.unlink()
   with pytest.raises(DataError, match=r"vectors\.npy is missing .* copy the whole folder"):

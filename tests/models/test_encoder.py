@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlembed_jax.batch import Sheets
 from mlembed_jax.config_fields import SETTINGS, ModelConfig
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
@@ -106,8 +107,8 @@ def sheets(tiny):
   """Sixteen texts packed, and the sheets they are in: [S, T] and [S, K]."""
   tokens, lengths = random_batch(tiny.model.vocab, 16, 32)
   found = packed(tokens[None], lengths[None], widths=(64,))[0]
-  assert np.sum(np.any(found["texts"][0] < 16, axis=-1)) < 8
-  return tokens, lengths, {name: array[0] for name, array in found.items()}
+  assert np.sum(np.any(found.texts[0] < 16, axis=-1)) < 8
+  return tokens, lengths, Sheets(*(array[0] for array in found))
 
 
 def in_order(states_LSKD, texts_SK):
@@ -119,11 +120,9 @@ def in_order(states_LSKD, texts_SK):
 def test_texts_that_share_a_row_are_as_alone(tiny, encode, params, sheets):
   tokens, lengths, shared = sheets
   alone = np.asarray(encode({"params": params}, tokens, lengths))
-  together = jax.jit(Encoder(tiny.model).apply)(
-    {"params": params}, shared["tokens"], shared["ends"]
-  )
+  together = jax.jit(Encoder(tiny.model).apply)({"params": params}, shared.tokens, shared.ends)
   assert np.all(np.isfinite(together))
-  np.testing.assert_allclose(in_order(together, shared["texts"]), alone, atol=3e-6)
+  np.testing.assert_allclose(in_order(together, shared.texts), alone, atol=3e-6)
 
 
 def test_gradients_of_texts_that_share_a_row_are_as_alone(tiny, params, sheets):
@@ -134,8 +133,8 @@ def test_gradients_of_texts_that_share_a_row_are_as_alone(tiny, params, sheets):
     return jnp.sum(weights * padded(tiny.model)({"params": p}, tokens, lengths))
 
   def loss_together(p):
-    states = Encoder(tiny.model).apply({"params": p}, shared["tokens"], shared["ends"])
-    return jnp.sum(weights * in_order(states, shared["texts"]))
+    states = Encoder(tiny.model).apply({"params": p}, shared.tokens, shared.ends)
+    return jnp.sum(weights * in_order(states, shared.texts))
 
   alone, together = (
     jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(params)
@@ -148,13 +147,12 @@ def test_gradients_of_texts_that_share_a_row_are_as_alone(tiny, params, sheets):
 def test_a_text_does_not_see_the_others_of_its_row(tiny, params, sheets):
   _, _, shared = sheets
   apply = jax.jit(Encoder(tiny.model).apply)
-  sheet = next(i for i, ends in enumerate(shared["ends"]) if np.sum(ends < 64) > 2)
-  first, second = shared["ends"][sheet, :2]
-  changed = shared["tokens"].copy()
+  sheet = next(i for i, ends in enumerate(shared.ends) if np.sum(ends < 64) > 2)
+  first, second = shared.ends[sheet, :2]
+  changed = shared.tokens.copy()
   changed[sheet, first + 1 : second + 1] = (changed[sheet, first + 1 : second + 1] + 1) % 600
   before, after = (
-    np.array(apply({"params": params}, tokens, shared["ends"]))
-    for tokens in (shared["tokens"], changed)
+    np.array(apply({"params": params}, tokens, shared.ends)) for tokens in (shared.tokens, changed)
   )
   assert np.abs(after - before)[:, sheet, 1].max() > 0.1
   after[:, sheet, 1] = before[:, sheet, 1]
@@ -284,12 +282,11 @@ def test_remat_policies_are_different_programs(tiny):
 
 
 def test_policies_keep_more_and_more(tiny):
-  tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-  block = {"tokens": tokens, "ends": jax.ShapeDtypeStruct((2, 1), jnp.int32)}
+  block = Sheets(*(jax.ShapeDtypeStruct((2, size), jnp.int32) for size in (1, 1, 64)))
 
   def kept(remat):
     model = dataclasses.replace(tiny.model, remat=remat)
-    encode = lambda p, x: Encoder(model).apply({"params": p}, x["tokens"], x["ends"])  # noqa: E731
+    encode = lambda p, x: Encoder(model).apply({"params": p}, x.tokens, x.ends)  # noqa: E731
     return Pull(encode, parameter_shapes(model), block).bytes
 
   for order in (("full", "context", "products", "none"), ("full", "dots", "none")):

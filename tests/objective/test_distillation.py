@@ -89,7 +89,7 @@ def test_no_gradient_reaches_the_teacher_or_texts_it_does_not_know(space):
 
 def test_the_teacher_term_is_added_with_its_weight():
   x, teacher = random_states(2, 8, 3, 48), random_states(1, 8, 2, 64, seed=1)
-  settings = {"kind": "clustering", "kd__weight": 0.3, "kd__space": "unit"}
+  settings = {"task_type": "clustering", "kd__weight": 0.3, "kd__space": "unit"}
   given = Teachers(exits=jnp.asarray(teacher))
   result, _ = ours(x, distinct_hashes(8, 3), (8, 48), teachers=given, **settings)
   expected = 0.3 * np.array(plain_by_exit(x, teacher, 1, "unit"))

@@ -55,7 +55,7 @@ def test_worked_example_of_two_exits_and_two_dims():
 @pytest.mark.parametrize("kind", ["clustering", "classification"])
 def test_worked_example_without_the_inbatch_term(kind):
   x = states((Q_A, P_A, N_A), (Q_B, P_B, N_B))
-  result, _ = ours(x, distinct_hashes(2, 3), DIMS, kind=kind)
+  result, _ = ours(x, distinct_hashes(2, 3), DIMS, task_type=kind)
   assert result.loss == pytest.approx(0.655600, abs=TOLERANCE)
   assert set(result.terms) == {"hard"}
 
@@ -130,14 +130,14 @@ def test_hashes_that_differ_in_one_half_are_different_texts():
 
 
 def assert_agrees(
-  x, hashes, dims, settings, options, kind="retrieval", gradient=1e-5, loss=1e-6, **inputs
+  x, hashes, dims, settings, options, task_type="retrieval", gradient=1e-5, loss=1e-6, **inputs
 ):
   """Compares with the plain formula; `settings` configure the package, `options` the formula."""
   result, (d_states, d_temperature) = ours(
     x,
     hashes,
     dims,
-    kind=kind,
+    task_type=task_type,
     positives=options.get("positives", 1),
     **inputs,
     **settings,
@@ -278,7 +278,7 @@ def test_a_batch_of_one_repeated_pair_has_no_loss():
 def test_rows_whose_stored_negatives_are_all_masked_have_no_loss():
   hashes = distinct_hashes(8, 4)
   hashes[:, 2], hashes[:, 3] = hashes[:, 1], hashes[:, 0]
-  result, (gradient, _) = ours(random_states(1, 8, 4, 48), hashes, (8, 48), kind="clustering")
+  result, (gradient, _) = ours(random_states(1, 8, 4, 48), hashes, (8, 48), task_type="clustering")
   assert result.loss == 0
   assert not np.any(gradient)
   assert result.empty_rows == 8
@@ -321,7 +321,9 @@ def cosent(x, scores, dims, temperature=0.05):
 )
 def test_scored_pairs_equal_cosent(scores):
   x, scores, dims = random_states(2, 12, 2, 48), scores.astype(np.float32), (8, 16, 48)
-  result, (gradient, _) = ours(x, distinct_hashes(12, 2), dims, kind="scored_pairs", scores=scores)
+  result, (gradient, _) = ours(
+    x, distinct_hashes(12, 2), dims, task_type="scored_pairs", scores=scores
+  )
   expected, expected_gradient = cosent(x, scores, dims)
   assert result.loss == pytest.approx(expected, rel=1e-6)
   assert np.abs(gradient - expected_gradient).max() <= 1e-5 * np.abs(expected_gradient).max()

@@ -77,7 +77,7 @@ def test_one_text_alone_is_spread_out():
 def test_the_objective_spreads_queries_and_positives():
   x, hashes = random_states(2, 8, 4, 48) + 1.0, distinct_hashes(8, 4)
   hashes[3, 0], hashes[6, 1] = hashes[1, 0], hashes[2, 1]
-  result, _ = ours(x, hashes, DIMS, kind="clustering", losses__spread_out=0.5)
+  result, _ = ours(x, hashes, DIMS, task_type="clustering", losses__spread_out=0.5)
   double = torch.tensor(x.astype(np.float64))
   columns = lambda e: [np.delete(e[:, 0], 3, axis=0), np.delete(e[:, 1], 6, axis=0)]  # noqa: E731
   expected = [0.5 * gor([torch.as_tensor(c) for c in columns(e)], DIMS) for e in double.numpy()]
@@ -154,7 +154,7 @@ def test_the_cosine_of_signs_counts_equal_bits():
 def test_the_objective_learns_from_quantised_vectors_too(name, kind):
   x, hashes = random_states(2, 8, 2 if kind == "scored_pairs" else 4, 48), distinct_hashes(8, 4)
   hashes = hashes[:, : x.shape[2]]
-  inputs = {"kind": kind, "scores": np.linspace(0, 1, 8, dtype=np.float32)}
+  inputs = {"task_type": kind, "scores": np.linspace(0, 1, 8, dtype=np.float32)}
   quantize = jax.vmap(regularizers.QUANTIZERS[name])
   quantized, pull = jax.vjp(quantize, jnp.asarray(x))
   result, (gradient, _) = ours(x, hashes, (8, 48), **inputs, **{f"losses__{name}": 0.5})

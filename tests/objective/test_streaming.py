@@ -10,13 +10,14 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec
 
+from mlembed_jax.batch import Arrays
 from mlembed_jax.config import from_mapping
 from mlembed_jax.matryoshka import Matryoshka, dim_weights
 from mlembed_jax.objective import losses, similarity, streaming
 from mlembed_jax.objective.similarity import Anchors, Candidates
 from mlembed_jax.objective.streaming import SoftTargets
 from mlembed_jax.parallel.sharding import RULES, logical_rules, make_mesh
-from tests.material import FAST_COMPILE, config_dict
+from tests.material import FAST_COMPILE, config_dict, kind_of
 
 DIMS = (8, 16, 48)
 # A logit of L is rounded three times by 0.6e-7 * L, and its exponential is wrong by as much.
@@ -213,8 +214,8 @@ def temporary_bytes(rows):
   def loss(states, hashes):
     return losses.objective(
       states,
-      {"hashes": hashes},
-      task=losses.Task("retrieval"),
+      Arrays(hashes),
+      kind=kind_of("retrieval"),
       axes=axes,
       config=config.losses,
       kd=config.kd,

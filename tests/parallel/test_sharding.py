@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from mlembed_jax.batch import Arrays, Sheets
 from mlembed_jax.config import from_mapping
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.parallel import sharding
@@ -149,14 +150,13 @@ def test_initial_state_does_not_depend_on_the_mesh(tiny, mesh):
 
 
 def test_sheets_are_split_within_their_blocks_and_all_else_by_rows(mesh):
-  arrays = {
-    "sheets": ({"tokens": np.zeros((3, 8, 32), np.int32)},),
-    "hashes": np.zeros((16, 2, 2), np.uint32),
-  }
+  width = Sheets(*(np.zeros((3, 8, size), np.int32) for size in (4, 4, 32)))
+  hashes, by_row = np.zeros((16, 2, 2), np.uint32), P(("data", "fsdp"))
+  arrays = Arrays(hashes, np.zeros(16), (width,), np.zeros((16, 2, 8)))
   abstract = sharding.abstract_batch(arrays, mesh)
   for batch in (sharding.put_batch(arrays, mesh), abstract):
-    assert batch["sheets"][0]["tokens"].sharding.spec == P(None, ("data", "fsdp"))
-    assert batch["hashes"].sharding.spec == P(("data", "fsdp"))
+    assert {x.sharding.spec for x in batch.sheets[0]} == {P(None, *by_row)}
+    assert {x.sharding.spec for x in (batch.hashes, batch.scores, batch.teacher)} == {by_row}
   assert jax.tree.map(np.shape, abstract) == jax.tree.map(np.shape, arrays)
 
 

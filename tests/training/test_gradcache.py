@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlembed_jax.batch import Kind, Sheets
 from mlembed_jax.config import from_mapping
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
-from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel.sharding import batch_shards, make_mesh, put_batch, shardings
 from mlembed_jax.training import gradcache, lowering, train_state, train_step
 from mlembed_jax.training.train_step import TeacherShape
-from tests.material import FAST_COMPILE, config_dict, random_params
+from tests.material import FAST_COMPILE, config_dict, kind_of, random_params
 from tests.training.test_train_step import batch_of, batch_on, on_mesh
 
 TEACHER = dataclasses.replace(
@@ -28,15 +27,17 @@ TEACHER = dataclasses.replace(
 EIGHT = {"mesh.data": 2, "data.micro_batch": 512, "data.kept_tokens": 1024}
 
 
-def value_and_grad(config, task, mesh, change=lambda arrays: arrays, **options):
+def value_and_grad(config, kind, mesh, change=lambda arrays: arrays, **options):
   boxed = abstract_params(config.model)
-  texts = 2 if task.kind == "scored_pairs" else 4
+  scored = kind.task_type == "scored_pairs"
+  texts = 2 if scored else 4
   arrays = batch_of(texts=texts, shards=batch_shards(mesh.shape), **options)
-  if task.kind == "scored_pairs":
-    arrays["scores"] = np.random.default_rng(0).choice([0.0, 0.25, 1.0], 16).astype(np.float32)
+  if scored:
+    scores = np.random.default_rng(0).choice([0.0, 0.25, 1.0], 16).astype(np.float32)
+    arrays = arrays._replace(scores=scores)
   if config.kd.teacher == "stored":
-    vectors = np.random.default_rng(1).normal(size=(16, 2 + task.positives, 64))
-    arrays["teacher"] = vectors.astype(np.float32)
+    vectors = np.random.default_rng(1).normal(size=(16, 2 + kind.positives, 64))
+    arrays = arrays._replace(teacher=vectors.astype(np.float32))
   online = TeacherShape(TEACHER, (1, 3, 4)) if config.kd.teacher == "online" else None
 
   def run(params, logs, batch, rank, teacher_params):
@@ -45,7 +46,7 @@ def value_and_grad(config, task, mesh, change=lambda arrays: arrays, **options):
       params,
       logs,
       batch,
-      task=task,
+      kind=kind,
       rank=rank,
       progress=0.25,
       teacher=online,
@@ -104,10 +105,10 @@ COMBINATIONS = {
 def test_blocks_on_eight_devices_equal_the_full_batch_on_one(name):
   kind, fields = COMBINATIONS[name]
   config = from_mapping(config_dict(**fields))
-  full = value_and_grad(config, Task(kind), one_device(config))
+  full = value_and_grad(config, kind_of(kind), one_device(config))
   split = from_mapping(config_dict(**fields, **EIGHT))
   # Per device 8 texts of 32 tokens at most, in 4 blocks of 2 sheets.
-  found = value_and_grad(split, Task(kind), make_mesh(split), block_tokens=512)
+  found = value_and_grad(split, kind_of(kind), make_mesh(split), block_tokens=512)
   assert_equal(found, full)
 
 
@@ -115,19 +116,19 @@ def test_int8_on_eight_devices_equals_one():
   """A coordinate at the edge of a level falls to another one when sums have another order."""
   fields = {"losses.int8": 0.5}
   config = from_mapping(config_dict(**fields))
-  full = value_and_grad(config, Task("retrieval"), one_device(config))
+  full = value_and_grad(config, kind_of("retrieval"), one_device(config))
   split = from_mapping(config_dict(**fields, **EIGHT))
-  found = value_and_grad(split, Task("retrieval"), make_mesh(split), block_tokens=512)
+  found = value_and_grad(split, kind_of("retrieval"), make_mesh(split), block_tokens=512)
   assert_equal(found, full, loss_tolerance=1e-4, grad_tolerance=1e-2)
 
 
 def test_two_positives_and_two_widths_on_eight_devices_equal_one_block_on_one():
   fields = {"kd.teacher": "online", "losses.self_distillation": 0.5, "losses.binary": 0.1}
   config = from_mapping(config_dict(**fields))
-  task = Task("bitext", positives=2)
-  full = value_and_grad(config, task, one_device(config), size=64, widths=(64,))
+  kind = kind_of("bitext", positives=2)
+  full = value_and_grad(config, kind, one_device(config), size=64, widths=(64,))
   split = from_mapping(config_dict(**fields, **EIGHT))
-  found = value_and_grad(split, task, make_mesh(split), size=64, block_tokens=1024)
+  found = value_and_grad(split, kind, make_mesh(split), size=64, block_tokens=1024)
   assert_equal(found, full)
 
 
@@ -138,7 +139,7 @@ BLOCKS = {"size": 64, "block_tokens": 512}
 @functools.cache
 def blocks_of_one_width():
   options = BLOCKS | {"widths": (64,)}
-  return value_and_grad(TINY, Task("retrieval"), one_device(TINY), **options)
+  return value_and_grad(TINY, kind_of("retrieval"), one_device(TINY), **options)
 
 
 def one_device(config):
@@ -156,7 +157,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_how_texts_are_packed_changes_nothing(name):
   options = BLOCKS | OTHERWISE[name]
-  found = value_and_grad(TINY, Task("retrieval"), one_device(TINY), **options)
+  found = value_and_grad(TINY, kind_of("retrieval"), one_device(TINY), **options)
   assert_equal(found, blocks_of_one_width())
 
 
@@ -164,17 +165,15 @@ def with_empty_block(arrays):
   """Adds to each width a block without a text; its tokens would change the states."""
 
   def longer(sheets):
-    size, texts = sheets["tokens"].shape[-1], 64
-    filled = {"tokens": 7, "ends": size, "texts": texts}
-    empty = {name: np.full_like(x[:1], filled[name]) for name, x in sheets.items()}
-    return {name: np.concatenate([x, empty[name]]) for name, x in sheets.items()}
+    filled = Sheets(ends=sheets.tokens.shape[-1], texts=64, tokens=7)
+    return jax.tree.map(lambda x, y: np.concatenate([x, np.full_like(x[:1], y)]), sheets, filled)
 
-  return arrays | {"sheets": tuple(map(longer, arrays["sheets"]))}
+  return arrays._replace(sheets=tuple(map(longer, arrays.sheets)))
 
 
 def test_an_empty_block_changes_not_a_bit():
   options = BLOCKS | {"widths": (64,)}
-  found = value_and_grad(TINY, Task("retrieval"), one_device(TINY), with_empty_block, **options)
+  found = value_and_grad(TINY, kind_of("retrieval"), one_device(TINY), with_empty_block, **options)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(blocks_of_one_width()), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -183,13 +182,13 @@ def test_an_empty_block_changes_not_a_bit():
 def test_blocks_with_a_text_are_encoded_twice_or_kept(share, times):
   arrays = with_empty_block(batch_of(**BLOCKS))
   # All but a token: the block that holds the last one is kept whole.
-  kept_tokens = share * (max(s["tokens"].size for s in arrays["sheets"]) - 1)
-  used = sum(int(np.any(s["texts"] < 64, axis=(1, 2)).sum()) for s in arrays["sheets"])
+  kept_tokens = share * (max(s.tokens.size for s in arrays.sheets) - 1)
+  used = sum(int(np.any(s.texts < 64, axis=(1, 2)).sum()) for s in arrays.sheets)
   encoded = []
 
   def encode(scale, block):
     jax.debug.callback(lambda: encoded.append(1))
-    return (scale * block["texts"])[None, ..., None]
+    return (scale * block.texts)[None, ..., None]
 
   def run(scale, sheets):
     loss = lambda states, _, head: (jnp.sum(states) + head, states)  # noqa: E731
@@ -199,11 +198,11 @@ def test_blocks_with_a_text_are_encoded_twice_or_kept(share, times):
     )
 
   with on_mesh(one_device(TINY)):
-    (_, states), grads = jax.jit(run)(jnp.float32(2), arrays["sheets"])
+    (_, states), grads = jax.jit(run)(jnp.float32(2), arrays.sheets)
   jax.effects_barrier()
   np.testing.assert_array_equal(states.reshape(-1), 2 * np.arange(64))
   assert grads == (np.sum(np.arange(64)), 1)
-  assert used < sum(len(s["texts"]) for s in arrays["sheets"]) - 2
+  assert used < sum(len(s.texts) for s in arrays.sheets) - 2
   assert len(encoded) == times * used
 
 
@@ -216,7 +215,7 @@ def test_what_is_kept_is_split_over_the_devices():
     kind = Kind("retrieval", 1, 2, 64, None)
     with on_mesh(mesh):
       compiled = lowering.lowered_step(config, kind, 10, mesh).compile(FAST_COMPILE)
-      sheets = lowering.batch_shapes(config, kind, batch_shards(mesh.shape))["sheets"]
+      sheets = lowering.batch_shapes(config, kind, batch_shards(mesh.shape)).sheets
       params = parameter_shapes(config.model)
       kept = train_step.kept_bytes(config, params, sheets)
     return compiled.memory_analysis().temp_size_in_bytes, kept // batch_shards(mesh.shape)
@@ -238,7 +237,7 @@ def test_states_never_leave_their_device():
 
   def run(params, batch):
     return train_step.value_and_grad(
-      config, params, {}, batch, task=Task("clustering"), rank=np.int32(16), progress=0.0
+      config, params, {}, batch, kind=kind_of("clustering"), rank=np.int32(16), progress=0.0
     )
 
   with on_mesh(mesh):

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,12 +63,12 @@ def read(folder, **fields):
   made = []
   for step in range(STEPS):
     arrays = batches[step].arrays()
-    sheets = [array for group in arrays.pop("sheets") for array in group.values()]
+    sheets = jax.tree.leaves(arrays.sheets)
     made.append(
       (
         batches[step].dataset,
         [a.shape for a in sheets],
-        [a.tobytes() for a in (*sheets, *arrays.values())],
+        [a.tobytes() for a in jax.tree.leaves(arrays)],
       )
     )
   return made

@@ -26,7 +26,7 @@ def steps(request, tiny, data):
   options = {"shards": shards, "lengths": LENGTHS, "block_tokens": request.param}
   batches = list(map(batches_of(data / "dataset", **options).__getitem__, range(4)))
   with on_mesh(mesh):
-    sheets = [put_batch(batch.arrays(), mesh)["sheets"] for batch in batches]
+    sheets = [put_batch(batch.arrays(), mesh).sheets for batch in batches]
     return [(batch, jax.device_get(work(s))) for batch, s in zip(batches, sheets, strict=True)]
 
 

@@ -6,9 +6,9 @@ import functools
 import jax
 import pytest
 
+from mlembed_jax.batch import Kind
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import MeshConfig
-from mlembed_jax.data.batching import Kind
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.estimate.estimate import Target
 from mlembed_jax.parallel.sharding import make_mesh

@@ -14,13 +14,12 @@ from jax.sharding import PartitionSpec
 from mlembed_jax.config import from_mapping
 from mlembed_jax.config_fields import OptimizerConfig
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
 from mlembed_jax.training import optimizer, train_state, train_step
 from mlembed_jax.training.checkpoint import Checkpoints
 from mlembed_jax.training.factored import scale_by_factored_rms
 from tests.benchmarks.common import load_config
-from tests.material import CONFIGS, batches_of, config_dict
+from tests.material import CONFIGS, batches_of, config_dict, kind_of
 from tests.training.test_train_step import on_mesh
 
 MOMENTS = ("float32", "bfloat16", "factored")
@@ -279,7 +278,7 @@ def curve(moments, dataset):
     losses = []
     for i in range(STEPS):
       batch = put_batch(batches[i].arrays(), mesh)
-      state, values = step(state, batch, None, task=Task("bitext"))
+      state, values = step(state, batch, None, kind=kind_of("bitext"))
       losses.append(values["loss"])
   return np.array(jax.device_get(losses))
 

@@ -7,19 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlembed_jax.batch import Sheets
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.training.residuals import Pull
 from tests.material import FAST_COMPILE, random_params
 
 
 def encoder(model):
-  return lambda params, x: Encoder(model).apply({"params": params}, x["tokens"], x["ends"])
+  return lambda params, x: Encoder(model).apply({"params": params}, x.tokens, x.ends)
 
 
 def block(seed, vocab):
   generator = np.random.default_rng(seed)
   tokens = generator.integers(0, vocab, (2, 32)).astype(np.int32)
-  return {"tokens": tokens, "ends": np.array([[9, 20, 31], [4, 31, 32]], np.int32)}
+  texts = np.array([[0, 1, 2], [3, 4, 5]], np.int32)
+  return Sheets(np.array([[9, 20, 31], [4, 31, 32]], np.int32), texts, tokens)
 
 
 @pytest.mark.parametrize(

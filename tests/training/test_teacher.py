@@ -16,7 +16,6 @@ from mlembed_jax.errors import ConfigError, LoadError
 from mlembed_jax.files import copy_file
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
 from mlembed_jax.training import optimizer, train_state, train_step
 from mlembed_jax.training.checkpoint import Checkpoints
@@ -25,6 +24,7 @@ from mlembed_jax.workdir import Run
 from tests.material import (
   config_dict,
   entry,
+  kind_of,
   pairs,
   prepare_dataset,
   scored,
@@ -112,7 +112,7 @@ def distillation_of(config, teacher, params, mesh):
       params,
       {},
       batch,
-      task=Task("retrieval"),
+      kind=kind_of("retrieval"),
       rank=np.int32(24),
       progress=0.0,
       teacher=teacher.shape,

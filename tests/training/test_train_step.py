@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from mlembed_jax.batch import Arrays
 from mlembed_jax.config import flatten, from_mapping
 from mlembed_jax.matryoshka import plan
 from mlembed_jax.models.encoder import abstract_params
-from mlembed_jax.objective.losses import Task
 from mlembed_jax.parallel.sharding import (
   batch_shards,
   logical_rules,
@@ -22,7 +22,7 @@ from mlembed_jax.parallel.sharding import (
   shardings,
 )
 from mlembed_jax.training import optimizer, train_state, train_step
-from tests.material import FAST_COMPILE, config_dict, packed, random_batch, random_params
+from tests.material import FAST_COMPILE, config_dict, kind_of, packed, random_batch, random_params
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -38,7 +38,7 @@ def batch_of(rows=16, texts=4, size=32, seed=0, **options):
   hashes = np.random.default_rng(seed).integers(0, 2**32, (rows, texts, 2), np.uint32)
   hashes[5, 1] = hashes[11, 1]
   sheets = packed(*random_rows(rows, texts, size, seed), **options)
-  return {"sheets": sheets, "hashes": hashes}
+  return Arrays(hashes, sheets=sheets)
 
 
 def batch_on(mesh, *shape, **options):
@@ -52,10 +52,10 @@ def on_mesh(mesh):
   return stack
 
 
-RETRIEVAL, CLUSTERING = Task("retrieval"), Task("clustering")
+RETRIEVAL, CLUSTERING = kind_of("retrieval"), kind_of("clustering")
 
 
-def loss_and_grads(config, devices, task):
+def loss_and_grads(config, devices, kind):
   mesh = make_mesh(config, devices)
   boxed = abstract_params(config.model)
   with on_mesh(mesh):
@@ -63,7 +63,7 @@ def loss_and_grads(config, devices, task):
 
     def run(params, batch, rank):
       return train_step.value_and_grad(
-        config, params, {}, batch, task=task, rank=rank, progress=0.0
+        config, params, {}, batch, kind=kind, rank=rank, progress=0.0
       )
 
     result, (grads, _) = jax.jit(run, compiler_options=FAST_COMPILE)(
@@ -73,8 +73,8 @@ def loss_and_grads(config, devices, task):
 
 
 @functools.cache
-def one_device(task):
-  return loss_and_grads(from_mapping(config_dict()), jax.devices()[:1], task)
+def one_device(kind):
+  return loss_and_grads(from_mapping(config_dict()), jax.devices()[:1], kind)
 
 
 MESHES = {
@@ -85,13 +85,13 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("task", [RETRIEVAL, CLUSTERING], ids=lambda task: task.kind)
+@pytest.mark.parametrize("kind", [RETRIEVAL, CLUSTERING], ids=lambda kind: kind.task_type)
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_eight_devices_equal_one(sizes, task):
+def test_eight_devices_equal_one(sizes, kind):
   names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
   config = from_mapping(config_dict(**dict(zip(names, sizes, strict=True))))
-  loss, grads = loss_and_grads(config, None, task)
-  expected, expected_grads = one_device(task)
+  loss, grads = loss_and_grads(config, None, kind)
+  expected, expected_grads = one_device(kind)
   assert loss == pytest.approx(expected, rel=1e-5)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
@@ -113,8 +113,8 @@ def test_compiles_once_per_shape(tiny, trainer):
   state = new_state(tiny, mesh)
   kinds = [(4, 32, RETRIEVAL), (3, 32, CLUSTERING), (4, 64, RETRIEVAL)]
   for _ in range(3):
-    for texts, size, task in kinds:
-      state, _ = step(state, batch_on(mesh, 16, texts, size), None, task=task)
+    for texts, size, kind in kinds:
+      state, _ = step(state, batch_on(mesh, 16, texts, size), None, kind=kind)
   assert step._cache_size() == len(kinds)
   assert int(state.step) == 9
 
@@ -128,9 +128,9 @@ def test_one_program_whatever_number_of_blocks_is_used(tiny):
     for longest in (4, 32):
       tokens, _ = random_rows()
       lengths = rng.integers(2, longest + 1, tokens.shape[:2])
-      batch = batch_of() | {"sheets": packed(tokens, lengths, rows, block_tokens=256)}
-      used.add(int(np.any(batch["sheets"][0]["ends"] < 32, axis=(1, 2)).sum()))
-      state, metrics = step(state, put_batch(batch, mesh), None, task=RETRIEVAL)
+      batch = batch_of()._replace(sheets=packed(tokens, lengths, rows, block_tokens=256))
+      used.add(int(np.any(batch.sheets[0].ends < 32, axis=(1, 2)).sum()))
+      state, metrics = step(state, put_batch(batch, mesh), None, kind=RETRIEVAL)
       assert np.isfinite(float(metrics["gradient_norm"]))
   assert len(used) == 2 and step._cache_size() == 1
 
@@ -145,12 +145,12 @@ def test_learned_temperatures_compile_once_and_leave_the_lowest_again():
   for array in (tokens, lengths):
     array[:, 1] = array[:, 0]  # a positive with a cosine of 1: lower is better
   random = batch_of(shards=batch_shards(mesh.shape))
-  equal = random | {"sheets": packed(tokens, lengths, batch_shards(mesh.shape))}
+  equal = random._replace(sheets=packed(tokens, lengths, batch_shards(mesh.shape)))
   with on_mesh(mesh):
     step, state = train_step.make(config, 20, mesh), new_state(config, mesh)
     seen = []
     for batch in [equal] * 5 + [random] * 12:  # Adam's momentum lasts for some steps
-      state, metrics = step(state, put_batch(batch, mesh), None, task=RETRIEVAL)
+      state, metrics = step(state, put_batch(batch, mesh), None, kind=RETRIEVAL)
       seen.append(float(metrics["temperature"]))
   assert step._cache_size() == 1
   assert min(seen) == pytest.approx(0.01, rel=1e-5)
@@ -161,7 +161,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
   mesh, step = trainer
   state, losses = new_state(tiny, mesh), []
   for _ in range(8):
-    state, metrics = step(state, batch_on(mesh), None, task=RETRIEVAL)
+    state, metrics = step(state, batch_on(mesh), None, kind=RETRIEVAL)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < losses[0]
   assert set(metrics) == {
@@ -185,7 +185,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
 def test_the_old_state_is_donated(tiny, trainer):
   mesh, step = trainer
   state = new_state(tiny, mesh)
-  step(state, batch_on(mesh), None, task=RETRIEVAL)
+  step(state, batch_on(mesh), None, kind=RETRIEVAL)
   assert state.params["table"].is_deleted()
 
 
@@ -239,24 +239,24 @@ BESIDE = {
 }
 
 
-def program(config, task=RETRIEVAL, vectors=False):
+def program(config, kind=RETRIEVAL, vectors=False):
   mesh = make_mesh(config)
   tx = optimizer.make(config.optimizer, 20)
   state = train_state.abstract(config, tx, mesh)
   arrays = batch_of(shards=batch_shards(mesh.shape))
-  if task.kind == "scored_pairs":
-    arrays |= {"scores": np.zeros(16, np.float32)}
+  if kind.task_type == "scored_pairs":
+    arrays = arrays._replace(scores=np.zeros(16, np.float32))
   if vectors:
-    arrays |= {"teacher": np.zeros((16, 4, 64), np.float32)}
+    arrays = arrays._replace(teacher=np.zeros((16, 4, 64), np.float32))
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
   with on_mesh(mesh):
     step = train_step.make(config, 20, mesh)
-    return str(step.trace(state, batch, None, task=task).jaxpr)
+    return str(step.trace(state, batch, None, kind=kind).jaxpr)
 
 
 @functools.cache
-def tiny_program(task=RETRIEVAL):
-  return program(from_mapping(config_dict()), task)
+def tiny_program(kind=RETRIEVAL):
+  return program(from_mapping(config_dict()), kind)
 
 
 KINDS = ("bitext", "clustering", "classification", "scored_pairs")
@@ -326,7 +326,7 @@ def test_a_task_type_reads_its_own_settings(kind, field):
   base |= {"losses.bitext.symmetric": False}
 
   def found(kind, **changes):
-    return program(from_mapping(config_dict(**base | changes)), Task(kind))
+    return program(from_mapping(config_dict(**base | changes)), kind_of(kind))
 
   change = {f"losses.{kind}.{field}": OWN[kind, field]}
   assert found(kind, **change) != found(kind)
