@@ -1,6 +1,5 @@
 """The script of the page in a real browser: what it draws, and what its controls do."""
 
-import copy
 import functools
 import http.server
 import json
@@ -8,6 +7,7 @@ import math
 import re
 import statistics
 import threading
+from dataclasses import replace
 
 import pytest
 from lightpanda import Browser
@@ -133,7 +133,7 @@ def name(evaluation, point):
 def expected_rows(evaluation, axis, task=None, **size):
   """Returns the rows of a heat map, the largest value of the axis first."""
   rows = []
-  for value in reversed({"exit": EXITS, "rank": RANKS}[axis]):
+  for value in reversed({"depth": EXITS, "rank": RANKS}[axis]):
     cells = (point_of(evaluation, task, **{**size, axis: value, "dim": dim}) for dim in DIMS)
     rows.append([str(value), *(summary.percent(point.score) for point in cells)])
   return rows
@@ -147,13 +147,13 @@ def test_the_script_runs_to_its_end(load, evaluation):
 
 def test_heat_maps_show_the_scores_and_mark_the_chosen_slice(page, evaluation):
   chosen = first_choice(evaluation)
-  assert page.rows("#depths tbody") == expected_rows(evaluation, "exit")
+  assert page.rows("#depths tbody") == expected_rows(evaluation, "depth")
   assert page.rows("#ranks tbody") == expected_rows(evaluation, "rank")
   assert page.texts("#depths thead th") == ["depth", *map(str, DIMS)]
   assert page.pressed() == [name(evaluation, chosen)]
   assert page.each("#controls select", "x.value") == [
     "0",
-    *map(str, (chosen.exit, chosen.dim, chosen.rank, chosen.precision)),
+    *map(str, (chosen.depth, chosen.dim, chosen.rank, chosen.precision)),
   ]
 
 
@@ -176,11 +176,11 @@ def test_the_status_names_the_slice_its_score_and_its_costs(page, evaluation):
 
 def test_a_cell_chooses_its_slice_everywhere(page, evaluation):
   page.click(selector="#depths tbody tr:last-child td:nth-of-type(2) button")
-  wanted = point_of(evaluation, exit=4, dim=64)
+  wanted = point_of(evaluation, depth=4, dim=64)
   assert page.pressed() == [name(evaluation, wanted)]
   assert page.text("#chosen strong") == name(evaluation, wanted)
   assert page.each("#controls select", "x.value") == ["0", "4", "64", "512", "float32"]
-  scores = [point_of(evaluation, task, exit=4, dim=64).score for task, *_ in made_up.TASKS]
+  scores = [point_of(evaluation, task, depth=4, dim=64).score for task, *_ in made_up.TASKS]
   assert page.texts("td.chosen") == [summary.percent(score) for score in scores]
   whole = {code: score for score, code in worst_first(evaluation, point_of(evaluation))}
   rows = [[row[0].split()[0], *row[1:]] for row in page.rows("#languages tbody")]
@@ -197,8 +197,8 @@ def language_row(code, whole, chosen):
 
 def worst_first(evaluation, point):
   """Returns (score, language), where a score is the mean over all tasks."""
-  records = [r["by_language"] for r in evaluation["scores"] if summary.size_of(r) == point.size]
-  return sorted((statistics.fmean(r[code] for r in records), code) for code in made_up.LANGUAGES)
+  found = [score.by_language for score in evaluation.scores if score.size == point.size]
+  return sorted((statistics.fmean(of[code] for of in found), code) for code in made_up.LANGUAGES)
 
 
 def test_controls_choose_task_and_slice(page, evaluation):
@@ -207,7 +207,7 @@ def test_controls_choose_task_and_slice(page, evaluation):
   page.select("Precision", "binary")
   page.select("Rank", 64)
   size = {"rank": 64, "precision": "binary"}
-  assert page.rows("#depths tbody") == expected_rows(evaluation, "exit", task, **size)
+  assert page.rows("#depths tbody") == expected_rows(evaluation, "depth", task, **size)
   ranks = expected_rows(evaluation, "rank", task, precision="binary")
   assert page.rows("#ranks tbody") == ranks
   assert page.text("#depths small") == "rank 64, binary"
@@ -273,7 +273,7 @@ def test_arrow_keys_move_between_the_cells(page, evaluation):
     page.press(selector="#depths button:focus", key=key)
     focused += page.each("#depths button:focus", "x.title")
   steps = [(28, 64), (12, 64), (12, 8), (28, 8)]
-  assert focused == [name(evaluation, point_of(evaluation, exit=e, dim=d)) for e, d in steps]
+  assert focused == [name(evaluation, point_of(evaluation, depth=e, dim=d)) for e, d in steps]
 
 
 def test_the_filter_finds_codes_and_names_of_languages(page):
@@ -307,11 +307,11 @@ def test_one_slice_has_scores_and_no_comparison(load):
 
 
 def test_a_slice_without_a_score_is_a_dash(load, evaluation):
-  lacking = copy.deepcopy(evaluation)
-  for record in lacking["scores"]:
-    if summary.size_of(record) == (512, 4, 8, "float32"):
-      record["score"] = math.nan
-  page = load(lacking)
+  lacking = [
+    replace(score, score=math.nan) if score.size == (512, 4, 8, "float32") else score
+    for score in evaluation.scores
+  ]
+  page = load(replace(evaluation, scores=lacking))
   assert page.rows("#depths tbody")[-1][:2] == ["4", "–"]
   page.select("Depth", 4)
   page.select("Dimension", 8)
@@ -320,12 +320,12 @@ def test_a_slice_without_a_score_is_a_dash(load, evaluation):
 
 
 def test_texts_of_the_data_stay_texts(load, evaluation):
-  hostile = copy.deepcopy(evaluation)
-  for record in hostile["scores"]:
-    record["task"] = HOSTILE + record["task"]
-    record["by_language"] = {HOSTILE: 0.5, **record["by_language"]}
-  for task in hostile["tasks"]:
-    task["name"] = HOSTILE + task["name"]
+  scores = [
+    replace(of, task=HOSTILE + of.task, by_language={HOSTILE: 0.5, **of.by_language})
+    for of in evaluation.scores
+  ]
+  tasks = [replace(task, name=HOSTILE + task.name) for task in evaluation.tasks]
+  hostile = replace(evaluation, scores=scores, tasks=tasks)
   page = load(hostile)
   page.select("Score of", 1)
   assert HOSTILE in [row[0] for row in page.rows("#languages tbody")]
