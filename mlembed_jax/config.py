@@ -28,6 +28,10 @@ from mlembed_jax.config_fields import (
 )
 from mlembed_jax.errors import ConfigError
 
+# (model.qk_norm, model.qkv_bias) -> model.family, which version 0.1.0 knew by these alone.
+FAMILY_OF_SWITCHES = {(True, False): "qwen3", (False, True): "qwen2", (False, False): "llama"}
+REPLACED = {"qk_norm": "family", "qkv_bias": "family"}  # fields of 0.1.0 -> what says it today
+
 
 def load_module(path: str | pathlib.Path) -> types.ModuleType:
   """Returns the Python file at `path` as a module (`0_6b.py` is not an importable name)."""
@@ -82,8 +86,29 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_older_values(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a copy of a stored run's configuration with the fields that it lacks, by `OLDER`."""
-  return _filled(copy.deepcopy(dict(values)), OLDER)
+  """Returns a copy of a stored run's configuration in the fields of today.
+
+  Fields that it lacks have the values of `OLDER`.
+
+  Raises:
+    ConfigError: it has switches of version 0.1.0 that are those of no model family.
+  """
+  values = copy.deepcopy(dict(values))
+  _replace_switches(values.get("model", {}))
+  return _filled(values, OLDER)
+
+
+def _replace_switches(model: dict[str, Any]) -> None:
+  """Puts the family in place of the two switches of version 0.1.0."""
+  if "family" in model or "qk_norm" not in model:
+    return
+  qk_norm, qkv_bias = model.pop("qk_norm"), model.pop("qkv_bias", None)
+  if (qk_norm, qkv_bias) not in FAMILY_OF_SWITCHES:
+    raise ConfigError(
+      f"model.qkv_bias: {qkv_bias} beside model.qk_norm = {qk_norm} is no architecture that could "
+      "be exported: Qwen3 has norms, Qwen2 biases, Llama neither"
+    )
+  model["family"] = FAMILY_OF_SWITCHES[qk_norm, qkv_bias]
 
 
 def _filled(values: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +126,7 @@ def _dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
   hints = typing.get_type_hints(cls)
   for name in values:
     if name not in hints:
-      close = difflib.get_close_matches(name, hints, n=1)
+      close = difflib.get_close_matches(REPLACED.get(name, name), hints, n=1)
       hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(hints)}"
       raise ConfigError(f"{path}{name}: unknown field; {hint}")
   for name in hints:
@@ -188,11 +213,6 @@ def _check_model(m: ModelConfig) -> None:
     raise ConfigError(f"model.heads: {m.heads} is not a multiple of model.kv_heads = {m.kv_heads}")
   if m.head_dim % 2:
     raise ConfigError(f"model.head_dim: {m.head_dim} is odd; rotary embedding pairs its halves")
-  if m.qk_norm and m.qkv_bias:
-    raise ConfigError(
-      "model.qkv_bias: True beside model.qk_norm is no architecture that could be exported: Qwen3 "
-      "has norms, Qwen2 biases, Llama neither"
-    )
   if m.rank > m.width:
     raise ConfigError(f"model.rank: {m.rank} is above model.width = {m.width}; 0 is a full table")
 

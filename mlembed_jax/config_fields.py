@@ -1,12 +1,14 @@
 """Every setting of a run, described once: name, type, default, meaning, and the rules about it.
 
 `python -m mlembed_jax.train --config FILE --print_config` prints all of this beside the values of a
-file. Rules between settings stand in config.py. This module knows no other module of the package.
+file. Rules between settings stand in config.py.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from mlembed_jax.families import FAMILIES
 
 ABSENT: Any = object()  # stands where a setting has no such value
 
@@ -51,8 +53,14 @@ LOWEST_TEMPERATURE = 0.01  # of learned ones, as in CLIP: below it training beco
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The encoder: a dense decoder of the Qwen3 kind without a language-model head."""
+  """The encoder: a dense decoder without a language-model head."""
 
+  family: str = setting(
+    "qwen3",
+    "Architecture, by its name in transformers. It decides which norms and biases a layer has.",
+    choices=tuple(FAMILIES),
+    older="qwen3",
+  )
   vocab: int = setting(
     151_936, "Rows of the token table. Qwen's tokenizer uses 151,669 of the default."
   )
@@ -69,16 +77,6 @@ class ModelConfig:
   )
   rope_theta: float = setting(1e6, "Base of the wavelengths of the rotary embedding.")
   norm_eps: float = setting(1e-6, "Added to the mean square in every RMSNorm.")
-  qk_norm: bool = setting(
-    True,
-    "RMSNorm on every query and key head: True for Qwen3, False for Qwen2 and Llama.",
-    older=True,
-  )
-  qkv_bias: bool = setting(
-    False,
-    "A bias on queries, keys and values: True for Qwen2, False for Qwen3 and Llama.",
-    older=False,
-  )
   dtype: str = setting(
     "bfloat16",
     "Number format of the computation. Parameters are float32.",
@@ -98,6 +96,16 @@ class ModelConfig:
     choices=("none", "full", "context", "products", "dots", "offload"),
     free=True,
   )
+
+  @property
+  def qk_norm(self) -> bool:
+    """Returns whether every query and key head is normed."""
+    return FAMILIES[self.family].qk_norm
+
+  @property
+  def qkv_bias(self) -> bool:
+    """Returns whether queries, keys and values have a bias."""
+    return FAMILIES[self.family].qkv_bias
 
 
 @dataclasses.dataclass(frozen=True)

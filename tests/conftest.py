@@ -31,7 +31,7 @@ NEED_TORCH = (
   "objective/test_distillation.py",
   "objective/test_losses.py",
   "objective/test_regularizers.py",
-  "objective/test_streaming.py",
+  "objective/test_tiles.py",
   "test_inference.py",
 )
 

@@ -35,7 +35,7 @@ class Options:
   passage_grad: bool = True
   masked: bool = True
   margin: float = 2.0
-  guide: np.ndarray | None = None  # [B, C, D] states that judge the margin; None: the deepest exit
+  judge: np.ndarray | None = None  # [B, C, D] states that judge the margin; None: the deepest exit
   temperature: float = 0.05
 
 
@@ -62,20 +62,20 @@ def unit(x):
   return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def find_keep(hashes, guide, o):
-  """Returns the masks of a batch; `guide` are float64 unit vectors [B, C, D]."""
+def find_keep(hashes, judge, o):
+  """Returns the masks of a batch; `judge` are float64 unit vectors [B, C, D]."""
   text = [[tuple(h) for h in row] for row in np.asarray(hashes).tolist()]
   B, C, P = len(text), len(text[0]), o.positives
   used = C if o.inbatch_negatives else 1 + P
-  limit = [max(guide[i, 0] @ guide[i, p] for p in range(1, 1 + P)) + o.margin for i in range(B)]
+  limit = [max(judge[i, 0] @ judge[i, p] for p in range(1, 1 + P)) + o.margin for i in range(B)]
 
   def meets(i, j, c):
     same = text[j][c] in text[i][: 1 + P] or text[j][0] == text[i][0]
-    return i != j and not (o.masked and same) and guide[i, 0] @ guide[j, c] <= limit[i]
+    return i != j and not (o.masked and same) and judge[i, 0] @ judge[j, c] <= limit[i]
 
   def met_by(i, p, j):
     same = text[j][0] in (text[i][0], text[i][p]) or text[i][p] in text[j][1 : 1 + P]
-    return i != j and not (o.masked and same) and guide[i, p] @ guide[j, 0] <= limit[i]
+    return i != j and not (o.masked and same) and judge[i, p] @ judge[j, 0] <= limit[i]
 
   def stored(i, c):
     return not (o.masked and text[i][c] in text[i][: 1 + P])
@@ -136,8 +136,8 @@ def objective(states, hashes, dims, **options):
   o, weights = Options(**options), dim_weights(dims)
   x = torch.tensor(np.asarray(states, np.float64), requires_grad=True)
   temperature = torch.tensor(o.temperature, dtype=torch.float64, requires_grad=True)
-  guide = x[-1].detach() if o.guide is None else torch.tensor(np.asarray(o.guide, np.float64))
-  keep = find_keep(hashes, unit(guide), o)
+  judge = x[-1].detach() if o.judge is None else torch.tensor(np.asarray(o.judge, np.float64))
+  keep = find_keep(hashes, unit(judge), o)
   found = [[terms(e[..., :dim], keep, temperature, o) for dim in dims] for e in x]
   parts = {
     name: torch.stack(
@@ -243,12 +243,9 @@ def ours(
     result = losses.objective(
       states,
       batch,
-      kind=kind_of(task_type, positives),
-      axes=axes,
-      config=config.losses,
-      kd=config.kd,
-      temperature=temperature,
-      teachers=teachers,
+      losses.Settings(kind_of(task_type, positives), axes, config.losses, config.kd),
+      temperature,
+      teachers,
     )
     return result.loss, result
 

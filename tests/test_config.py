@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 
 import mlembed_jax
 from mlembed_jax import config_fields
-from mlembed_jax.config import described, flatten, from_mapping, load_config, load_module
+from mlembed_jax.config import (
+  described,
+  flatten,
+  from_mapping,
+  load_config,
+  load_module,
+  with_older_values,
+)
 from mlembed_jax.config_fields import OLDER, SETTINGS
 from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.errors import ConfigError
@@ -120,6 +127,42 @@ def test_fields_that_joined_after_0_1_0_have_a_value_for_older_runs():
   assert set(SETTINGS) - first <= set(OLDER)
 
 
+@pytest.mark.parametrize(
+  ("switches", "family"),
+  [
+    ({"qk_norm": True, "qkv_bias": False}, "qwen3"),
+    ({"qk_norm": False, "qkv_bias": True}, "qwen2"),
+    ({"qk_norm": False, "qkv_bias": False}, "llama"),
+    ({}, "qwen3"),
+  ],
+)
+def test_older_switches_are_a_family(switches, family):
+  values = config_dict().to_dict()
+  del values["model"]["family"]
+  values["model"] |= switches
+  assert from_mapping(with_older_values(values)).model.family == family
+  assert values["model"].items() >= switches.items()  # given a copy, and only that is changed
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"qk_norm": True, "qkv_bias": True}, "model.qkv_bias: True beside model.qk_norm = True is no"),
+    ({"qk_norm": "no", "qkv_bias": True}, "model.qkv_bias: True beside model.qk_norm = no is no"),
+    ({"qk_norm": True}, "model.qkv_bias: None beside model.qk_norm = True is no"),
+    ({"qkv_bias": True}, "model.qkv_bias: unknown field; did you mean family?"),
+    ({"family": "qwen3", "qk_norm": True}, "model.qk_norm: unknown field; did you mean family?"),
+  ],
+)
+def test_older_switches_of_no_family_are_refused(fields, message):
+  values = config_dict().to_dict()
+  del values["model"]["family"]
+  values["model"] |= fields
+  with pytest.raises(ConfigError) as error:
+    from_mapping(with_older_values(values))
+  assert message in str(error.value)
+
+
 def flat_names(values, path=""):
   nested = {path + name: value for name, value in values.items()}
   groups = [flat_names(v, name + ".") for name, v in nested.items() if isinstance(v, dict)]
@@ -142,6 +185,7 @@ BAD = [
   ("model.rank", 64, "model.rank: 64 is above model.width = 48"),
   ("model.layers", 0, "model.layers: must be positive"),
   ("model.dtype", "float16", "model.dtype: 'float16' is not one of 'float32', 'bfloat16'"),
+  ("model.family", "gemma3", "model.family: 'gemma3' is not one of 'qwen3', 'qwen2', 'llama'"),
   ("model.remat", "all", "model.remat: 'all' is not one of"),
   ("matryoshka.exits", (1, 4), "matryoshka.exits: 4 is beyond the model (model.layers = 3)"),
   ("matryoshka.exits", (1, 2), "matryoshka.exits: the full model must be trained too"),

@@ -82,10 +82,19 @@ def test_fields_that_joined_later_have_their_older_values(stored):
   assert "format_version" not in value  # the stored one is older than it
   for name in OLDER:
     group, field = name.split(".")
-    del value["config"][group][field]
+    value["config"][group].pop(field, None)  # 0.1.0 had no model.family, but two switches
   write_json(path, value)
   loaded = flatten(Run.load(stored / "workdir").config)
   assert {name: loaded[name] for name in OLDER} == OLDER
+
+
+def test_switches_that_are_those_of_no_family_are_refused(stored):
+  path = stored / "workdir/run.json"
+  value = json.loads(path.read_text())
+  value["config"]["model"]["qkv_bias"] = True
+  write_json(path, value)
+  with pytest.raises(ConfigError, match=r"run.json: model.qkv_bias: True beside model.qk_norm = T"):
+    Run.load(stored / "workdir")
 
 
 @pytest.mark.parametrize("version", [2, 0, "1", True])

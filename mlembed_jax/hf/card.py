@@ -7,7 +7,7 @@ from typing import Any
 
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, LossesConfig
-from mlembed_jax.hf import param_mapping
+from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf.config_files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.slice_scores import SliceScore
@@ -33,8 +33,8 @@ TAGS = (
 MIN_LANGUAGE_ROWS = 1000  # of training data, for a language to be named in the front matter
 CITATION = """\
 Trained with mlembed_jax. The method is 3-D Matryoshka learning of ML-Embed (arXiv:2605.15081); the
-embedding recipe is that of F2LLM-v2 (arXiv:2603.19223); the architecture is Qwen3
-(arXiv:2505.09388). Please cite them."""
+embedding recipe is that of F2LLM-v2 (arXiv:2603.19223); the architecture is {family.title}
+({family.paper}). Please cite them."""
 
 SERVERS = """\
 The layout also follows what these programs read:
@@ -66,7 +66,7 @@ def card(
     _data(variant),
     _results(variant, evaluation),
     _limits(variant),
-    CITATION,
+    CITATION.format(family=FAMILIES[variant.body.family]),
   )
   sections = [f"## {h}\n\n{b}\n" for h, b in zip(HEADINGS, bodies, strict=True)]
   return "\n".join([_front_matter(variant), f"# {variant.name}\n", *sections])
@@ -113,7 +113,7 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
   config, axes, body = variant.run.config, variant.axes, variant.body
   start = config.train.init_from
   base = f"the weights of `{start.rstrip('/').split('/')[-1]}`" if start else "random weights"
-  family = (param_mapping.family(body) or "").capitalize()
+  family = FAMILIES[body.family].title
   rank = "full, never factorised"
   if variant.rank:
     form = "stored as two factors" if variant.form == "uv" else "stored as their product"

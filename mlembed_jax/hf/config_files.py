@@ -13,6 +13,7 @@ from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
 from mlembed_jax.errors import ExportError
+from mlembed_jax.families import FAMILIES, Family
 from mlembed_jax.hf import param_mapping
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.workdir import Run
@@ -127,15 +128,15 @@ def model_config(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]
 
 
 def _architecture(body: ModelConfig) -> dict[str, Any]:
-  family = param_mapping.family(body) or ""
+  family = FAMILIES[body.family]
   if not body.rank:
     # Older llama.cpp converters know only this class for Qwen3.
-    return {"architectures": [param_mapping.FAMILIES[family].architecture], "model_type": family}
-  prefix = "MLEmbed" + _class_prefix(family)
+    return {"architectures": [family.architecture], "model_type": family.name}
+  prefix = "MLEmbed" + family.title
   return {
     "architectures": [f"{prefix}Model"],
     # Under its own name stock loaders would take the body for whole and invent a random table.
-    "model_type": param_mapping.REMOTE + family,
+    "model_type": param_mapping.REMOTE + family.name,
     param_mapping.RANK_KEY: body.rank,
     "auto_map": {
       "AutoConfig": f"configuration_mlembed.{prefix}Config",
@@ -144,16 +145,12 @@ def _architecture(body: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _class_prefix(family: str) -> str:
-  return param_mapping.FAMILIES[family].architecture.removesuffix("ForCausalLM")
-
-
-def remote_code(family: str) -> dict[str, str]:
+def remote_code(family: Family) -> dict[str, str]:
   """Returns the code by file name that a folder of factors needs, for its architecture."""
   found = {}
   for path in sorted((pathlib.Path(__file__).parent / "remote").glob("*_mlembed.py")):
     code = path.read_text(encoding="utf-8")
-    found[path.name] = code.replace("Qwen3", _class_prefix(family)).replace("qwen3", family)
+    found[path.name] = code.replace("Qwen3", family.title).replace("qwen3", family.name)
   return found
 
 

@@ -24,6 +24,7 @@ from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.errors import ExportError, LoadError
+from mlembed_jax.families import FAMILIES
 from mlembed_jax.files import replace_folder, write_json, write_text
 from mlembed_jax.hf import config_files, own_file, param_mapping, parity
 from mlembed_jax.hf.card import card
@@ -175,7 +176,8 @@ def _write(
   cut = Slice(rank=variant.rank or None, depth=variant.depth)
   _write_weights(folder, variant, matryoshka.slice_params(params, cut))
   if variant.form == "uv":
-    for file, code in config_files.remote_code(param_mapping.family(variant.body) or "").items():
+    family = FAMILIES[variant.body.family]
+    for file, code in config_files.remote_code(family).items():
       write_text(folder / file, code)
   prompts = config_files.prompts(variant.run.datasets)
   for path, value in {
@@ -296,7 +298,7 @@ def _own_file(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> O
 def _body(variant: Variant) -> own_file.Body:
   body = variant.body
   return own_file.Body(
-    family=param_mapping.family(body),
+    family=body.family,
     hidden=body.width,
     layers_trained=variant.run.config.model.layers,
     layers=body.layers,

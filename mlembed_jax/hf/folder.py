@@ -15,6 +15,7 @@ import safetensors
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import LoadError
+from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf import param_mapping
 
 WEIGHTS = "model.safetensors"
@@ -157,16 +158,14 @@ def read_model(path: pathlib.Path) -> ModelConfig:
   """
   config = _read_config(path)
   raise_all(path, _family_problems(config))
-  kind, rank = _family_and_rank(config)
-  family = param_mapping.FAMILIES[kind]
+  family, rank = _family_and_rank(config)
   shape = {field: _stated(config, field) for field in param_mapping.CONFIG_KEYS}
   shape["rope_theta"] = next(filter(None, _thetas(config).values()), None)
   if absent := [field for field, value in shape.items() if value is None]:
     key = param_mapping.CONFIG_KEYS.get(absent[0], absent[0])
     raise LoadError(f"E105 config: {path}/config.json has no {key}")
-  switches: dict[str, Any] = {"qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias}
   numerics: dict[str, Any] = {"dtype": "float32", "attention": "auto", "remat": "none"}
-  return ModelConfig(**(shape | switches | numerics), rank=rank)
+  return ModelConfig(**(shape | numerics), family=family, rank=rank)
 
 
 def read_positions(path: pathlib.Path) -> int | None:
@@ -196,9 +195,9 @@ def _family_and_rank(config: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _family_problems(config: Mapping[str, Any]) -> list[str]:
-  if _family_and_rank(config)[0] in param_mapping.FAMILIES:
+  if _family_and_rank(config)[0] in FAMILIES:
     return []
-  kind, known = config.get("model_type"), ", ".join(map(repr, param_mapping.FAMILIES))
+  kind, known = config.get("model_type"), ", ".join(map(repr, FAMILIES))
   return [f"E105 config: config.json: model_type is {kind!r}; only {known} can be imported."]
 
 
@@ -215,12 +214,9 @@ def _type_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
-  lines, kind = [], _family_and_rank(config)[0]
-  if (family := param_mapping.FAMILIES.get(kind)) and param_mapping.family(model) != kind:
-    lines.append(
-      f"model_type is {config['model_type']!r}, which needs model.qk_norm = {family.qk_norm} and "
-      f"model.qkv_bias = {family.qkv_bias}"
-    )
+  lines, family = [], _family_and_rank(config)[0]
+  if family in FAMILIES and family != model.family:
+    lines.append(f"model_type is {config['model_type']!r}, which needs model.family = {family}")
   for field, key in param_mapping.CONFIG_KEYS.items():
     found, wanted = _stated(config, field), getattr(model, field)
     if field == "vocab" and isinstance(found, int) and found < wanted:

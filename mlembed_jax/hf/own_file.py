@@ -36,7 +36,7 @@ class BaseModel:
 class Body:
   """The stored encoder."""
 
-  family: str | None  # model_type
+  family: str  # model_type
   hidden: int
   layers_trained: int
   layers: int

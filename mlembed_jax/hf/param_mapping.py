@@ -27,29 +27,6 @@ CONFIG_KEYS = {
   "norm_eps": "rms_norm_eps",
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """An architecture that both directions know; all are pre-norm decoders with SwiGLU."""
-
-  qk_norm: bool
-  qkv_bias: bool
-  architecture: str  # class of transformers
-
-
-FAMILIES = {  # by model_type
-  "qwen3": Family(True, False, "Qwen3ForCausalLM"),
-  "qwen2": Family(False, True, "Qwen2ForCausalLM"),
-  "llama": Family(False, False, "LlamaForCausalLM"),
-}
-
-
-def family(model: ModelConfig) -> str | None:
-  """Returns the model_type of a model, None where no architecture has its switches."""
-  switches = model.qk_norm, model.qkv_bias
-  return next((k for k, f in FAMILIES.items() if (f.qk_norm, f.qkv_bias) == switches), None)
-
-
 REMOTE = "mlembed_"  # begins the model_type of a folder whose token table is stored as factors
 RANK_KEY = "embedding_rank"  # of config.json, in such a folder
 

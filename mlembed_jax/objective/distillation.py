@@ -1,6 +1,6 @@
 """Learning from a teacher's states, or from the full model itself. Arrays only.
 
-Letters as in contrast.py.
+Letters as in negatives.py.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlembed_jax.matryoshka import truncate
-from mlembed_jax.objective import streaming
-from mlembed_jax.objective.contrast import Contrast
-from mlembed_jax.objective.streaming import SoftTargets
+from mlembed_jax.objective import tiles
+from mlembed_jax.objective.negatives import Logits
+from mlembed_jax.objective.tiles import SoftTargets
 
 
 def match_exits(
@@ -74,9 +74,11 @@ def from_teacher(
   return distillation(student, teacher, space)
 
 
-def _log_total(c: Contrast) -> Float[Array, "B M"]:
+def _log_total(logits: Logits) -> Float[Array, "B M"]:
   """Returns the log-sum over positives and negatives of both kinds."""
-  return jnp.logaddexp(jnp.logaddexp(jax.nn.logsumexp(c.own, axis=1), c.hard), c.inbatch)
+  return jnp.logaddexp(
+    jnp.logaddexp(jax.nn.logsumexp(logits.own, axis=1), logits.hard), logits.inbatch
+  )
 
 
 @jax.tree_util.register_dataclass
@@ -90,28 +92,30 @@ class Choice:
   entropy: Float[Array, "B"]
 
 
-def choice_of(full: Contrast) -> Choice:
-  """Returns the choice of a contrast at one dim."""
+def choice_of(full: Logits) -> Choice:
+  """Returns the choice that a model's logits at one dim stand for."""
   log_total = _log_total(full)[:, 0]
   choice = Choice(
     own=jnp.exp(full.own[..., 0] - log_total[:, None]),
     stored=jnp.where(full.keep, jnp.exp(full.stored[..., 0] - log_total[:, None]), 0.0),
-    others=SoftTargets(full.views.query, full.met, log_total),
+    others=SoftTargets(full.texts.query, full.candidates, log_total),
     entropy=log_total,
   )
   return dataclasses.replace(choice, entropy=log_total - _expected(full, choice)[:, 0])
 
 
-def _expected(c: Contrast, choice: Choice) -> Float[Array, "B M"]:
+def _expected(logits: Logits, choice: Choice) -> Float[Array, "B M"]:
   """Returns the mean logit of a row's candidates under a choice."""
-  total = jnp.sum(choice.own[..., None] * c.own, axis=1)
-  total += jnp.sum(choice.stored[..., None] * c.stored, axis=1)
-  if c.keys:
-    total += streaming.expected_logits(c.views.query, c.met, *c.keys, choice.others)
+  total = jnp.sum(choice.own[..., None] * logits.own, axis=1)
+  total += jnp.sum(choice.stored[..., None] * logits.stored, axis=1)
+  if logits.pairing:
+    total += tiles.expected_logits(
+      logits.texts.query, logits.candidates, *logits.pairing, choice.others
+    )
   return total
 
 
-def self_distillation(student: Contrast, full: Choice) -> Float[Array, "M"]:
+def self_distillation(student: Logits, full: Choice) -> Float[Array, "M"]:
   """Returns KL(full model || each dim) of the choice of a candidate, mean over rows.
 
   No gradient reaches the full model.

@@ -9,8 +9,9 @@ over its negatives alone. A row without negatives has l = EMPTY and loss 0, not 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,19 @@ from jaxtyping import Array, Float, Int
 from mlembed_jax.batch import Arrays, Kind
 from mlembed_jax.config_fields import NO_LIMIT, KdConfig, LossesConfig
 from mlembed_jax.matryoshka import Matryoshka, truncate
-from mlembed_jax.objective import regularizers, streaming
-from mlembed_jax.objective.contrast import (
-  Contrast,
-  Keys,
-  batch_keys,
-  contrast,
+from mlembed_jax.objective import regularizers, tiles
+from mlembed_jax.objective.distillation import Choice, choice_of, from_teacher, self_distillation
+from mlembed_jax.objective.negatives import (
+  Logits,
+  Pairing,
+  batch_logits,
+  batch_pairings,
+  cut_texts,
   flat,
-  make_views,
   text_ids,
 )
-from mlembed_jax.objective.distillation import Choice, choice_of, from_teacher, self_distillation
 from mlembed_jax.objective.similarity import own_logits
-from mlembed_jax.objective.streaming import EMPTY
+from mlembed_jax.objective.tiles import EMPTY
 
 Terms = dict[str, Float[Array, "M"]]
 
@@ -43,9 +44,8 @@ class Objective:
 
   loss: Float[Array, ""]
   terms: dict[str, Float[Array, "E"]]  # with their weights, summed over dims
-  negatives: Float[Array, ""]  # texts that a row tells its positive from, mean over rows;
-  #                              of scored pairs: rows of another score
-  empty_rows: Float[Array, ""]  # rows without any
+  negatives: Float[Array, ""]  # per row, mean over rows; of scored pairs: rows of another score
+  empty_rows: Float[Array, ""]  # rows without negatives
 
 
 @jax.tree_util.register_dataclass
@@ -63,152 +63,209 @@ class _Known:
   """Arrays of a batch that no gradient reaches."""
 
   ids: Int[Array, "B C"]
-  keys: tuple[Keys, Keys] | None  # both directions; None: rows learn from their own texts alone
+  pairings: tuple[Pairing, Pairing] | None  # both directions; None: rows learn from their own texts
   scores: Float[Array, "B"] | None
   teacher: Float[Array, "X B C D"] | None  # X is E, or 1 for a teacher without exits
   choice: Choice | None = None  # the full model's, for self-distillation
 
 
 @dataclasses.dataclass(frozen=True)
-class _Exit:
-  """The loss of one exit."""
+class Settings:
+  """What is static of the objective of a batch."""
 
   kind: Kind
   axes: Matryoshka
-  config: LossesConfig
+  losses: LossesConfig
   kd: KdConfig
 
-  def __call__(
-    self, states_BCD: Array, temperature: Array, known: _Known, index: Array
-  ) -> tuple[Array, tuple[dict[str, Array], Array]]:
-    """Returns (loss, (its terms, the number of each row's negatives))."""
-    c = self.contrasted(states_BCD, self.axes.dims, temperature, known)
-    by_dim = self.main_terms(c, known)
-    for name, quantize in regularizers.QUANTIZERS.items():
-      if weight := getattr(self.config, name):
-        quantized = self.contrasted(quantize(states_BCD), self.axes.dims, temperature, known)
-        by_dim[name] = weight * sum(self.main_terms(quantized, known).values())
-    if weight := self.config.spread_out:
-      by_dim["spread_out"] = weight * self.spread_out(states_BCD, known)
-    if known.choice:
-      divergence = self_distillation(c, known.choice)
-      by_dim["self_distillation"] = self.config.self_distillation * divergence
-    weights_M = jnp.array(self.axes.dim_weights)
-    terms = {name: jnp.sum(term_M * weights_M) for name, term_M in by_dim.items()}
-    if known.teacher is not None:
-      teacher = known.teacher[jnp.minimum(index, len(known.teacher) - 1)]
-      distance = from_teacher(states_BCD, teacher, self.kind.positives, self.kd.space)
-      terms["distillation"] = self.kd.weight * distance
-    count = c.count if known.scores is None else partners(known.scores)
-    return sum(terms.values(), jnp.zeros(())), (terms, count)
 
-  def contrasted(
-    self, states_BCD: Array, dims: Sequence[int], temperature: Array, known: _Known
-  ) -> Contrast:
-    views = make_views(states_BCD, dims, self.kind.positives, temperature)
-    met = self.config.inbatch_negatives, self.config.inbatch_passage_grad
-    return contrast(views, known.ids, known.keys and known.keys[0], *met)
+@dataclasses.dataclass(frozen=True)
+class AtExit:
+  """What a term may be computed from: the states of one exit, and all that is known beside them."""
 
-  def main_terms(self, c: Contrast, known: _Known) -> Terms:
-    if known.scores is not None:
-      return {"scored": cosent(c.own[:, 0], known.scores)}
-    if not known.keys:
-      return {"hard": _cross_entropy(c.hard, c.own)}
-    symmetric = getattr(self.config, self.kind.task_type).symmetric
-    return contrastive(c, known.keys[1] if symmetric else None, self.config)
+  settings: Settings
+  states_BCD: Float[Array, "B C D"]
+  index: Int[Array, ""]  # of the exit
+  temperature: Float[Array, ""]
+  known: _Known
 
-  def spread_out(self, states_BCD: Array, known: _Known) -> Float[Array, "M"]:
-    """Returns the mean over queries and first positives, each spread out among themselves."""
-    queries, positives = (
-      regularizers.spread_out(states_BCD[:, i], known.ids[:, i], self.axes.dims) for i in (0, 1)
+  def logits_of(self, states_BCD: Float[Array, "B C D"], dims: Sequence[int]) -> Logits:
+    """Returns the logits of these or other states of the batch."""
+    texts = cut_texts(states_BCD, dims, self.settings.kind.positives, self.temperature)
+    losses, pairings = self.settings.losses, self.known.pairings
+    return batch_logits(
+      texts,
+      self.known.ids,
+      pairings and pairings[0],
+      others_negatives=losses.inbatch_negatives,
+      passage_grad=losses.inbatch_passage_grad,
     )
-    return (queries + positives) / 2
+
+  @functools.cached_property
+  def logits(self) -> Logits:
+    """The logits of the states at all output dims."""
+    return self.logits_of(self.states_BCD, self.settings.axes.dims)
+
+
+def main_terms(at: AtExit, logits: Logits) -> Terms:
+  """Returns what the task type learns from: its contrastive terms, or `scored` of scored pairs."""
+  if at.known.scores is not None:
+    return {"scored": cosent(logits.own[:, 0], at.known.scores)}
+  if not at.known.pairings:
+    return {"hard": _cross_entropy(logits.hard, logits.own)}
+  losses = at.settings.losses
+  symmetric = getattr(losses, at.settings.kind.task_type).symmetric
+  return contrastive(logits, at.known.pairings[1] if symmetric else None, losses)
+
+
+def _quantized(quantize: Callable[[Array], Array], at: AtExit) -> Float[Array, "M"]:
+  """Returns the sum of the main terms over quantised vectors."""
+  logits = at.logits_of(quantize(at.states_BCD), at.settings.axes.dims)
+  return sum(main_terms(at, logits).values(), jnp.zeros(()))
+
+
+def _spread_out(at: AtExit) -> Float[Array, "M"]:
+  """Returns the mean over queries and first positives, each spread out among themselves."""
+  queries, positives = (
+    regularizers.spread_out(at.states_BCD[:, i], at.known.ids[:, i], at.settings.axes.dims)
+    for i in (0, 1)
+  )
+  return (queries + positives) / 2
+
+
+def _self_distillation(at: AtExit) -> Float[Array, "M"] | None:
+  return self_distillation(at.logits, at.known.choice) if at.known.choice else None
+
+
+def _distillation(at: AtExit) -> Float[Array, ""] | None:
+  """Returns the distance to the teacher's states at its exit for this one."""
+  if at.known.teacher is None:
+    return None
+  teacher = at.known.teacher[jnp.minimum(at.index, len(at.known.teacher) - 1)]
+  settings = at.settings
+  return from_teacher(at.states_BCD, teacher, settings.kind.positives, settings.kd.space)
+
+
+class Term(NamedTuple):
+  """A term beside the main ones. It is added where its weight is not 0."""
+
+  weight: str  # the setting
+  value: Callable[[AtExit], Array | None]  # [M], or [] of all dims; None: not of this batch
+
+
+TERMS = {
+  "int8": Term("losses.int8", functools.partial(_quantized, regularizers.int8)),
+  "binary": Term("losses.binary", functools.partial(_quantized, regularizers.binary)),
+  "spread_out": Term("losses.spread_out", _spread_out),
+  "self_distillation": Term("losses.self_distillation", _self_distillation),
+  "distillation": Term("kd.weight", _distillation),
+}
+
+
+def _loss_at(at: AtExit) -> tuple[Array, tuple[dict[str, Array], Array]]:
+  """Returns (loss, (its terms, the number of each row's negatives))."""
+  terms: dict[str, Any] = main_terms(at, at.logits)
+  for name, term in TERMS.items():
+    weight = operator.attrgetter(term.weight)(at.settings)
+    if weight and (value := term.value(at)) is not None:
+      terms[name] = weight * value
+  weights_M = jnp.array(at.settings.axes.dim_weights)
+  terms = {name: jnp.sum(x * weights_M) if x.ndim else x for name, x in terms.items()}
+  count = at.logits.count if at.known.scores is None else partners(at.known.scores)
+  return sum(terms.values(), jnp.zeros(())), (terms, count)
 
 
 def objective(
   states_EBCD: Float[Array, "E B C D"],
   batch: Arrays,
-  *,
-  kind: Kind,
-  axes: Matryoshka,
-  config: LossesConfig,
-  kd: KdConfig,
+  settings: Settings,
   temperature: Any,
   teachers: Teachers,
 ) -> Objective:
   """Returns the mean over exits of the sum of all terms, each a weighted sum over output dims.
 
-  `states` are final-norm states, not normalised. Of `batch` the hashes are read, and the
-  scores where the rows are scored pairs.
+  Args:
+    states_EBCD: states after the final norm, not normalised.
+    batch: of it the hashes are read, and the scores where the rows are scored pairs.
+    settings: what is static.
+    temperature: a number by which cosines are divided.
+    teachers: states to learn from.
   """
-  each, temperature = _Exit(kind, axes, config, kd), jnp.asarray(temperature, jnp.float32)
-  known = _known(states_EBCD, batch, kind, config, kd, teachers)
-  if config.self_distillation and known.scores is None:
+  temperature = jnp.asarray(temperature, jnp.float32)
+  known = _known(states_EBCD, batch, settings, teachers)
+  if settings.losses.self_distillation and known.scores is None:
     full = states_EBCD if teachers.full is None else teachers.full
-    c = each.contrasted(full[-1], axes.dims[-1:], temperature, known)
-    known = dataclasses.replace(known, choice=choice_of(c))
-  result: Any = _mean_over_exits(each, states_EBCD, temperature, jax.lax.stop_gradient(known))
+    at = AtExit(settings, full[-1], jnp.int32(0), temperature, known)
+    choice = choice_of(at.logits_of(full[-1], settings.axes.dims[-1:]))
+    known = dataclasses.replace(known, choice=choice)
+  result: Any = _mean_over_exits(settings, states_EBCD, temperature, jax.lax.stop_gradient(known))
   loss, (terms, counts) = result
   count_B = counts[0]  # the same at every exit
   return Objective(loss, terms, jnp.mean(count_B), jnp.sum(count_B == 0))
 
 
-def _known(
-  states_EBCD: Array,
-  batch: Arrays,
-  kind: Kind,
-  config: LossesConfig,
-  kd: KdConfig,
-  teachers: Teachers,
-) -> _Known:
-  ids_BC = text_ids(batch.hashes, config.mask_duplicates)
+def _known(states_EBCD: Array, batch: Arrays, settings: Settings, teachers: Teachers) -> _Known:
+  ids_BC = text_ids(batch.hashes, settings.losses.mask_duplicates)
+  scored = not settings.losses.task(settings.kind.task_type)
   return _Known(
     ids=ids_BC,
-    keys=_keys(states_EBCD, ids_BC, kind, config, teachers),
-    scores=None if config.task(kind.task_type) else batch.scores,
-    teacher=teachers.exits if kd.weight else None,
+    pairings=_pairings(states_EBCD, ids_BC, settings, teachers),
+    scores=batch.scores if scored else None,
+    teacher=teachers.exits if settings.kd.weight else None,
   )
 
 
-def _keys(
-  states_EBCD: Array, ids_BC: Array, kind: Kind, config: LossesConfig, teachers: Teachers
-) -> tuple[Keys, Keys] | None:
-  if not (settings := config.task(kind.task_type)) or not settings.inbatch:
+def _pairings(
+  states_EBCD: Array, ids_BC: Array, settings: Settings, teachers: Teachers
+) -> tuple[Pairing, Pairing] | None:
+  losses, kind = settings.losses, settings.kind
+  if not (task := losses.task(kind.task_type)) or not task.inbatch:
     return None
-  used = ids_BC.shape[1] if config.inbatch_negatives else 1 + kind.positives
-  guide = None
-  if config.false_negative_margin < NO_LIMIT:
+  used = ids_BC.shape[1] if losses.inbatch_negatives else 1 + kind.positives
+  judge = None
+  if losses.false_negative_margin < NO_LIMIT:
     own = states_EBCD if teachers.full is None else teachers.full
-    judge: Any = own if config.false_negative_score == "own" else teachers.exits
-    guide = truncate(judge[-1, ..., : states_EBCD.shape[-1]], None)
-  return batch_keys(ids_BC, kind.positives, used, guide, config.false_negative_margin)
+    judges: Any = own if losses.false_negative_score == "own" else teachers.exits
+    judge = truncate(judges[-1, ..., : states_EBCD.shape[-1]], None)
+  return batch_pairings(ids_BC, kind.positives, used, judge, losses.false_negative_margin)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mean_over_exits(loss: _Exit, states_EBCD: Array, temperature: Array, known: _Known) -> Any:
-  """Returns (the mean of `loss` over exits, what else it returns of each exit, stacked).
+def _mean_over_exits(
+  settings: Settings, states_EBCD: Array, temperature: Array, known: _Known
+) -> Any:
+  """Returns (the mean loss over exits, what else `_loss_at` returns of each exit, stacked).
 
   The gradient of an exit is taken together with its value. So memory holds what one exit needs,
   not what all of them keep from the forward to the backward pass.
   """
-  each = lambda x: loss(x[0], temperature, known, x[1])  # noqa: E731
+
+  def each(numbered: tuple[Array, Array]) -> Any:
+    return _loss_at(AtExit(settings, *numbered, temperature, known))
+
   values, others = jax.lax.map(each, _numbered(states_EBCD))
   return jnp.mean(values), others
 
 
-def _mean_over_exits_fwd(loss: _Exit, states_EBCD: Array, temperature: Array, known: _Known) -> Any:
-  def share(*args: Any) -> tuple[Array, Any]:
-    value, others = loss(*args)
+def _mean_over_exits_fwd(
+  settings: Settings, states_EBCD: Array, temperature: Array, known: _Known
+) -> Any:
+  def share(states_BCD: Array, temperature: Array, index: Array) -> tuple[Array, Any]:
+    value, others = _loss_at(AtExit(settings, states_BCD, index, temperature, known))
     # Divided here, the gradients need no further pass over them: the cotangent of the mean is 1.
     return value / len(states_EBCD), others
 
-  both = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)
-  each = lambda x: both(x[0], temperature, known, x[1])  # noqa: E731
+  def each(numbered: tuple[Array, Array]) -> Any:
+    both = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)
+    return both(numbered[0], temperature, numbered[1])
+
   (shares, others), (d_states, d_temperature) = jax.lax.map(each, _numbered(states_EBCD))
   return (jnp.sum(shares), others), (d_states, jnp.sum(d_temperature))
 
 
-def _mean_over_exits_bwd(loss: _Exit, gradients: tuple[Array, Array], cotangents: Any) -> Any:
+def _mean_over_exits_bwd(
+  settings: Settings, gradients: tuple[Array, Array], cotangents: Any
+) -> Any:
   return *jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), gradients), None
 
 
@@ -224,21 +281,22 @@ def _cross_entropy(negatives_BM: Array, own_BPM: Array) -> Float[Array, "M"]:
   return jnp.mean(jax.nn.softplus(negatives_BM[:, None] - own_BPM), axis=(0, 1))
 
 
-def contrastive(c: Contrast, backward: Keys | None, config: LossesConfig) -> Terms:
+def contrastive(logits: Logits, backward: Pairing | None, config: LossesConfig) -> Terms:
   """Returns the terms `hard` and `inbatch`; a joint softmax counts as `inbatch`.
 
   `backward` asks for the mean of both directions, query to passage and passage to query.
   """
-  positives, own = c.views.positives, c.own
+  query, positives, own = logits.texts.query, logits.texts.positives, logits.own
   if not config.inbatch_passage_grad:
     positives = jax.lax.stop_gradient(positives)
-    own = own_logits(c.views.query, positives)
+    own = own_logits(query, positives)
   if config.softmax == "joint":
-    terms = {"inbatch": _cross_entropy(jnp.logaddexp(c.hard, c.inbatch), c.own)}
+    terms = {"inbatch": _cross_entropy(jnp.logaddexp(logits.hard, logits.inbatch), logits.own)}
   else:
-    terms = {"hard": _cross_entropy(c.hard, c.own), "inbatch": _cross_entropy(c.inbatch, own)}
+    hard = _cross_entropy(logits.hard, logits.own)
+    terms = {"hard": hard, "inbatch": _cross_entropy(logits.inbatch, own)}
   if backward:
-    others, _ = streaming.log_sum_exp(flat(positives), c.views.query, *backward)
+    others, _ = tiles.log_sum_exp(flat(positives), query, *backward)
     back = jnp.mean(jax.nn.softplus(others.reshape(own.shape) - own), axis=(0, 1))
     terms["inbatch"] = (terms["inbatch"] + back) / 2
   return terms
@@ -261,5 +319,5 @@ def cosent(logits_BM: Float[Array, "B M"], scores_B: Float[Array, "B"]) -> Float
   x, scores = logits_BM[order], scores_B[order]
   lower = jnp.searchsorted(scores, scores, side="left")  # rows with a strictly lower score
   sums = jax.lax.cumlogsumexp(x, axis=0)[jnp.maximum(lower - 1, 0)]
-  pairs = jnp.where((lower > 0)[:, None], sums - x, streaming.MASKED)
+  pairs = jnp.where((lower > 0)[:, None], sums - x, tiles.MASKED)
   return jax.nn.softplus(jnp.maximum(jax.nn.logsumexp(pairs, axis=0), EMPTY))

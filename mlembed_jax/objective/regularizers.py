@@ -1,6 +1,6 @@
 """Terms that shape vectors for indexes: spread over the sphere, robust to int8 and to one bit.
 
-Arrays only; letters as in contrast.py.
+Arrays only; letters as in negatives.py.
 """
 
 from collections.abc import Sequence

@@ -41,8 +41,8 @@ class Anchors:
   row: Int[Array, "A"]
   text: Int[Array, "A"]  # equal numbers are equal texts
   targets: Int[Array, "A P"]  # the anchor's own positives
-  guide: Float[Array, "A D"] | None = None  # unit vectors; None: no limit
-  limit: Float[Array, "A"] | None = None  # of the guides' cosine with a negative
+  judge: Float[Array, "A D"] | None = None  # unit vectors; None: no limit
+  limit: Float[Array, "A"] | None = None  # of the judge's cosine of anchor and negative
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +52,8 @@ class Candidates:
 
   row: Int[Array, "N"]
   text: Int[Array, "N"]
-  anchors: Int[Array, "N P"]  # texts whose positive this candidate is
-  guide: Float[Array, "N D"] | None = None
+  anchors: Int[Array, "N P"]  # ids of the anchors of which this candidate is a positive
+  judge: Float[Array, "N D"] | None = None
 
 
 def texts(x: Float[Array, "... D"], dims: Sequence[int]) -> Texts:
@@ -109,7 +109,7 @@ def tile_keep(a: Anchors, c: Candidates) -> Bool[Array, "a n"]:
   """Returns which candidates of a tile are negatives of which anchor.
 
   Left out are candidates of the anchor's own row, those whose text is the anchor's or one of its
-  positives, and those of rows with the same anchor text; with guides, also those too similar.
+  positives, and those of rows with the same anchor text; with a judge, also those too similar.
   """
   keep = (a.row[:, None] != c.row[None]) & (a.text[:, None] != c.text[None])
   keep &= (c.text != ABSENT)[None]
@@ -117,8 +117,8 @@ def tile_keep(a: Anchors, c: Candidates) -> Bool[Array, "a n"]:
     keep &= target[:, None] != c.text[None]
   for anchor in c.anchors.T:
     keep &= a.text[:, None] != anchor[None]
-  if a.guide is not None and a.limit is not None and c.guide is not None:
-    keep &= product("ad,nd->an", a.guide, c.guide) <= a.limit[:, None]
+  if a.judge is not None and a.limit is not None and c.judge is not None:
+    keep &= product("ad,nd->an", a.judge, c.judge) <= a.limit[:, None]
   return keep
 
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mlembed_jax.batch import Sheets
+from mlembed_jax.batch import Arrays, Sheets
 from mlembed_jax.parallel.sharding import RULES
-from mlembed_jax.training.residuals import Pull
+from mlembed_jax.training.split_vjp import Pull
 
 Encode = Callable[[Any, Sheets], Float[Array, "E S K D"]]
 ROWS = PartitionSpec(RULES["batch"])
@@ -31,32 +31,36 @@ BLOCKS = "blocks_"  # scope of a loop over blocks: their width, first and end fo
 
 def value_and_grad(
   encode: Encode,
-  watch: Callable[[Sheets], Any],
+  constants: Callable[[Sheets], Any],
   loss: Callable[..., tuple[Array, Any]],
   params: Any,
   head: Any,
-  sheets: Sequence[Sheets],
-  rows: tuple[int, int],
+  batch: Arrays,
   kept_tokens: int,
 ) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
   """Returns ((value, aux), gradients of (params, head)) of the whole batch.
 
-  `encode(params, block)` gives the states of a block's texts, `watch(block)` arrays without
-  gradient of the same layout; `loss(states, watched, head)` gives (value, aux) from what they give
-  for all texts of the batch, [E, B, C, D]. `rows` is (B, C). Of each width the blocks that
-  hold the first `kept_tokens` are encoded once.
+  Args:
+    encode: `encode(params, block)` gives the states of a block's texts, [E, S, K, D].
+    constants: `constants(block)` gives other arrays by text, [E', S, K, D'], without gradient.
+    loss: `loss(states, constants, head)` gives (value, aux) from the arrays of all texts of the
+      batch, [E, B, C, D].
+    params: what the states depend on.
+    head: what the loss depends on beside them.
+    batch: of it the sheets are encoded; its rows and texts per row are B and C.
+    kept_tokens: blocks that hold the first so many tokens of each width are encoded once.
   """
-  alone = len(sheets) == 1
-  passes = [_Passes(encode, watch, params, width, kept_tokens, alone) for width in sheets]
+  alone, rows = len(batch.sheets) == 1, batch.hashes.shape[:2]
+  passes = [_Passes(encode, constants, params, width, kept_tokens, alone) for width in batch.sheets]
   shapes = jax.eval_shape(passes[0].states, passes[0].block(0))
   into: Any = jax.tree.map(lambda x: jnp.zeros((x.shape[0], *rows, x.shape[-1]), x.dtype), shapes)
   kept = []
   for each in passes:
     into, residuals = each.forward(into)
     kept.append(residuals)
-  states, watched = into
+  states, fixed = into
   value, (d_states, d_head) = jax.value_and_grad(loss, argnums=(0, 2), has_aux=True)(
-    states, watched, head
+    states, fixed, head
   )
   grads = jax.tree.map(jnp.zeros_like, params)
   for each, residuals in zip(passes, kept, strict=True):
@@ -107,7 +111,7 @@ class _Passes:
   """Both passes over the blocks of one width."""
 
   encode: Encode
-  watch: Callable[[Sheets], Any]
+  constants: Callable[[Sheets], Any]
   params: Any
   sheets: Sheets
   kept_tokens: int
@@ -121,7 +125,7 @@ class _Passes:
     return jax.tree.map(lambda x: x[i], self.sheets)
 
   def states(self, block: Sheets) -> tuple[Array, Any]:
-    return self.encode(self.params, block), self.watch(block)
+    return self.encode(self.params, block), self.constants(block)
 
   @functools.cached_property
   def kept(self) -> int:
@@ -142,7 +146,7 @@ class _Passes:
       block = self.block(i)
       states, found = self.pull.forward(self.params, block)
       residuals = jax.tree.map(lambda all_, x: all_.at[i].set(x), residuals, found)
-      return _put_all(into, (states, self.watch(block)), block), residuals
+      return _put_all(into, (states, self.constants(block)), block), residuals
 
     def encode(i: Array, into: Any) -> Any:
       return _put_all(into, self.states(self.block(i)), self.block(i))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from mlembed_jax.batch import Arrays, Kind, Sheets
-from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, LossesConfig, ModelConfig
+from mlembed_jax.config_fields import LOWEST_TEMPERATURE, Config, ModelConfig
 from mlembed_jax.devices import compiler
 from mlembed_jax.matryoshka import Matryoshka, plan
 from mlembed_jax.models.encoder import Encoder
@@ -47,16 +47,6 @@ def rank_mask(rank: jax.Array, full: int) -> jax.Array:
   return (jnp.arange(full) < rank).astype(jnp.float32)
 
 
-def temperature_at(
-  config: LossesConfig, task_type: str, log_temperature: dict[str, Any], progress: Any
-) -> Any:
-  """Returns the temperature of a task type after a share of the run (0 to 1)."""
-  if config.learn_temperature:
-    return jnp.exp(log_temperature[task_type])
-  settings = getattr(config, task_type)
-  return settings.temperature + progress * (settings.final_temperature - settings.temperature)
-
-
 def at_least_lowest(log_temperature: dict[str, Any]) -> dict[str, Any]:
   """Returns learned temperatures clipped after an update, as in CLIP: from there they can rise."""
   return jax.tree.map(lambda x: jnp.maximum(x, math.log(LOWEST_TEMPERATURE)), log_temperature)
@@ -71,63 +61,75 @@ def encode(
   return states
 
 
-def value_and_grad(
-  config: Config,
-  params: Any,
-  log_temperature: dict[str, Any],
-  batch: Arrays,
-  *,
-  kind: Kind,
-  rank: Any,
-  progress: Any,
-  teacher: TeacherShape | None = None,
-  teacher_params: Any = None,
-) -> tuple[losses.Objective, tuple[Any, Any]]:
-  """Returns the objective of a batch and its gradients to `params` and `log_temperature`.
+@dataclasses.dataclass(frozen=True)
+class BatchLoss:
+  """The loss of a kind's batches, with its gradient."""
 
-  `rank` None: a full token table.
-  """
-  axes = plan(config.model, config.matryoshka)
-  mask = None if rank is None else rank_mask(rank, config.model.rank)
+  config: Config
+  kind: Kind
+  teacher: TeacherShape | None = None
 
-  def watch(block: Sheets) -> Teachers:
-    exits = full = None
-    if teacher:
-      exits = encode(teacher.model, teacher.exits, teacher_params, block)[..., : config.model.width]
-    # At full rank the states of the batch are the full model's already.
-    if (
-      config.losses.self_distillation and config.losses.task(kind.task_type) and len(axes.ranks) > 1
-    ):
-      full = encode(config.model, axes.exits[-1:], params, block)
-    return jax.lax.stop_gradient(Teachers(exits, full))
+  def value_and_grad(
+    self,
+    params: Any,
+    log_temperature: dict[str, Any],
+    batch: Arrays,
+    rank: Any,
+    progress: Any,
+    teacher_params: Any = None,
+  ) -> tuple[losses.Objective, tuple[Any, Any]]:
+    """Returns the objective of a batch and its gradients to `params` and `log_temperature`.
 
-  def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
-    if batch.teacher is not None:
-      teachers = dataclasses.replace(teachers, exits=batch.teacher[None])
-    temperature = temperature_at(config.losses, kind.task_type, logs, progress)
-    result = losses.objective(
-      states,
+    Args:
+      params: of the encoder.
+      log_temperature: learned temperatures by task type; empty where they are not learned.
+      batch: global arrays.
+      rank: of the token table in this step; None: a full table.
+      progress: share of the run that is done, 0 to 1.
+      teacher_params: of the online teacher.
+    """
+    axes = plan(self.config.model, self.config.matryoshka)
+    mask = None if rank is None else rank_mask(rank, self.config.model.rank)
+
+    def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
+      if batch.teacher is not None:
+        teachers = dataclasses.replace(teachers, exits=batch.teacher[None])
+      settings = losses.Settings(self.kind, axes, self.config.losses, self.config.kd)
+      temperature = self.temperature(logs, progress)
+      result = losses.objective(states, batch, settings, temperature, teachers)
+      return result.loss, result
+
+    (_, result), grads = gradcache.value_and_grad(
+      lambda p, block: encode(self.config.model, axes.exits, p, block, mask),
+      lambda block: self.teachers(axes, params, teacher_params, block),
+      loss,
+      params,
+      log_temperature,
       batch,
-      kind=kind,
-      axes=axes,
-      config=config.losses,
-      kd=config.kd,
-      temperature=temperature,
-      teachers=teachers,
+      self.config.data.kept_tokens,
     )
-    return result.loss, result
+    return result, grads
 
-  (_, result), grads = gradcache.value_and_grad(
-    lambda p, block: encode(config.model, axes.exits, p, block, mask),
-    watch,
-    loss,
-    params,
-    log_temperature,
-    batch.sheets,
-    batch.hashes.shape[:2],
-    config.data.kept_tokens,
-  )
-  return result, grads
+  def temperature(self, log_temperature: dict[str, Any], progress: Any) -> Any:
+    """Returns the temperature after a share of the run (0 to 1)."""
+    task_type = self.kind.task_type
+    if self.config.losses.learn_temperature:
+      return jnp.exp(log_temperature[task_type])
+    settings = getattr(self.config.losses, task_type)
+    return settings.temperature + progress * (settings.final_temperature - settings.temperature)
+
+  def teachers(self, axes: Matryoshka, params: Any, teacher_params: Any, block: Sheets) -> Teachers:
+    """Returns the states of a block that its texts learn from; they have no gradient."""
+    model, settings = self.config.model, self.config.losses
+    exits = full = None
+    if self.teacher:
+      states = encode(self.teacher.model, self.teacher.exits, teacher_params, block)
+      exits = states[..., : model.width]
+    distils = settings.self_distillation and settings.task(self.kind.task_type)
+    # At full rank the states of the batch are the full model's already.
+    if distils and len(axes.ranks) > 1:
+      full = encode(model, axes.exits[-1:], params, block)
+    return jax.lax.stop_gradient(Teachers(exits, full))
 
 
 def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
@@ -160,16 +162,9 @@ def make(
   ) -> tuple[TrainState, Metrics]:
     rank = draw_rank(axes, config.train.seed, state.step) if axes.ranks else None
     progress = state.step / steps
-    result, grads = value_and_grad(
-      config,
-      state.params,
-      state.log_temperature,
-      batch,
-      kind=kind,
-      rank=rank,
-      progress=progress,
-      teacher=teacher,
-      teacher_params=teacher_params,
+    loss = BatchLoss(config, kind, teacher)
+    result, grads = loss.value_and_grad(
+      state.params, state.log_temperature, batch, rank, progress, teacher_params
     )
     trained = train_state.trained(state.params, state.log_temperature)
     grads = train_state.trained(*grads)
@@ -182,9 +177,7 @@ def make(
       "gradient_norm": optax.tree.norm(grads),
       "learning_rate": rate(state.step),
       "rank": jnp.zeros((), jnp.int32) if rank is None else rank,
-      "temperature": jnp.asarray(
-        temperature_at(config.losses, kind.task_type, state.log_temperature, progress)
-      ),
+      "temperature": jnp.asarray(loss.temperature(state.log_temperature, progress)),
       "negatives": result.negatives,
       "empty_rows": result.empty_rows,
       **gradcache.work(batch.sheets),

@@ -28,7 +28,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.matryoshka import Matryoshka, default_dims, default_exits, dim_weights
 from mlembed_jax.objective import losses
 from mlembed_jax.objective.losses import Teachers
-from mlembed_jax.objective.streaming import TILE_ROWS
+from mlembed_jax.objective.tiles import TILE_ROWS
 from tests.benchmarks import common
 from tests.material import kind_of
 
@@ -56,10 +56,7 @@ def ours(
   return losses.objective(
     states,
     Arrays(hashes),
-    kind=kind_of("retrieval"),
-    axes=axes,
-    config=config.losses,
-    kd=config.kd,
+    losses.Settings(kind_of("retrieval"), axes, config.losses, config.kd),
     temperature=TEMPERATURE,
     teachers=Teachers(),
   ).loss

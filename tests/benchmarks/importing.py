@@ -57,7 +57,7 @@ def write_checkpoint(folder: pathlib.Path, model: ModelConfig) -> None:
     placed |= dict.fromkeys(arrays, file)
   (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
   fields = {key: getattr(model, field) for field, key in param_mapping.CONFIG_KEYS.items()}
-  fields |= {"model_type": param_mapping.family(model), "rope_theta": model.rope_theta}
+  fields |= {"model_type": model.family, "rope_theta": model.rope_theta}
   (folder / "config.json").write_text(json.dumps(fields))
 
 

@@ -11,13 +11,16 @@ import torch
 import transformers
 
 from mlembed_jax.config import from_mapping, load_module
-from mlembed_jax.errors import ConfigError, LoadError
-from mlembed_jax.hf import param_mapping
+from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import LoadError
+from mlembed_jax.families import FAMILIES
+from mlembed_jax.hf import own_file, param_mapping
 from mlembed_jax.hf.folder import read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.parallel.sharding import make_mesh, shardings
 from tests import material
+from tests.hf.exports import Trained, read, run_of
 
 SIZES = {
   "vocab_size": 640,
@@ -61,7 +64,7 @@ def test_every_exit_equals_that_of_transformers(family, shards, dtype, tmp_path)
   made.save_pretrained(tmp_path, max_shard_size=f"{size // shards // 1000 + 2 * (shards == 1)}KB")
   assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shards == 5)
   model = read_model(tmp_path)
-  assert param_mapping.family(model) == family
+  assert model.family == family
   tokens, sizes = material.random_batch(model.vocab, 5, 40)
   params = load_params(tmp_path, model)
   ours = np.asarray(jax.jit(material.padded(model))({"params": params}, tokens, sizes))
@@ -77,8 +80,8 @@ def test_every_exit_equals_that_of_transformers(family, shards, dtype, tmp_path)
 
 def test_a_folder_of_another_family_is_refused(tmp_path):
   theirs("qwen2", torch.float32).save_pretrained(tmp_path)
-  model = dataclasses.replace(read_model(tmp_path), qk_norm=True, qkv_bias=False)
-  with pytest.raises(LoadError, match=r"'qwen2', which needs model\.qk_norm = False and model\.q"):
+  model = dataclasses.replace(read_model(tmp_path), family="qwen3")
+  with pytest.raises(LoadError, match=r"model_type is 'qwen2', which needs model\.family = qwen2"):
     load_params(tmp_path, model)
   config = json.loads((tmp_path / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma3"}))
@@ -156,6 +159,32 @@ def test_a_configuration_is_read_from_a_folder(tmp_path):
   assert config.export.max_positions == config.export.max_seq_length == stated < 8192
 
 
+def test_every_family_is_here():
+  assert [made.__name__ for _, made, _ in MODELS.values()] == [
+    family.architecture for family in FAMILIES.values()
+  ]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_folder_in_and_out_states_the_same(family, data, tmp_path):
+  source = tmp_path / "source"
+  theirs(family, torch.float32).save_pretrained(source)
+  model, tokenizer = read_model(source), Tokenizer(data / "tokenizer.json", "<|endoftext|>")
+  fields = {f"model.{field}": value for field, value in dataclasses.asdict(model).items()}
+  run = run_of(from_mapping(material.config_dict(data, **fields, **{"matryoshka.ranks": ()})))
+  params = load_params(source, model)
+  out = Trained(run, params, tokenizer).export(tmp_path / "out")
+  stated, written = read(source / "config.json"), read(out / "config.json")
+  facts = {"model_type", "architectures", *param_mapping.CONFIG_KEYS.values()}
+  assert facts - stated.keys() <= {"head_dim"}
+  assert [(key, written[key]) for key in facts & stated.keys()] == [
+    (key, stated[key]) for key in facts & stated.keys()
+  ]
+  assert read_model(out) == model and own_file.read(out).body.family == family
+  assert FAMILIES[family].paper in (out / "README.md").read_text()
+  jax.tree.map(np.testing.assert_array_equal, load_params(out, model), params)
+
+
 @pytest.mark.parametrize(
   ("source", "message"),
   [
@@ -167,8 +196,3 @@ def test_sources_that_are_not_there_are_refused(source, message, monkeypatch):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   with pytest.raises(LoadError, match=message):
     resolve(source)
-
-
-def test_norms_and_biases_together_are_no_architecture():
-  with pytest.raises(ConfigError, match=r"model\.qkv_bias: True beside model\.qk_norm"):
-    from_mapping(material.config_dict(**{"model.qkv_bias": True}))

@@ -8,6 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mlembed_jax.config_fields import Config
+from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf import param_mapping
 from mlembed_jax.models.encoder import abstract_params
 
@@ -18,8 +19,9 @@ def table(tiny: Config) -> list[param_mapping.Tensor]:
 
 
 @pytest.mark.parametrize("rank", [0, 24])
-def test_the_table_covers_the_parameter_tree_exactly(tiny: Config, rank: int):
-  model = dataclasses.replace(tiny.model, rank=rank)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_covers_the_parameter_tree_exactly(tiny: Config, family: str, rank: int):
+  model = dataclasses.replace(tiny.model, family=family, rank=rank)
   tree = nn.unbox(abstract_params(model))
   shapes = {k: v.shape for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
   stacked = {

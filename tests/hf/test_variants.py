@@ -75,12 +75,14 @@ def test_factors_are_imported_as_they_were_trained(uv: pathlib.Path, factorised:
   jax.tree.map(np.testing.assert_array_equal, merged["layers"], params["layers"])
 
 
-@pytest.mark.parametrize(("qk_norm", "qkv_bias"), [(False, False), (False, True)])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_code_of_the_folder_is_of_its_architecture(
-  qk_norm: bool, qkv_bias: bool, data: pathlib.Path, tmp_path: pathlib.Path
+  family: str, data: pathlib.Path, tmp_path: pathlib.Path
 ):
-  made = trained(data, **{"model.qk_norm": qk_norm, "model.qkv_bias": qkv_bias})
+  made = trained(data, **{"model.family": family})
   folder = made.export(tmp_path / "out", CUT, factors=True)
+  assert read(folder / "config.json")["model_type"] == f"mlembed_{family}"
+  assert read_model(folder).family == family
   vectors = load_st(folder, remote=True).encode(TEXTS)
   np.testing.assert_allclose(vectors, made.vectors(TEXTS, CUT, ""), atol=1e-5)
 

@@ -11,6 +11,7 @@ import pytest
 from mlembed_jax.batch import Sheets
 from mlembed_jax.config_fields import SETTINGS, ModelConfig
 from mlembed_jax.errors import ConfigError
+from mlembed_jax.families import FAMILIES
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models import pooling
 from mlembed_jax.models.attention import quarter_turn, rotary, rotation
@@ -22,7 +23,7 @@ from mlembed_jax.models.encoder import (
   parameter_shapes,
 )
 from mlembed_jax.parallel.sharding import RULES
-from mlembed_jax.training.residuals import Pull
+from mlembed_jax.training.split_vjp import Pull
 from tests.material import FAST_COMPILE, packed, padded, random_batch, random_params
 
 
@@ -242,8 +243,7 @@ OTHER = {
   "rank": 0,
   "rope_theta": 1e4,
   "norm_eps": 1e-5,
-  "qk_norm": False,
-  "qkv_bias": True,
+  "family": "llama",
   "dtype": "bfloat16",
   "attention": "splash",
   "remat": "full",
@@ -266,6 +266,11 @@ def test_every_field_changes_the_program(tiny, field):
       program(changed)
     return
   assert program(changed) != program(tiny.model)
+
+
+def test_families_are_different_programs(tiny):
+  models = [dataclasses.replace(tiny.model, family=family) for family in FAMILIES]
+  assert len({*map(program, models)}) == len(FAMILIES)
 
 
 def test_remat_policies_are_different_programs(tiny):

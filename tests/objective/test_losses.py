@@ -10,7 +10,7 @@ import torch
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
 from mlembed_jax.matryoshka import default_dims, dim_weights
-from mlembed_jax.objective import contrast
+from mlembed_jax.objective import negatives
 from mlembed_jax.objective.losses import Teachers
 from mlembed_jax.objective.similarity import tile_keep
 from tests import reference
@@ -39,9 +39,10 @@ def states(*exits):
 @functools.partial(jax.jit, static_argnames="masked")
 def rows_of(x, hashes, masked=True):
   """Returns the two cross-entropies of each row [B, M] of states [1, B, C, D] before any mean."""
-  ids = contrast.text_ids(hashes, masked)
-  forward, _ = contrast.batch_keys(ids, 1, 2)
-  c = contrast.contrast(contrast.make_views(x[0], DIMS, 1, 0.05), ids, forward)
+  ids = negatives.text_ids(hashes, masked)
+  forward, _ = negatives.batch_pairings(ids, 1, 2)
+  texts = negatives.cut_texts(x[0], DIMS, 1, 0.05)
+  c = negatives.batch_logits(texts, ids, forward, others_negatives=False, passage_grad=True)
   return jax.nn.softplus(c.hard - c.own[:, 0]), jax.nn.softplus(c.inbatch - c.own[:, 0])
 
 
@@ -106,13 +107,13 @@ def test_masks_follow_the_texts():
   # Row 0: a -> b, negatives c and b (its own positive). Row 1: a -> d (same query), negative a.
   # Row 2: c -> a (row 0's query), negative e.
   hashes = jnp.stack([jnp.stack(row) for row in ([a, b, c, b], [a, d, a, e], [c, a, e, d])])
-  ids = contrast.text_ids(hashes, True)
-  np.testing.assert_array_equal(contrast.stored_keep(ids, 1), [[1, 0], [0, 1], [1, 1]])
-  forward, backward = contrast.batch_keys(ids, 1, 2)
+  ids = negatives.text_ids(hashes, True)
+  np.testing.assert_array_equal(negatives.stored_keep(ids, 1), [[1, 0], [0, 1], [1, 1]])
+  forward, backward = negatives.batch_pairings(ids, 1, 2)
   np.testing.assert_array_equal(tile_keep(*forward), [[0, 0, 0], [0, 0, 0], [1, 1, 0]])
   # Positives b, d, a meet queries a, a, c: a is rows 0 and 1's own query, and row 2's positive.
   np.testing.assert_array_equal(tile_keep(*backward), [[0, 0, 1], [0, 0, 1], [0, 0, 0]])
-  forward, _ = contrast.batch_keys(ids, 1, 4)
+  forward, _ = negatives.batch_pairings(ids, 1, 4)
   np.testing.assert_array_equal(
     tile_keep(*forward),
     [[0, 0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 0, 1, 0, 0, 0]],
@@ -122,11 +123,11 @@ def test_masks_follow_the_texts():
 def test_hashes_that_differ_in_one_half_are_different_texts():
   # Sorted, (0, 2) (1, 2) (1, 3) stand side by side: either half alone would take two for one.
   hashes = jnp.array([[[1, 2], [1, 3]], [[0, 2], [1, 2]], [[3, 1], [1, 3]]], jnp.uint32)
-  ids = contrast.text_ids(hashes, True).reshape(-1)
+  ids = negatives.text_ids(hashes, True).reshape(-1)
   same = np.zeros((6, 6), bool)
   same[[0, 3, 1, 5], [3, 0, 5, 1]] = True
   np.testing.assert_array_equal(ids[:, None] == ids[None], same | np.eye(6, dtype=bool))
-  assert len(set(contrast.text_ids(hashes, False).reshape(-1).tolist())) == 6
+  assert len(set(negatives.text_ids(hashes, False).reshape(-1).tolist())) == 6
 
 
 def assert_agrees(
@@ -240,7 +241,7 @@ def test_margin_by_the_score_of_a_teacher():
   # Wider than the student, two exits: the deepest judges, with as many dims as the student has.
   teacher = random_states(2, 8, 5, 64, seed=1)
   settings = BY_TEACHER | MARGIN[0] | SYMMETRIC[0] | ALL_NEGATIVES[0]
-  options = MARGIN[1] | SYMMETRIC[1] | ALL_NEGATIVES[1] | {"guide": teacher[-1, ..., :48]}
+  options = MARGIN[1] | SYMMETRIC[1] | ALL_NEGATIVES[1] | {"judge": teacher[-1, ..., :48]}
   x, hashes, dims = random_states(2, 8, 5, 48), repeated_hashes(8, 5), (8, 48)
   result, _ = assert_agrees(
     x, hashes, dims, settings, options, teachers=Teachers(jnp.asarray(teacher))

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from mlembed_jax.batch import Arrays, Sheets
 from mlembed_jax.config import from_mapping
 from mlembed_jax.errors import ConfigError
+from mlembed_jax.families import FAMILIES
 from mlembed_jax.parallel import sharding
 from mlembed_jax.training import optimizer, train_state
 from tests.material import config_dict, padded, random_batch
@@ -123,10 +124,13 @@ def named(tree):
 
 def test_weights_are_split_and_only_norm_scales_stay_whole(tiny, mesh):
   """A weight that no rule splits would cost every device its full size."""
-  # Norms beside biases are no architecture, but all weights that there are.
-  config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, qkv_bias=True))
-  state = train_state.abstract(config, optimizer.make(config.optimizer, 10), mesh)
-  specs = {name: x.sharding.spec for name, x in named(state.params).items()}
+  specs = {}
+  for family in FAMILIES:  # together they have all weights that there are
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, family=family))
+    state = train_state.abstract(config, optimizer.make(config.optimizer, 10), mesh)
+    found = {name: x.sharding.spec for name, x in named(state.params).items()}
+    assert found == {name: specs.get(name, spec) for name, spec in found.items()}
+    specs |= found
   whole = {name for name, spec in specs.items() if not any(spec)}
   assert whole == WHOLE
   assert {name: spec for name, spec in specs.items() if name not in whole} == SPLIT

@@ -14,7 +14,7 @@ from mlembed_jax.config import from_mapping
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.parallel.sharding import batch_shards, make_mesh, put_batch, shardings
 from mlembed_jax.training import gradcache, lowering, train_state, train_step
-from mlembed_jax.training.train_step import TeacherShape
+from mlembed_jax.training.train_step import BatchLoss, TeacherShape
 from tests.material import FAST_COMPILE, config_dict, kind_of, random_params
 from tests.training.test_train_step import batch_of, batch_on, on_mesh
 
@@ -41,18 +41,8 @@ def value_and_grad(config, kind, mesh, change=lambda arrays: arrays, **options):
   online = TeacherShape(TEACHER, (1, 3, 4)) if config.kd.teacher == "online" else None
 
   def run(params, logs, batch, rank, teacher_params):
-    result, grads = train_step.value_and_grad(
-      config,
-      params,
-      logs,
-      batch,
-      kind=kind,
-      rank=rank,
-      progress=0.25,
-      teacher=online,
-      teacher_params=teacher_params,
-    )
-    return result, grads
+    loss = BatchLoss(config, kind, online)
+    return loss.value_and_grad(params, logs, batch, rank, 0.25, teacher_params)
 
   with on_mesh(mesh):
     params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
@@ -190,15 +180,13 @@ def test_blocks_with_a_text_are_encoded_twice_or_kept(share, times):
     jax.debug.callback(lambda: encoded.append(1))
     return (scale * block.texts)[None, ..., None]
 
-  def run(scale, sheets):
+  def run(scale, batch):
     loss = lambda states, _, head: (jnp.sum(states) + head, states)  # noqa: E731
     nothing = lambda _: None  # noqa: E731
-    return gradcache.value_and_grad(
-      encode, nothing, loss, scale, scale, sheets, (16, 4), kept_tokens
-    )
+    return gradcache.value_and_grad(encode, nothing, loss, scale, scale, batch, kept_tokens)
 
   with on_mesh(one_device(TINY)):
-    (_, states), grads = jax.jit(run)(jnp.float32(2), arrays.sheets)
+    (_, states), grads = jax.jit(run)(jnp.float32(2), arrays)
   jax.effects_barrier()
   np.testing.assert_array_equal(states.reshape(-1), 2 * np.arange(64))
   assert grads == (np.sum(np.arange(64)), 1)
@@ -236,9 +224,8 @@ def test_states_never_leave_their_device():
   mesh = make_mesh(config)
 
   def run(params, batch):
-    return train_step.value_and_grad(
-      config, params, {}, batch, kind=kind_of("clustering"), rank=np.int32(16), progress=0.0
-    )
+    loss = BatchLoss(config, kind_of("clustering"))
+    return loss.value_and_grad(params, {}, batch, np.int32(16), progress=0.0)
 
   with on_mesh(mesh):
     boxed = abstract_params(config.model)

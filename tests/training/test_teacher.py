@@ -17,9 +17,10 @@ from mlembed_jax.files import copy_file
 from mlembed_jax.hf.export import export_folder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
-from mlembed_jax.training import optimizer, train_state, train_step
+from mlembed_jax.training import optimizer, train_state
 from mlembed_jax.training.checkpoint import Checkpoints
 from mlembed_jax.training.teacher import check_stored, open_teacher
+from mlembed_jax.training.train_step import BatchLoss
 from mlembed_jax.workdir import Run
 from tests.material import (
   config_dict,
@@ -107,17 +108,9 @@ def test_a_folder_of_others_teaches_with_its_last_layer(exported, tokenizer):
 
 def distillation_of(config, teacher, params, mesh):
   def run(params, batch, teacher_params):
-    result, _ = train_step.value_and_grad(
-      config,
-      params,
-      {},
-      batch,
-      kind=kind_of("retrieval"),
-      rank=np.int32(24),
-      progress=0.0,
-      teacher=teacher.shape,
-      teacher_params=teacher_params,
-    )
+    loss = BatchLoss(config, kind_of("retrieval"), teacher.shape)
+    rank = np.int32(24)
+    result, _ = loss.value_and_grad(params, {}, batch, rank, 0.0, teacher_params)
     return result.terms["distillation"]
 
   with on_mesh(mesh):

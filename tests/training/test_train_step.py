@@ -22,6 +22,7 @@ from mlembed_jax.parallel.sharding import (
   shardings,
 )
 from mlembed_jax.training import optimizer, train_state, train_step
+from mlembed_jax.training.train_step import BatchLoss
 from tests.material import FAST_COMPILE, config_dict, kind_of, packed, random_batch, random_params
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -62,9 +63,7 @@ def loss_and_grads(config, devices, kind):
     params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
 
     def run(params, batch, rank):
-      return train_step.value_and_grad(
-        config, params, {}, batch, kind=kind, rank=rank, progress=0.0
-      )
+      return BatchLoss(config, kind).value_and_grad(params, {}, batch, rank, progress=0.0)
 
     result, (grads, _) = jax.jit(run, compiler_options=FAST_COMPILE)(
       params, batch_on(mesh), np.int32(16)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import safetensors
 
 from mlembed_jax.errors import LoadError
+from mlembed_jax.families import FAMILIES, Family
 from mlembed_jax.hf import own_file, param_mapping
 from mlembed_jax.hf.own_file import OwnFile
 
@@ -102,6 +103,11 @@ class Subject:
   def kind(self) -> str:
     """Returns the name of the architecture, also of a folder of factors."""
     return str(self.config.get("model_type")).removeprefix(param_mapping.REMOTE)
+
+  @property
+  def family(self) -> Family | None:
+    """Returns the model family, None of an architecture that is not known."""
+    return FAMILIES.get(self.kind)
 
   @property
   def is_remote(self) -> bool:

@@ -6,6 +6,7 @@ TEI, vLLM and llama.cpp are not run: what they require was read in their source.
 from collections.abc import Iterator
 
 from mlembed_jax.errors import LoadError
+from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf import config_files, own_file, param_mapping
 from mlembed_jax.hf.card import HEADINGS, TAGS
 from mlembed_jax.hf.checks.finding import (
@@ -49,7 +50,7 @@ NUMBER, COUNT, FLAG, TEXT = (int, float), (int,), (bool,), (str,)
 SHAPE: Types = {key: COUNT for key in param_mapping.CONFIG_KEYS.values() if key != "head_dim"}
 SHAPE |= {"rms_norm_eps": NUMBER, "max_position_embeddings": COUNT, "model_type": TEXT}
 SHAPE |= {"architectures": (list,), "hidden_act": TEXT, "use_sliding_window": FLAG}
-OF_QWEN3: Types = {"head_dim": COUNT, "attention_bias": FLAG}  # others leave them out
+OF_FAMILY: Types = {"head_dim": COUNT, "attention_bias": FLAG}  # see Family.stated_keys
 SCHEMAS: dict[str, Types] = {
   PROMPTS: {"prompts": (dict,)},
   "tokenizer_config.json": {"tokenizer_class": TEXT, "eos_token": (str, dict)},
@@ -94,7 +95,8 @@ def d02(s: Subject) -> Iterator[Said]:
       yield Said(ERROR, file, f"is no JSON: {error}", AGAIN)
     else:
       yield from _own_types(s) if file == OWN else ()
-  config = SHAPE | (OF_QWEN3 if s.kind == "qwen3" else {})
+  keys = s.family.stated_keys if s.family else ()
+  config = SHAPE | {key: OF_FAMILY[key] for key in keys}
   for file, types in {"config.json": config, **SCHEMAS}.items():
     yield from _types(s, file, types)
   for name, prompt in s.prompts.items():
@@ -139,8 +141,8 @@ def d05(s: Subject) -> Iterator[Said]:
 def d06(s: Subject) -> Iterator[Said]:
   """The architecture is known, and nothing says more than an encoder has."""
   file, config = "config.json", s.config
-  if s.kind not in param_mapping.FAMILIES:
-    known = ", ".join(param_mapping.FAMILIES)
+  if not s.family:
+    known = ", ".join(FAMILIES)
     found = f"model_type is {s.kind!r}; known are {known}"
     yield Said(ERROR, file, found, "Examine it with its own tools.", (OURS,))
   eos = config.get("eos_token_id")
@@ -180,9 +182,7 @@ def foreign_code(s: Subject) -> list[str]:
 
   Loaders that trust a folder also run code below it, of other repositories, of any package.
   """
-  known = (
-    config_files.remote_code(s.kind) if s.is_remote and s.kind in param_mapping.FAMILIES else {}
-  )
+  known = config_files.remote_code(s.family) if s.is_remote and s.family else {}
   found = sorted(path.relative_to(s.path).as_posix() for path in s.path.rglob("*.py"))
   foreign = [f for f in found if (s.path / f).read_text(encoding="utf-8") != known.get(f)]
   for file in ("config.json", "tokenizer_config.json"):

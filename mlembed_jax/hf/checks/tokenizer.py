@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 
-from mlembed_jax.hf import param_mapping
+from mlembed_jax.families import Family
 from mlembed_jax.hf.checks.finding import (
   AGAIN,
   CONSUMERS,
@@ -113,16 +113,16 @@ def _class(config: Mapping[str, Any]) -> Iterator[Said]:
 
 def d13(s: Subject) -> Iterator[Said]:
   """llama.cpp's converter knows the architecture, the tokenizer and the tensors."""
-  if s.is_remote or s.kind not in param_mapping.FAMILIES:
+  if s.is_remote or not s.family:
     yield Said(SKIPPED, "config.json", "is of no architecture that llama.cpp reads")
     return
-  wanted, stated = param_mapping.FAMILIES[s.kind].architecture, s.config.get("architectures")
+  wanted, stated = s.family.architecture, s.config.get("architectures")
   if stated != [wanted]:
     found = f"architectures is {stated}; older converters know {wanted} alone"
     yield Said(WARNING, "config.json", found, f"Write {wanted}.")
   yield from _hash(s)
   if importlib.util.find_spec("gguf"):
-    yield from _gguf(s)
+    yield from _gguf(s, s.family)
   else:
     yield Said(SKIPPED, "", "names of tensors were not compared: pip install gguf")
 
@@ -142,12 +142,11 @@ def _hash(s: Subject) -> Iterator[Said]:
     yield Said(ERROR, FILE, "is known to llama.cpp, but no token ends a text", AGAIN)
 
 
-def _gguf(s: Subject) -> Iterator[Said]:
+def _gguf(s: Subject, family: Family) -> Iterator[Said]:
   import gguf  # beside the converter, in no requirement of ours
 
-  known = gguf.get_tensor_name_map(
-    gguf.MODEL_ARCH[s.kind.upper()], s.config.get("num_hidden_layers", 0)
-  )
+  architecture = gguf.MODEL_ARCH[family.gguf]
+  known = gguf.get_tensor_name_map(architecture, s.config.get("num_hidden_layers", 0))
   unknown = [n for n in s.stored() if known.get_name(n, (".weight", ".bias")) is None]
   if unknown:
     yield Said(ERROR, "", f"gguf has no name for {len(unknown)} tensors, first {unknown[0]}", AGAIN)

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec
 from mlembed_jax.batch import Arrays
 from mlembed_jax.config import from_mapping
 from mlembed_jax.matryoshka import Matryoshka, dim_weights
-from mlembed_jax.objective import losses, similarity, streaming
+from mlembed_jax.objective import losses, similarity, tiles
 from mlembed_jax.objective.similarity import Anchors, Candidates
-from mlembed_jax.objective.streaming import SoftTargets
+from mlembed_jax.objective.tiles import SoftTargets
 from mlembed_jax.parallel.sharding import RULES, logical_rules, make_mesh
 from tests.material import FAST_COMPILE, config_dict, kind_of
 
@@ -70,10 +70,10 @@ def value_and_grad(args, teacher, weight):
   anchors, candidates, *keys = args
 
   def total(anchors, candidates):
-    value, count = streaming.log_sum_exp(anchors, candidates, *keys)
-    expected = streaming.expected_logits(anchors, candidates, *keys, teacher)
+    value, count = tiles.log_sum_exp(anchors, candidates, *keys)
+    expected = tiles.expected_logits(anchors, candidates, *keys, teacher)
     # An empty sum is -1e29: it enters as such in losses, which then are constant. Here as 0.
-    sums = jnp.where(value > streaming.EMPTY, value, value - jax.lax.stop_gradient(value))
+    sums = jnp.where(value > tiles.EMPTY, value, value - jax.lax.stop_gradient(value))
     return jnp.sum(weight * (sums + 0.1 * expected)), (value, count, expected)
 
   (_, out), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(anchors, candidates)
@@ -118,7 +118,7 @@ def plain_keep(a, c):
       a.row[i] != c.row[n]
       and c.text[n] not in (a.text[i], *a.targets[i])
       and a.text[i] not in c.anchors[n]
-      and a.guide[i] @ c.guide[n] <= a.limit[i]
+      and a.judge[i] @ c.judge[n] <= a.limit[i]
     )
 
   return torch.tensor([[is_negative(i, n) for n in range(len(c.row))] for i in range(len(a.row))])
@@ -146,10 +146,10 @@ def small_tiles(monkeypatch):
 
     return call
 
-  monkeypatch.setattr(streaming, "TILE_ROWS", 4)
-  monkeypatch.setattr(streaming, "TILE_COLUMNS", {"cpu": 4})
+  monkeypatch.setattr(tiles, "TILE_ROWS", 4)
+  monkeypatch.setattr(tiles, "TILE_COLUMNS", {"cpu": 4})
   for name in ("tile_logits", "tile_pull"):
-    monkeypatch.setattr(streaming, name, recorded(getattr(similarity, name)))
+    monkeypatch.setattr(tiles, name, recorded(getattr(similarity, name)))
   return sizes
 
 
@@ -164,7 +164,7 @@ def test_tiles_add_up_to_the_sum_over_all_pairs(small_tiles, rows, columns, tile
   assert small_tiles == {tile}
   (plain_value, plain_count, plain_expected), plain_grads = plain(args, teacher, weight)
   # Anchor 0 has no negative: a finite stand-in for -inf, and no gradient at all.
-  assert np.all(value[0] == np.float32(streaming.EMPTY))
+  assert np.all(value[0] == np.float32(tiles.EMPTY))
   assert not np.any(np.isfinite(plain_value[0]))
   assert not any(np.any(x[0]) for x in jax.tree.leaves(grads[0]))
   logits = all_logits(*(leaves(x) for x in args[:2])).detach().numpy()
@@ -177,7 +177,7 @@ def test_tiles_add_up_to_the_sum_over_all_pairs(small_tiles, rows, columns, tile
 
 def test_tiles_are_equal_and_never_above_their_target():
   sizes = {(4096, 512): (8, 512), (8191, 512): (16, 512), (48, 20): (3, 16), (3, 512): (1, 3)}
-  assert {key: streaming._tiles(*key) for key in sizes} == sizes
+  assert {key: tiles._tiles(*key) for key in sizes} == sizes
 
 
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "fsdp 4 x tensor 2": (1, 4, 2)}
@@ -192,8 +192,8 @@ def one_device():
 def test_eight_devices_equal_one(sizes, monkeypatch):
   expected = one_device()
   # 16 columns over all devices: two chunks of candidates each.
-  monkeypatch.setattr(streaming, "TILE_ROWS", 2)
-  monkeypatch.setattr(streaming, "TILE_COLUMNS", {"cpu": 16})
+  monkeypatch.setattr(tiles, "TILE_ROWS", 2)
+  monkeypatch.setattr(tiles, "TILE_COLUMNS", {"cpu": 16})
   names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
   mesh = make_mesh(from_mapping(config_dict(**dict(zip(names, sizes, strict=True)))))
   rows = jax.NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -215,10 +215,7 @@ def temporary_bytes(rows):
     return losses.objective(
       states,
       Arrays(hashes),
-      kind=kind_of("retrieval"),
-      axes=axes,
-      config=config.losses,
-      kd=config.kd,
+      losses.Settings(kind_of("retrieval"), axes, config.losses, config.kd),
       temperature=0.05,
       teachers=losses.Teachers(),
     ).loss

@@ -9,7 +9,7 @@ import pytest
 
 from mlembed_jax.batch import Sheets
 from mlembed_jax.models.encoder import Encoder
-from mlembed_jax.training.residuals import Pull
+from mlembed_jax.training.split_vjp import Pull
 from tests.material import FAST_COMPILE, random_params
 
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from mlembed_jax.objective import streaming
+from mlembed_jax.objective import tiles
 from mlembed_jax.objective.similarity import Anchors, Candidates, Texts, divide, own_logits, texts
-from mlembed_jax.objective.streaming import EMPTY
+from mlembed_jax.objective.tiles import EMPTY
 
-Keys = tuple[Anchors, Candidates]
+Pairing = tuple[Anchors, Candidates]
 
 
 def text_ids(hashes_BC2: UInt32[Array, "B C 2"], masked: bool) -> Int[Array, "B C"]:
@@ -42,16 +42,16 @@ def stored_keep(ids_BC: Int[Array, "B C"], positives: int) -> Bool[Array, "B K"]
   return ~jnp.any(negatives_BK[:, :, None] == own_BX[:, None], axis=-1)
 
 
-def batch_keys(
+def batch_pairings(
   ids_BC: Int[Array, "B C"],
   positives: int,
   used: int,
-  guide_BCD: Float[Array, "B C D"] | None = None,
+  judge_BCD: Float[Array, "B C D"] | None = None,
   margin: float = 0.0,
-) -> tuple[Keys, Keys]:
-  """Returns the keys of queries that meet passages, and of positives that meet queries.
+) -> tuple[Pairing, Pairing]:
+  """Returns who meets whom: queries and passages, and the way back, positives and queries.
 
-  The first `used` texts of a row stand in the batch, its query included. `guide` are unit vectors:
+  The first `used` texts of a row stand in the batch, its query included. `judge` are unit vectors:
   a candidate whose cosine with the query is `margin` above the positive's is not a negative.
   """
   row_B, query_B = jnp.arange(len(ids_BC), dtype=jnp.int32), ids_BC[:, 0]
@@ -72,17 +72,17 @@ def batch_keys(
     Anchors(repeated(row_B, own_BP), _rows(own_BP), repeated(query_B, own_BP)[:, None]),
     Candidates(row_B, query_B, own_BP),
   )
-  if guide_BCD is None:
+  if judge_BCD is None:
     return forward, backward
-  query, passages = guide_BCD[:, 0], guide_BCD[:, 1 : 1 + positives]
+  query, passages = judge_BCD[:, 0], judge_BCD[:, 1 : 1 + positives]
   limit_B = jnp.max(jnp.sum(query[:, None] * passages, axis=-1), axis=1) + margin
-  guided = dataclasses.replace
+  judged = dataclasses.replace
   return (
-    guided(forward[0], guide=query, limit=limit_B),
-    guided(forward[1], guide=_rows(guide_BCD[:, 1:used])),
+    judged(forward[0], judge=query, limit=limit_B),
+    judged(forward[1], judge=_rows(judge_BCD[:, 1:used])),
   ), (
-    guided(backward[0], guide=_rows(passages), limit=repeated(limit_B, own_BP)),
-    guided(backward[1], guide=query),
+    judged(backward[0], judge=_rows(passages), limit=repeated(limit_B, own_BP)),
+    judged(backward[1], judge=query),
   )
 
 
@@ -93,7 +93,7 @@ def _rows(x: Array) -> Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Views:
+class CutTexts:
   """The three kinds of text of a batch, cut at the dims; queries carry 1 / temperature."""
 
   query: Texts  # [B, ...]
@@ -101,13 +101,13 @@ class Views:
   negatives: Texts  # [B, K, ...]
 
 
-def make_views(
+def cut_texts(
   states_BCD: Float[Array, "B C D"], dims: Sequence[int], positives: int, temperature: Any
-) -> Views:
+) -> CutTexts:
   """Returns the texts of a batch; `states` are not normalised."""
   # split, not slices: its transpose is one concatenation instead of a sum of padded arrays.
   query, positive, negative = jnp.split(states_BCD, (1, 1 + positives), axis=1)
-  return Views(
+  return CutTexts(
     divide(texts(query[:, 0], dims), temperature), texts(positive, dims), texts(negative, dims)
   )
 
@@ -119,12 +119,12 @@ def flat(*groups: Texts) -> Texts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Contrast:
+class Logits:
   """Logits of a batch at one exit, those with other rows only as their log-sum."""
 
-  views: Views
-  met: Texts  # candidates from other rows, [N, ...]
-  keys: Keys | None  # None: no candidates from other rows
+  texts: CutTexts
+  candidates: Texts  # candidates from other rows, [N, ...]
+  pairing: Pairing | None  # None: no candidates from other rows
   own: Float[Array, "B P M"]  # logits of the positives
   stored: Float[Array, "B K M"]  # logits of the stored negatives
   keep: Bool[Array, "B K"]  # stored negatives that are negatives
@@ -133,28 +133,30 @@ class Contrast:
   count: Float[Array, "B"]  # negatives of both kinds
 
 
-def contrast(
-  views: Views,
+def batch_logits(
+  texts: CutTexts,
   ids_BC: Int[Array, "B C"],
-  keys: Keys | None,
-  others_negatives: bool = False,
-  passage_grad: bool = True,
-) -> Contrast:
+  pairing: Pairing | None,
+  *,
+  others_negatives: bool,
+  passage_grad: bool,
+) -> Logits:
   """Returns the logits and log-sums of a batch.
 
   `others_negatives`: stored negatives of other rows are candidates too. Without `passage_grad`
   candidates from other rows are constants.
   """
-  own, stored = (own_logits(views.query, t) for t in (views.positives, views.negatives))
+  own, stored = (own_logits(texts.query, t) for t in (texts.positives, texts.negatives))
   keep = stored_keep(ids_BC, own.shape[1])
   count = jnp.sum(keep, axis=1, dtype=jnp.float32)
   hard = inbatch = jnp.full((own.shape[0], own.shape[2]), EMPTY)
   if keep.shape[1]:
-    masked = jnp.where(keep[..., None], stored, streaming.MASKED)
+    masked = jnp.where(keep[..., None], stored, tiles.MASKED)
     hard = jnp.maximum(jax.nn.logsumexp(masked, axis=1), EMPTY)
-  met = flat(views.positives, *([views.negatives] if others_negatives else []))
-  met = met if passage_grad else jax.lax.stop_gradient(met)
-  if keys:
-    inbatch, seen = streaming.log_sum_exp(views.query, met, *keys)
+  candidates = flat(texts.positives, *([texts.negatives] if others_negatives else []))
+  if not passage_grad:
+    candidates = jax.lax.stop_gradient(candidates)
+  if pairing:
+    inbatch, seen = tiles.log_sum_exp(texts.query, candidates, *pairing)
     count += seen
-  return Contrast(views, met, keys, own, stored, keep, hard, inbatch, count)
+  return Logits(texts, candidates, pairing, own, stored, keep, hard, inbatch, count)

@@ -167,8 +167,8 @@ def _on_devices(function: Callable[..., Any], *args: Any) -> Any:
 def log_sum_exp(
   anchors: Texts,  # [A, ...], scale includes 1 / temperature
   candidates: Texts,  # [N, ...]
-  anchor_keys: Anchors,
-  candidate_keys: Candidates,
+  anchor_ids: Anchors,
+  candidate_ids: Candidates,
 ) -> tuple[Float[Array, "A M"], Float[Array, "A"]]:
   """Returns the log of the sum of exp(logit) over each anchor's negatives, and their number.
 
@@ -176,17 +176,17 @@ def log_sum_exp(
   float32 sums. Where the texts are bfloat16, their gradient is summed in float32 from bfloat16
   factors, as in any product of that type.
   """
-  return _on_devices(_log_sum_exp, anchors, candidates, anchor_keys, candidate_keys)
+  return _on_devices(_log_sum_exp, anchors, candidates, anchor_ids, candidate_ids)
 
 
 def _masked(values: list[Array], allowed: Array) -> list[Array]:
-  # Written to memory once: otherwise XLA compares the keys again for every use of every dim.
+  # Written to memory once: otherwise XLA compares the ids again for every use of every dim.
   bias = jax.lax.optimization_barrier(jnp.where(allowed, 0.0, MASKED))
   return [x + bias for x in values]
 
 
 def _log_sum_exp(
-  anchors: Texts, candidates: Texts, keys_a: Anchors, keys_c: Candidates, on: _Devices
+  anchors: Texts, candidates: Texts, ids_a: Anchors, ids_c: Candidates, on: _Devices
 ) -> tuple[Array, Array]:
   A, M = anchors.scale.shape
   start = (jnp.full((A, M), EMPTY), jnp.zeros((A, M)), jnp.zeros(A))
@@ -200,7 +200,7 @@ def _log_sum_exp(
     total = total * jnp.exp(top - new_top) + jnp.stack(parts, axis=-1)
     return new_top, total, count + jnp.sum(allowed, axis=1, dtype=jnp.float32)
 
-  top, total, count = _sweep(update, start, (anchors, keys_a), (candidates, keys_c), on)
+  top, total, count = _sweep(update, start, (anchors, ids_a), (candidates, ids_c), on)
   return jnp.maximum(top + jnp.log(total), EMPTY), count
 
 
@@ -210,14 +210,14 @@ def _log_sum_exp_fwd(*args: Any) -> Any:
 
 
 def _log_sum_exp_bwd(saved: Any, cotangents: Any) -> Any:
-  (anchors, candidates, *keys), value = saved
+  (anchors, candidates, *ids), value = saved
 
   def weights(state: Any, a: Any, c: Any) -> list[Array]:
     value, d_value = state
     values = _masked(tile_logits(a[0], c[0]), tile_keep(a[1], c[1]))
     return [jnp.exp(x - value[:, m, None]) * d_value[:, m, None] for m, x in enumerate(values)]
 
-  state, both = (value, cotangents[0]), ((anchors, keys[0]), (candidates, keys[1]))
+  state, both = (value, cotangents[0]), ((anchors, ids[0]), (candidates, ids[1]))
   return *_on_devices(functools.partial(_sweep_back, weights), state, *both), None, None
 
 
@@ -228,27 +228,27 @@ log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
 def expected_logits(
   anchors: Texts,  # [A, ...], scale includes 1 / temperature
   candidates: Texts,  # [N, ...]
-  anchor_keys: Anchors,
-  candidate_keys: Candidates,
+  anchor_ids: Anchors,
+  candidate_ids: Candidates,
   teacher: SoftTargets,
 ) -> Float[Array, "A M"]:
   """Returns the sum over each anchor's negatives of teacher probability x logit.
 
   Differentiable in the texts, not in the teacher.
   """
-  fixed = _with_teacher(anchor_keys, candidate_keys, teacher)
+  fixed = _with_teacher(anchor_ids, candidate_ids, teacher)
   return _on_devices(_expected_logits, (anchors, fixed[0]), (candidates, fixed[1]))
 
 
-def _with_teacher(anchor_keys: Anchors, candidate_keys: Candidates, t: SoftTargets) -> Any:
-  return (anchor_keys, t.anchors, t.log_total), (candidate_keys, t.candidates)
+def _with_teacher(anchor_ids: Anchors, candidate_ids: Candidates, t: SoftTargets) -> Any:
+  return (anchor_ids, t.anchors, t.log_total), (candidate_ids, t.candidates)
 
 
 def _targets(a: Any, c: Any) -> Float[Array, "a n"]:
   """Returns the teacher's probabilities of one tile; zero where the candidate is no negative."""
-  (keys, texts_a, log_total), (candidate_keys, texts_c) = a, c
+  (ids, texts_a, log_total), (candidate_ids, texts_c) = a, c
   chance = jnp.exp(tile_logits(texts_a, texts_c)[0] - log_total[:, None])
-  return jnp.where(tile_keep(keys, candidate_keys), chance, 0.0)
+  return jnp.where(tile_keep(ids, candidate_ids), chance, 0.0)
 
 
 def _expected_logits(anchors: Any, candidates: Any, on: _Devices) -> Array:
