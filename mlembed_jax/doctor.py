@@ -17,22 +17,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.hf.checks.finding import (
-  ERROR,
-  OK,
-  OURS,
-  OWN,
-  ST,
-  TRANSFORMERS,
-  WARNING,
-  Check,
-  Finding,
-)
+from mlembed_jax.hf.checks.finding import ERROR, OK, WARNING, Finding
 
 # What imports jax is imported in the functions, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -59,21 +49,11 @@ def main(directory: str) -> None:
     sys.exit(STATUS[ERROR])
   jax.config.update("jax_platforms", "cpu")  # parity.json is of it, and accelerators may be in use
   os.environ["HF_HUB_OFFLINE"] = "1"
-  findings = examine.examine(path, [*examine.CHECKS, *_of_vectors()])
+  installed = examine.INSTALLED if TORCH.value else ()
+  findings = examine.examine(path, [*examine.CHECKS, examine.VECTORS, *installed])
   found = examine.verdicts(path, findings)
   print(_json(path, findings, found) if JSON.value else _text(findings, found))
   sys.exit(STATUS[examine.worst(findings)])
-
-
-def _of_vectors() -> list[Check]:
-  from mlembed_jax.hf.checks import installed, vectors
-  from mlembed_jax.hf.parity import FILE as PARITY
-
-  checks = [Check("D16", vectors.d16, (OURS,), (PARITY, OWN))]
-  if TORCH.value:
-    checks.append(Check("D16", installed.sentence_transformers, (ST,)))
-    checks.append(Check("D16", installed.transformers, (TRANSFORMERS,)))
-  return checks
 
 
 def _text(findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
@@ -94,10 +74,23 @@ def _json(path: pathlib.Path, findings: Sequence[Finding], found: Sequence[Verdi
   report = {
     "folder": str(path),
     "result": level,
-    "findings": [dataclasses.asdict(finding) for finding in findings],
+    "findings": [_fields(finding) for finding in findings],
     "consumers": [dataclasses.asdict(verdict) for verdict in found],
   }
   return json.dumps(report, indent=2, ensure_ascii=False)
+
+
+def _fields(finding: Finding) -> dict[str, Any]:
+  from mlembed_jax.hf.checks.consumers import concerned
+
+  return {
+    "check": finding.check,
+    "level": finding.level,
+    "file": finding.file,
+    "found": finding.found,
+    "remedy": finding.remedy,
+    "consumers": concerned(finding.fact),
+  }
 
 
 if __name__ == "__main__":

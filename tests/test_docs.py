@@ -15,6 +15,7 @@ from mlembed_jax.data import catalog, manifest
 from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.eval import evaluation
 from mlembed_jax.hf import own_file
+from mlembed_jax.hf.checks import consumers, examine
 from mlembed_jax.models.encoder import parameter_count
 from tests.pages import (
   BLOCK,
@@ -218,6 +219,16 @@ def test_all_checks_and_error_codes_are_listed():
   rows = re.findall(r"^\| ([DE]\d+) \|", text_of(ROOT / "docs/export.md"), re.MULTILINE)
   in_code = codes(r"Check\(\"(D\d\d)\"", PACKAGE) | codes(r"(?<!noqa: )\bE\d{3}\b", PACKAGE / "hf")
   assert rows == sorted(in_code)
+
+
+def test_the_readers_of_every_check_are_listed():
+  rows = {row[0]: row[2] for row in table(ROOT / "docs/export.md", "## The doctor")[1:]}
+  names = [consumer.name for consumer in consumers.CONSUMERS]
+  for check in examine.CHECKS:
+    listed, fact = rows[check.code].removeprefix("all but "), consumers.concerned(check.fact)
+    found = {"all": names, "people": []}.get(listed, listed.split(", "))
+    wanted = set(names) - set(fact) if rows[check.code] != listed else set(fact)
+    assert set(found) == wanted, check.code
 
 
 def test_the_switches_of_the_published_recipe_are_listed_with_their_values():

@@ -11,18 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.checks.finding import (
-  CONSUMERS,
-  ERROR,
-  LLAMA,
-  OURS,
-  SERVERS,
-  ST,
-  TEI,
-  TRANSFORMERS,
-  VLLM,
-  WARNING,
-)
+from mlembed_jax.hf.checks.finding import ERROR, WARNING
 from tests.hf.exports import read
 
 Edit = Callable[[pathlib.Path], Any]
@@ -119,6 +108,10 @@ PROMPTS, OWN, WEIGHTS = "config_sentence_transformers.json", "mlembed.json", "mo
 DENSE, UV = "2_Dense/model.safetensors", "mlembed/uv.safetensors"
 PREFIX = "sentence_transformers.models."
 NORM, EYE = "norm.weight", "linear.weight"
+OURS, ST, TRANSFORMERS = "ours", "sentence-transformers", "transformers"
+TEI, VLLM, LLAMA = "TEI", "vLLM", "llama.cpp"
+CONSUMERS = (OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA)
+SERVERS = (TEI, VLLM, LLAMA)
 OTHERS = tuple(name for name in CONSUMERS if name != OURS)
 EMBEDDERS = tuple(name for name in CONSUMERS if name != TRANSFORMERS)
 # (check, level, what it must say, edit, programs that it concerns)

@@ -13,21 +13,15 @@ from transformers import Qwen3Config, Qwen3Model
 
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import own_file, parity
-from mlembed_jax.hf.checks import examine, installed, vectors
-from mlembed_jax.hf.checks import small_files as checks
+from mlembed_jax.hf.checks import examine, installed
+from mlembed_jax.hf.checks.consumers import Fact, concerned
 from mlembed_jax.hf.checks.finding import (
-  CONSUMERS,
   ERROR,
-  LLAMA,
   OK,
-  OURS,
-  SERVERS,
   SKIPPED,
-  ST,
-  TEI,
-  TRANSFORMERS,
   WARNING,
   Check,
+  File,
   Finding,
   Subject,
 )
@@ -35,9 +29,16 @@ from mlembed_jax.hf.export import ExportError
 from tests.hf.broken import (
   BROKEN,
   CONFIG,
+  CONSUMERS,
+  LLAMA,
+  OURS,
   OWN,
   PROMPTS,
+  SERVERS,
+  ST,
+  TEI,
   TOKENIZER,
+  TRANSFORMERS,
   WEIGHTS,
   Edit,
   change,
@@ -51,8 +52,7 @@ from tests.hf.broken import (
 from tests.hf.exports import CUTS, Trained, load_st
 
 ROOT = pathlib.Path(__file__).parents[2]
-VECTORS = Check("D16", vectors.d16, (OURS,), (parity.FILE, "mlembed.json"))
-ALL = (*examine.CHECKS, VECTORS)
+ALL = (*examine.CHECKS, examine.VECTORS)
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +95,24 @@ def test_a_folder_of_factors_is_in_order_and_not_for_servers(uv: pathlib.Path):
 
 @pytest.mark.parametrize("case", BROKEN, ids=lambda case: f"{case[0]} {case[2]}")
 def test_a_fault_is_found_by_its_check(case: tuple, copy: pathlib.Path):
-  check, level, said, edit, concerned = case
+  check, level, said, edit, programs = case
   edit(copy)
   findings = examine.examine(copy, ALL if check == "D16" else examine.CHECKS)
   matching = [f for f in faults(findings) if f.check == check and said in f.found]
   assert matching, [f for f in findings if f.check == check]
-  assert (matching[0].level, set(matching[0].consumers)) == (level, set(concerned))
+  assert (matching[0].level, set(concerned(matching[0].fact))) == (level, set(programs))
   assert matching[0].remedy
   assert not [f.found for f in findings if "cannot be examined" in f.found]
   found = verdicts(copy, findings)
-  assert all(found[name].level != OK for name in concerned)
+  assert all(found[name].level != OK for name in programs)
+
+
+def test_every_fact_concerns_a_program():
+  assert all(concerned(fact) for fact in (*Fact, *File, parity.FILE))
 
 
 def test_every_check_has_a_fault():
-  assert {case[0] for case in BROKEN} == {check.name for check in ALL}
+  assert {case[0] for case in BROKEN} == {check.code for check in ALL}
 
 
 def test_the_code_and_the_rank_of_a_folder_of_factors_are_checked(
@@ -118,7 +122,7 @@ def test_the_code_and_the_rank_of_a_folder_of_factors_are_checked(
   (folder / "modeling_mlembed.py").write_text("import os\n")
   findings = examine.examine(folder)
   assert [(f.check, f.level) for f in faults(findings)] == [("D06", WARNING)]
-  check = Check("D16", installed.transformers, (TRANSFORMERS,))
+  check = Check("D16", installed.transformers, TRANSFORMERS)
   assert "code that is not ours" in examine.examine(folder, [check])[0].found
   (folder / "modeling_mlembed.py").unlink()
   nested(OWN, "table", "rank_exported", to=16)(folder)
@@ -137,9 +141,9 @@ def test_the_code_and_the_rank_of_a_folder_of_factors_are_checked(
 )
 def test_code_below_or_elsewhere_is_not_run(uv: pathlib.Path, tmp_path: pathlib.Path, edit, file):
   folder = pathlib.Path(shutil.copytree(uv, tmp_path / "uv"))
-  assert checks.foreign_code(Subject(folder)) == []
+  assert installed.foreign_code(Subject(folder)) == []
   edit(folder)
-  assert checks.foreign_code(Subject(folder)) == [file]
+  assert installed.foreign_code(Subject(folder)) == [file]
 
 
 def test_a_fault_of_one_program_is_not_one_of_others(copy: pathlib.Path):
@@ -176,7 +180,7 @@ def test_a_damaged_file_of_ours_is_a_finding(edit: Edit, said: str, copy: pathli
     own_file.read(copy)
   assert str(raised.value).startswith(f"{copy / OWN}") and said in str(raised.value)
   findings = examine.examine(copy, ALL)
-  assert [(f.check, f.file, f.consumers) for f in faults(findings)] == [("D02", OWN, (OURS,))]
+  assert [(f.check, f.file, concerned(f.fact)) for f in faults(findings)] == [("D02", OWN, (OURS,))]
   assert said in faults(findings)[0].found
   assert {"D14", "D16"} <= {f.check for f in findings if f.level == SKIPPED}
 
@@ -204,7 +208,7 @@ def test_programs_that_are_not_installed_are_skipped(
   folders: dict, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setitem(sys.modules, "torch", None)
-  checks = [Check("D16", installed.sentence_transformers, (ST,))]
+  checks = [Check("D16", installed.sentence_transformers, ST)]
   findings = examine.examine(folders["full"], checks)
   assert [(f.level, f.found) for f in findings] == [(SKIPPED, "not loaded: torch is not installed")]
 
@@ -218,11 +222,7 @@ def test_programs_that_are_installed_are_loaded(fault: str, copy: pathlib.Path):
     "none": lambda folder: None,
   }
   edits[fault](copy)
-  checks = [
-    Check("D16", installed.sentence_transformers, (ST,)),
-    Check("D16", installed.transformers, (TRANSFORMERS,)),
-  ]
-  theirs, plain = examine.examine(copy, checks)
+  theirs, plain = examine.examine(copy, examine.INSTALLED)
   said = {
     "ids": ["other ids to 1 of 17 texts, first 'arabic'"] * 2,
     "vectors": ["least cosine"] * 2,

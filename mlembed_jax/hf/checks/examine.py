@@ -4,47 +4,44 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from mlembed_jax.hf.checks import small_files, tokenizer, weights
+from mlembed_jax.hf.checks import small_files, tokenizer, vectors, weights
+from mlembed_jax.hf.checks.consumers import CONSUMERS, Fact, concerned
 from mlembed_jax.hf.checks.finding import (
   AGAIN,
-  CONSUMERS,
-  EMBEDDERS,
   ERROR,
   LEVELS,
-  LLAMA,
   OK,
-  OURS,
-  OWN,
-  SERVERS,
   SKIPPED,
-  ST,
-  TEI,
-  TRANSFORMERS,
-  VLLM,
   WARNING,
   Check,
+  File,
   Finding,
-  Said,
   Subject,
 )
+from mlembed_jax.hf.parity import FILE as PARITY
 
 # None computes vectors or imports torch; the weights are read once.
 CHECKS = (
-  Check("D01", small_files.d01, CONSUMERS),
-  Check("D02", small_files.d02, CONSUMERS),
-  Check("D03", weights.d03, CONSUMERS),
-  Check("D04", weights.d04, CONSUMERS),
-  Check("D05", small_files.d05, CONSUMERS),
-  Check("D06", small_files.d06, (ST, TRANSFORMERS)),
-  Check("D07", small_files.d07, (ST, *SERVERS), (small_files.MODULES,)),
-  Check("D08", small_files.d08, EMBEDDERS, (small_files.MODULES,)),
-  Check("D09", weights.d09, (ST, TEI, VLLM)),
-  Check("D10", small_files.d10, (OURS, ST), (small_files.PROMPTS,)),
-  Check("D11", small_files.d11, (OURS, ST, TEI, VLLM), (small_files.BERT,)),
-  Check("D12", tokenizer.d12, EMBEDDERS, (tokenizer.FILE,)),
-  Check("D13", tokenizer.d13, (LLAMA,), (tokenizer.FILE,)),
-  Check("D14", weights.d14, (OURS,), (OWN,)),
-  Check("D15", small_files.d15, (), (small_files.CARD, OWN)),  # the card, which people read
+  Check("D01", small_files.check_files, Fact.MODEL),
+  Check("D02", small_files.check_json, Fact.MODEL),
+  Check("D03", weights.check_tensors, Fact.MODEL),
+  Check("D04", weights.check_depth, Fact.MODEL),
+  Check("D05", small_files.check_rotary_base, Fact.MODEL),
+  Check("D06", small_files.check_architecture, Fact.AUTO_MAP),
+  Check("D07", small_files.check_modules, File.MODULES, (File.MODULES,)),
+  Check("D08", small_files.check_pooling, Fact.LAST_TOKEN, (File.MODULES,)),
+  Check("D09", weights.check_dimension, Fact.DENSE_MODULE),
+  Check("D10", small_files.check_prompts, File.PROMPTS, (File.PROMPTS,)),
+  Check("D11", small_files.check_text_length, Fact.TEXT_LENGTH, (File.BERT,)),
+  Check("D12", tokenizer.check_pooled_token, Fact.LAST_TOKEN, (File.TOKENIZER,)),
+  Check("D13", tokenizer.check_llama_converter, Fact.GGUF, (File.TOKENIZER,)),
+  Check("D14", weights.check_factors, File.OWN, (File.OWN,)),
+  Check("D15", small_files.check_card, "", (File.CARD, File.OWN)),  # people read the card
+)
+VECTORS = Check("D16", vectors.check_vectors, vectors.OURS, (PARITY, File.OWN))
+# VECTORS of the other programs, with torch; skipped where they are not installed.
+INSTALLED = tuple(
+  Check(VECTORS.code, consumer.load, consumer.name) for consumer in CONSUMERS if consumer.load
 )
 
 
@@ -75,40 +72,43 @@ def examine(path: pathlib.Path, checks: Sequence[Check] = CHECKS) -> list[Findin
 
 
 def _findings(subject: Subject, check: Check) -> Iterator[Finding]:
-  said = list(_said(subject, check)) or [Said(OK, "", "")]
-  for level, file, found, remedy, consumers in said:
-    yield Finding(check.name, level, file, found, remedy, consumers or check.consumers)
+  for finding in list(_run(subject, check)) or [Finding(OK, "", "")]:
+    yield dataclasses.replace(finding, fact=finding.fact or check.fact, check=check.code)
 
 
-def _said(subject: Subject, check: Check) -> Iterator[Said]:
+def _run(subject: Subject, check: Check) -> Iterator[Finding]:
   if absent := [file for file in check.needs if not subject.has(file)]:
-    yield Said(SKIPPED, "", f"{absent[0]} is not there")
+    yield Finding(SKIPPED, "", f"{absent[0]} is not there")
     return
   try:
     yield from check.run(subject)
   except Exception as error:  # a file may hold anything at all, and tokenizers raises bare ones
     found = f"cannot be examined, {type(error).__name__}: {error}"
-    yield Said(ERROR, "", found, AGAIN)
+    yield Finding(ERROR, "", found, AGAIN)
 
 
 def verdicts(path: pathlib.Path, findings: Sequence[Finding]) -> list[Verdict]:
   """Returns one verdict for each program."""
   remote = Subject(path).is_remote
   return [
-    Verdict(name, SKIPPED, (), "the token table is stored as two factors")
-    if remote and name in SERVERS
-    else _verdict(name, [f for f in findings if name in f.consumers])
-    for name in CONSUMERS
+    Verdict(consumer.name, SKIPPED, (), "the token table is stored as two factors")
+    if remote and not consumer.depends_on(Fact.TWO_FACTORS)
+    else _verdict(consumer.name, [f for f in findings if consumer.depends_on(f.fact)])
+    for consumer in CONSUMERS
   ]
 
 
 def _verdict(name: str, findings: Sequence[Finding]) -> Verdict:
   level = ERROR if any(f.level == ERROR for f in findings) else WARNING
   because = tuple(dict.fromkeys(f.check for f in findings if f.level == level))
-  # What is said to this program alone.
-  said = [f.found for f in findings if f.level in (OK, SKIPPED) and f.consumers == (name,)]
+  # A note says what is well, and what was skipped for this program alone.
+  said = [f.found for f in findings if f.level == OK or _is_skipped_for(name, f)]
   notes = [found.removeprefix(name).lstrip(": ") for found in said if found]
   return Verdict(name, level if because else OK, because, "; ".join(notes))
+
+
+def _is_skipped_for(name: str, finding: Finding) -> bool:
+  return finding.level == SKIPPED and concerned(finding.fact) == (name,)
 
 
 def worst(findings: Sequence[Finding]) -> str:

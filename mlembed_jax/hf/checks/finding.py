@@ -1,11 +1,12 @@
-"""A folder under examination: its files, read once; what a check says, and whom it concerns."""
+"""A folder under examination, its files read once; checks, and what they find in it."""
 
 import dataclasses
+import enum
 import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 
@@ -15,50 +16,52 @@ from mlembed_jax.hf import own_file, param_mapping
 from mlembed_jax.hf.own_file import OwnFile
 
 OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
-OURS, ST, TRANSFORMERS, TEI, VLLM, LLAMA = CONSUMERS = (
-  *("ours", "sentence-transformers", "transformers"),
-  *("TEI", "vLLM", "llama.cpp"),
-)
-EMBEDDERS = (OURS, ST, TEI, VLLM, LLAMA)  # read more than the body
-SERVERS = (TEI, VLLM, LLAMA)
-OWN = own_file.NAME
 AGAIN = "Take the folder as it was exported."
 
 
-class Said(NamedTuple):
-  """What a check found in one file; `consumers`: () stands for all that the check concerns."""
+class File(enum.StrEnum):
+  """The small files of an exported folder, in the order in which check_files misses them."""
+
+  CONFIG = "config.json"
+  TOKENIZER = "tokenizer.json"
+  TOKENIZER_CONFIG = "tokenizer_config.json"
+  MODULES = "modules.json"
+  PROMPTS = "config_sentence_transformers.json"
+  BERT = "sentence_bert_config.json"
+  CARD = "README.md"
+  OWN = own_file.NAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What a check found in one file; the table of `consumers` says whom its fact concerns."""
 
   level: str  # one of LEVELS
   file: str
   found: str
   remedy: str = ""
-  consumers: tuple[str, ...] = ()
+  fact: str = ""  # that is broken; "" stands for that of the check
+  check: str = ""  # code of the check; `examine` fills it in
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-  """What was said, by which check, and for which programs it matters."""
-
-  check: str
-  level: str
-  file: str
-  found: str
-  remedy: str
-  consumers: tuple[str, ...]
+CheckFunction = Callable[["Subject"], Iterator[Finding]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
   """One check; `run` yields nothing where all is well."""
 
-  name: str
-  run: Callable[["Subject"], Iterator[Said]]
-  consumers: tuple[str, ...]
-  needs: tuple[str, ...] = ()  # files without which it is skipped; D01 says that they are absent
+  code: str
+  run: CheckFunction
+  fact: str  # that is broken where a finding names none; "" concerns no program
+  needs: tuple[str, ...] = ()  # files without which it is skipped; check_files says they are absent
 
 
 class Subject:
-  """The files of a folder by name; JSON that is absent or no object is {} here: D01, D02 say so."""
+  """The files of a folder by name.
+
+  JSON that is absent or no object is {} here: check_files and check_json say so.
+  """
 
   def __init__(self, path: pathlib.Path):
     self.path = path
@@ -89,11 +92,11 @@ class Subject:
   @property
   def config(self) -> dict[str, Any]:
     """Returns config.json."""
-    return self.json("config.json")
+    return self.json(File.CONFIG)
 
   @functools.cached_property
   def own(self) -> OwnFile | None:
-    """Returns mlembed.json; None of a folder that others wrote, or of damage that D02 finds."""
+    """Returns mlembed.json; None where others wrote the folder or check_json finds damage."""
     try:
       return own_file.read(self.path)
     except LoadError:
@@ -116,7 +119,7 @@ class Subject:
 
   def modules(self) -> list[dict[str, Any]]:
     """Returns the entries of modules.json that are objects."""
-    listed = self._content("modules.json")
+    listed = self._content(File.MODULES)
     return [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
 
   def module(self, kind: str) -> str | None:
@@ -129,7 +132,7 @@ class Subject:
   @property
   def prompts(self) -> dict[str, Any]:
     """Returns the prompts by name."""
-    found = self.json("config_sentence_transformers.json").get("prompts")
+    found = self.json(File.PROMPTS).get("prompts")
     return found if isinstance(found, dict) else {}
 
   @property
@@ -141,7 +144,7 @@ class Subject:
   @property
   def allowed(self) -> int | None:
     """Returns the most tokens of a text."""
-    found = self.json("sentence_bert_config.json").get("max_seq_length")
+    found = self.json(File.BERT).get("max_seq_length")
     return found if isinstance(found, int) else None
 
   def stored(self) -> dict[str, tuple[str, dict[str, str]]]:
@@ -152,5 +155,5 @@ class Subject:
         with safetensors.safe_open(path, "np") as file:
           found |= dict.fromkeys(file.keys(), (path.name, file.metadata() or {}))
       except (OSError, safetensors.SafetensorError):
-        continue  # D03 says so
+        continue  # check_tensors says so
     return found

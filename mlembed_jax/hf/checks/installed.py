@@ -1,8 +1,9 @@
-"""D16 of sentence-transformers and transformers, which are really loaded where they are installed.
+"""The vectors of sentence-transformers and transformers, which load the folder where installed.
 
 The only module of the package that imports torch, and only inside of its functions.
 """
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -10,53 +11,66 @@ from typing import Any
 
 import numpy as np
 
-from mlembed_jax.hf.checks.finding import (
-  AGAIN,
-  ERROR,
-  SKIPPED,
-  ST,
-  TRANSFORMERS,
-  WARNING,
-  Said,
-  Subject,
-)
-from mlembed_jax.hf.checks.small_files import foreign_code
+from mlembed_jax.hf import config_files
+from mlembed_jax.hf.checks.finding import AGAIN, ERROR, SKIPPED, WARNING, File, Finding, Subject
 from mlembed_jax.hf.checks.vectors import EXACT, Item, compare, items
 from mlembed_jax.hf.parity import FILE, TOLERANCE
 
-Load = Callable[[Subject, Sequence[Item]], Iterator[Said]]
+ST, TRANSFORMERS = "sentence-transformers", "transformers"  # names of the distributions, too
+
+Load = Callable[[Subject, Sequence[Item]], Iterator[Finding]]
 
 
-def sentence_transformers(s: Subject) -> Iterator[Said]:
+def sentence_transformers(s: Subject) -> Iterator[Finding]:
   """sentence-transformers gives the vectors of parity.json, in float32 and as it loads."""
   yield from _where_installed(s, ST, ("sentence_transformers", "torch"), _sentence_transformers)
 
 
-def transformers(s: Subject) -> Iterator[Said]:
+def transformers(s: Subject) -> Iterator[Finding]:
   """transformers finds all its weights and gives the vectors of parity.json."""
   yield from _where_installed(s, TRANSFORMERS, ("transformers", "torch"), _transformers)
 
 
-def _where_installed(s: Subject, name: str, modules: Sequence[str], load: Load) -> Iterator[Said]:
+def foreign_code(s: Subject) -> list[str]:
+  """Returns the files of a folder that are code, or name some, that our exports do not hold.
+
+  Loaders that trust a folder also run code below it, of other repositories, of any package.
+  """
+  known = config_files.remote_code(s.family) if s.is_remote and s.family else {}
+  found = sorted(path.relative_to(s.path).as_posix() for path in s.path.rglob("*.py"))
+  foreign = [f for f in found if (s.path / f).read_text(encoding="utf-8") != known.get(f)]
+  for file in (File.CONFIG, File.TOKENIZER_CONFIG):
+    named = s.json(file).get("auto_map") or {}
+    values = named.values() if isinstance(named, dict) else [named]
+    if any(str(value).partition(".")[0] + ".py" not in known for value in values):
+      foreign.append(file)
+  if any(not str(m.get("type")).startswith("sentence_transformers.") for m in s.modules()):
+    foreign.append(File.MODULES)
+  return foreign
+
+
+def _where_installed(
+  s: Subject, name: str, modules: Sequence[str], load: Load
+) -> Iterator[Finding]:
   if absent := [m for m in modules if not importlib.util.find_spec(m)]:
     found = f"not loaded: {absent[0]} is not installed"
-    yield Said(SKIPPED, "", found, "", (name,))
+    yield Finding(SKIPPED, "", found)
   elif foreign_code(s):
-    yield Said(SKIPPED, "", "not loaded: the folder holds code that is not ours", "", (name,))
+    yield Finding(SKIPPED, "", "not loaded: the folder holds code that is not ours")
   else:
     try:
       yield from load(s, items(s))
     except Exception as error:  # of any kind, from any depth of two libraries
       reason = f"{type(error).__name__}: {error}".splitlines()[0]
       found = f"{_program(name)} does not load the folder: {reason}"
-      yield Said(ERROR, "", found, AGAIN, (name,))
+      yield Finding(ERROR, "", found, AGAIN)
 
 
 def _program(name: str) -> str:
   return f"{name} {importlib.metadata.version(name)}"
 
 
-def _sentence_transformers(s: Subject, found: Sequence[Item]) -> Iterator[Said]:
+def _sentence_transformers(s: Subject, found: Sequence[Item]) -> Iterator[Finding]:
   import torch
 
   program = _program(ST)
@@ -65,7 +79,7 @@ def _sentence_transformers(s: Subject, found: Sequence[Item]) -> Iterator[Said]:
     for said in _encode(s, found, f"{program} as loaded", {}, TOLERANCE["bfloat16"]):
       # The folder is right: version 6 computes in the stored dtype, and this is what that costs.
       remedy = "Load it with model_kwargs={'torch_dtype': torch.float32}."
-      yield said._replace(level=WARNING, remedy=remedy) if said.level == ERROR else said
+      yield dataclasses.replace(said, level=WARNING, remedy=remedy) if said.level == ERROR else said
 
 
 def _encode(
@@ -74,7 +88,7 @@ def _encode(
   program: str,
   options: dict[str, Any],
   tolerance: dict[str, float],
-) -> Iterator[Said]:
+) -> Iterator[Finding]:
   from sentence_transformers import SentenceTransformer
 
   model = SentenceTransformer(
@@ -85,7 +99,7 @@ def _encode(
     model_kwargs=options,
   )
   if not found:
-    yield _only_loaded(program, ST)
+    yield _only_loaded(program)
     return
 
   def encode(item: Item) -> np.ndarray:
@@ -93,18 +107,18 @@ def _encode(
     return np.asarray(model.encode(item.text, show_progress_bar=False))
 
   ids = _ids(model.tokenizer)
-  yield from compare(found, ST, program, ids, lambda: [encode(item) for item in found], tolerance)
+  yield from compare(found, program, ids, lambda: [encode(item) for item in found], tolerance)
 
 
-def _only_loaded(program: str, name: str) -> Said:
-  return Said(SKIPPED, FILE, f"{program} loads it; no vectors to compare with", "", (name,))
+def _only_loaded(program: str) -> Finding:
+  return Finding(SKIPPED, FILE, f"{program} loads it; no vectors to compare with")
 
 
 def _ids(tokenizer: Any) -> Callable[[Item], list[int]]:
   return lambda item: tokenizer(item.text, truncation=True, max_length=item.limit)["input_ids"]
 
 
-def _transformers(s: Subject, found: Sequence[Item]) -> Iterator[Said]:
+def _transformers(s: Subject, found: Sequence[Item]) -> Iterator[Finding]:
   import torch
   from transformers import AutoModel, AutoTokenizer
 
@@ -115,11 +129,11 @@ def _transformers(s: Subject, found: Sequence[Item]) -> Iterator[Said]:
   )
   if invented := sorted(report["missing_keys"]):
     text = f"{program} invents {len(invented)} tensors, first {invented[0]}"
-    yield Said(ERROR, "config.json", text, AGAIN, (TRANSFORMERS,))
+    yield Finding(ERROR, File.CONFIG, text, AGAIN)
     return
   tokenizer = AutoTokenizer.from_pretrained(s.path, **options)
   if not found:
-    yield _only_loaded(program, TRANSFORMERS)
+    yield _only_loaded(program)
     return
 
   def last(item: Item) -> np.ndarray:
@@ -129,4 +143,4 @@ def _transformers(s: Subject, found: Sequence[Item]) -> Iterator[Said]:
     return vector / np.linalg.norm(vector)
 
   vectors = lambda: [last(item) for item in found]  # noqa: E731
-  yield from compare(found, TRANSFORMERS, program, _ids(tokenizer), vectors, EXACT)
+  yield from compare(found, program, _ids(tokenizer), vectors, EXACT)

@@ -1,4 +1,4 @@
-"""Checks D12 and D13: what ends a text, and whether the converter of llama.cpp knows the rest."""
+"""Checks of what ends a text, and of whether the converter of llama.cpp knows the rest."""
 
 import hashlib
 import importlib.util
@@ -8,22 +8,9 @@ from typing import Any
 import tokenizers
 
 from mlembed_jax.families import Family
-from mlembed_jax.hf.checks.finding import (
-  AGAIN,
-  CONSUMERS,
-  ERROR,
-  OURS,
-  OWN,
-  SKIPPED,
-  ST,
-  TRANSFORMERS,
-  VLLM,
-  WARNING,
-  Said,
-  Subject,
-)
+from mlembed_jax.hf.checks.consumers import Fact
+from mlembed_jax.hf.checks.finding import AGAIN, ERROR, SKIPPED, WARNING, File, Finding, Subject
 
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SHORT = 4  # tokens that are left of a text
 LONG = "one two three four five six seven eight nine ten"
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
@@ -44,34 +31,35 @@ HASHES = {  # of Qwen's vocabulary, by the token that ends a text
 }
 
 
-def d12(s: Subject) -> Iterator[Said]:
+def check_pooled_token(s: Subject) -> Iterator[Finding]:
   """Every text ends in one pooled token, and all files mean the same by it."""
   try:
     tokenizer = _open(s)
   except Exception as error:  # the library raises bare Exception
-    yield Said(ERROR, FILE, f"is not a tokenizer: {error}", AGAIN, CONSUMERS)
+    yield Finding(ERROR, File.TOKENIZER, f"is not a tokenizer: {error}", AGAIN, Fact.MODEL)
     return
   if s.pooled_id is None:
     found = "neither mlembed.json nor eos_token_id says which token ends a text"
-    yield Said(ERROR, "config.json", found, "Write eos_token_id.")
+    yield Finding(ERROR, File.CONFIG, found, "Write eos_token_id.")
     return
   yield from _endings(tokenizer, s.pooled_id)
   yield from _names(s, tokenizer, s.pooled_id)
-  yield from _class(s.json(CONFIG))
+  yield from _class(s.json(File.TOKENIZER_CONFIG))
   size, rows = max(tokenizer.get_vocab().values()) + 1, s.config.get("vocab_size")
   if isinstance(rows, int) and size > rows:
     found = f"E106 tokenizer: {size} ids but the table has {rows} rows"
-    yield Said(ERROR, FILE, found, "Take the tokenizer.json of that model.", CONSUMERS)
+    remedy = "Take the tokenizer.json of that model."
+    yield Finding(ERROR, File.TOKENIZER, found, remedy, Fact.MODEL)
 
 
 def _open(s: Subject) -> tokenizers.Tokenizer:
-  tokenizer = tokenizers.Tokenizer.from_file(str(s.path / FILE))
+  tokenizer = tokenizers.Tokenizer.from_file(str(s.path / File.TOKENIZER))
   tokenizer.no_padding()
   tokenizer.no_truncation()
   return tokenizer
 
 
-def _endings(tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Said]:
+def _endings(tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Finding]:
   ids = {text: tokenizer.encode(text).ids for text in ("hello", "")}
   tokenizer.enable_truncation(SHORT)
   ids[f"a text cut to {SHORT} tokens"] = tokenizer.encode(LONG).ids
@@ -79,78 +67,82 @@ def _endings(tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Said]:
   for text, found in ids.items():
     if found[-1:] != [pooled] or found.count(pooled) != 1:
       said = f"{text!r} becomes {found}; expected one {pooled} at its end"
-      yield Said(ERROR, FILE, said, "Let post_processor append it: export the folder again.")
+      remedy = "Let post_processor append it: export the folder again."
+      yield Finding(ERROR, File.TOKENIZER, said, remedy)
       return
 
 
-def _names(s: Subject, tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Said]:
+def _names(s: Subject, tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Finding]:
   token = tokenizer.id_to_token(pooled)
   if (eos := s.config.get("eos_token_id")) != pooled and isinstance(eos, int):
     found = f"eos_token_id is {eos}, but texts end in {pooled}, {token}"
-    yield Said(ERROR, "config.json", found, f"Write {pooled}.")
-  stated = s.json(CONFIG).get("eos_token")
+    yield Finding(ERROR, File.CONFIG, found, f"Write {pooled}.")
+  stated = s.json(File.TOKENIZER_CONFIG).get("eos_token")
   if (name := stated.get("content") if isinstance(stated, dict) else stated) != token:
     found = f"eos_token is {name!r}, but texts end in {token!r}"
-    yield Said(ERROR, CONFIG, found, f"Write {token}.")
+    yield Finding(ERROR, File.TOKENIZER_CONFIG, found, f"Write {token}.")
   if s.own and (ours := s.own.pooling.token) != token:
     found = f"pooling.token is {ours!r}, its token_id {pooled} is {token!r}"
-    yield Said(ERROR, OWN, found, AGAIN, (OURS,))
+    yield Finding(ERROR, File.OWN, found, AGAIN, File.OWN)
 
 
-def _class(config: Mapping[str, Any]) -> Iterator[Said]:
-  readers = (ST, TRANSFORMERS, VLLM)
+def _class(config: Mapping[str, Any]) -> Iterator[Finding]:
   if config.get("add_eos_token") is False:
     found = "add_eos_token is false: transformers 5 then appends no token"
-    yield Said(ERROR, CONFIG, found, "Write true.", readers)
+    yield Finding(ERROR, File.TOKENIZER_CONFIG, found, "Write true.", Fact.TOKENIZER_CLASS)
   kind = config.get("tokenizer_class")
+  remedy = "Write PreTrainedTokenizerFast."
   if kind == "TokenizersBackend":
     found = f"tokenizer_class is {kind}, written by transformers 5; 4 does not know it"
-    yield Said(ERROR, CONFIG, found, "Write PreTrainedTokenizerFast.", readers)
+    yield Finding(ERROR, File.TOKENIZER_CONFIG, found, remedy, Fact.TOKENIZER_CLASS)
   elif kind not in CLASSES:
     found = f"tokenizer_class is {kind}, which was never tried"
-    yield Said(WARNING, CONFIG, found, "Write PreTrainedTokenizerFast.", readers)
+    yield Finding(WARNING, File.TOKENIZER_CONFIG, found, remedy, Fact.TOKENIZER_CLASS)
 
 
-def d13(s: Subject) -> Iterator[Said]:
+def check_llama_converter(s: Subject) -> Iterator[Finding]:
   """llama.cpp's converter knows the architecture, the tokenizer and the tensors."""
   if s.is_remote or not s.family:
-    yield Said(SKIPPED, "config.json", "is of no architecture that llama.cpp reads")
+    yield Finding(SKIPPED, File.CONFIG, "is of no architecture that llama.cpp reads")
     return
   wanted, stated = s.family.architecture, s.config.get("architectures")
   if stated != [wanted]:
     found = f"architectures is {stated}; older converters know {wanted} alone"
-    yield Said(WARNING, "config.json", found, f"Write {wanted}.")
+    yield Finding(WARNING, File.CONFIG, found, f"Write {wanted}.")
   yield from _hash(s)
   if importlib.util.find_spec("gguf"):
     yield from _gguf(s, s.family)
   else:
-    yield Said(SKIPPED, "", "names of tensors were not compared: pip install gguf")
+    yield Finding(SKIPPED, "", "names of tensors were not compared: pip install gguf")
 
 
-def _hash(s: Subject) -> Iterator[Said]:
-  if s.json(CONFIG).get("tokenizer_class") not in QWEN:
+def _hash(s: Subject) -> Iterator[Finding]:
+  if s.json(File.TOKENIZER_CONFIG).get("tokenizer_class") not in QWEN:
     found = "not Qwen's vocabulary; whether the converter knows this one was not checked"
-    yield Said(SKIPPED, FILE, found)
+    yield Finding(SKIPPED, File.TOKENIZER, found)
     return
   ids = _open(s).encode(CHECK_TEXT).ids
   digest = hashlib.sha256(str(ids).encode()).hexdigest()
   if digest not in HASHES:
     # No error: a vocabulary of one's own is no fault, and the converter can be taught its hash.
     found = f"the converter of llama.cpp does not know its hash, {digest[:12]}..., and stops"
-    yield Said(WARNING, FILE, found, "Take the tokenizer.json of Qwen3, or add the hash there.")
+    remedy = "Take the tokenizer.json of Qwen3, or add the hash there."
+    yield Finding(WARNING, File.TOKENIZER, found, remedy)
   elif HASHES[digest] is None:
-    yield Said(ERROR, FILE, "is known to llama.cpp, but no token ends a text", AGAIN)
+    yield Finding(ERROR, File.TOKENIZER, "is known to llama.cpp, but no token ends a text", AGAIN)
 
 
-def _gguf(s: Subject, family: Family) -> Iterator[Said]:
+def _gguf(s: Subject, family: Family) -> Iterator[Finding]:
   import gguf  # beside the converter, in no requirement of ours
 
   architecture = gguf.MODEL_ARCH[family.gguf]
   known = gguf.get_tensor_name_map(architecture, s.config.get("num_hidden_layers", 0))
   unknown = [n for n in s.stored() if known.get_name(n, (".weight", ".bias")) is None]
   if unknown:
-    yield Said(ERROR, "", f"gguf has no name for {len(unknown)} tensors, first {unknown[0]}", AGAIN)
+    found = f"gguf has no name for {len(unknown)} tensors, first {unknown[0]}"
+    yield Finding(ERROR, "", found, AGAIN)
   special = gguf.SpecialVocab(s.path)
   if special.add_special_token.get("eos") is not True:
     found = "gguf does not see that a token is appended"
-    yield Said(ERROR, FILE, found, "Let post_processor and eos_token name the same token.")
+    remedy = "Let post_processor and eos_token name the same token."
+    yield Finding(ERROR, File.TOKENIZER, found, remedy)

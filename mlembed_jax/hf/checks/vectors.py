@@ -1,4 +1,4 @@
-"""Check D16: the vectors of parity.json against those that a program computes from the folder."""
+"""Check of the vectors of parity.json against those that a program computes from the folder."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +9,10 @@ import numpy as np
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError, LoadError
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, OURS, OWN, SKIPPED, Said, Subject
+from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, SKIPPED, File, Finding, Subject
 from mlembed_jax.hf.folder import read_model
 
+OURS = "ours"
 EXACT = parity.TOLERANCE["float32"]
 
 
@@ -45,12 +46,11 @@ def items(s: Subject) -> list[Item]:
 
 def compare(
   found: Sequence[Item],
-  consumer: str,
   program: str,
   ids: Callable[[Item], list[int]],
   vectors: Callable[[], Sequence[np.ndarray]],
   tolerance: dict[str, float],
-) -> Iterator[Said]:
+) -> Iterator[Finding]:
   """Yields what differs; vectors of other ids are not compared."""
   others = [(item, got) for item in found if (got := list(ids(item))) != item.ids]
   if others:
@@ -58,46 +58,45 @@ def compare(
     text = f"{program}: the tokenizer gives other ids to {len(others)} of {len(found)} texts, "
     text += f"first {item.name!r}: {got[:8]}... instead of {item.ids[:8]}..."
     remedy = "Tokenizer, prompts or max_seq_length changed since the export."
-    yield Said(ERROR, parity.FILE, text, remedy, (consumer,))
+    yield Finding(ERROR, parity.FILE, text, remedy)
     return
-  yield _distances(found, consumer, program, vectors(), tolerance)
+  yield _distances(found, program, vectors(), tolerance)
 
 
 def _distances(
   found: Sequence[Item],
-  consumer: str,
   program: str,
   vectors: Sequence[np.ndarray],
   tolerance: dict[str, float],
-) -> Said:
+) -> Finding:
   sizes = {(item.vector.shape[-1], len(v)) for item, v in zip(found, vectors, strict=True)}
   if other := [pair for pair in sizes if pair[0] != pair[1]]:
     text = f"{program} gives {other[0][1]} coordinates, parity.json {other[0][0]}"
-    return Said(ERROR, parity.FILE, text, AGAIN, (consumer,))
+    return Finding(ERROR, parity.FILE, text, AGAIN)
   pairs = [(item.vector, np.asarray(v, np.float32)) for item, v in zip(found, vectors, strict=True)]
   cosines = [float(np.nan_to_num(a @ b)) for a, b in pairs]  # NaN agrees with nothing
   largest = max(float(np.abs(a - b).max()) for a, b in pairs)
   worst = int(np.argmin(cosines))
   text = f"{program}: least cosine {cosines[worst]:.7f} of {len(found)} texts"
   if cosines[worst] >= tolerance["min_cos"] and largest <= tolerance.get("max_abs", np.inf):
-    return Said(OK, parity.FILE, text, "", (consumer,))
+    return Finding(OK, parity.FILE, text)
   text += f", of {found[worst].name!r}; largest difference {largest:.1e}"
-  return Said(ERROR, parity.FILE, text, "The weights changed since the export.", (consumer,))
+  return Finding(ERROR, parity.FILE, text, "The weights changed since the export.")
 
 
-def d16(s: Subject) -> Iterator[Said]:
+def check_vectors(s: Subject) -> Iterator[Finding]:
   """Our own forward pass of the stored weights gives the vectors of parity.json."""
   if not (own := s.own):
-    yield Said(SKIPPED, OWN, "says nothing that can be used")
+    yield Finding(SKIPPED, File.OWN, "says nothing that can be used")
     return
   found = items(s)
   try:
-    tokenizer = Tokenizer(s.path / "tokenizer.json", own.pooling.token)
+    tokenizer = Tokenizer(s.path / File.TOKENIZER, own.pooling.token)
     ids: Any = lambda item: tokenizer.encode([item.text], item.limit)[0]  # noqa: E731
-    yield from compare(found, OURS, OURS, ids, lambda: _vectors(s, found, own.dims.exported), EXACT)
+    yield from compare(found, OURS, ids, lambda: _vectors(s, found, own.dims.exported), EXACT)
   except (DataError, LoadError) as error:
     text = f"{OURS} refuses the folder: {str(error).splitlines()[-1]}"
-    yield Said(ERROR, parity.FILE, text, AGAIN, (OURS,))
+    yield Finding(ERROR, parity.FILE, text, AGAIN)
 
 
 def _vectors(s: Subject, found: Sequence[Item], dim: int) -> Any:
