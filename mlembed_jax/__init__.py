@@ -8,8 +8,8 @@ The public names, which are imported when they are first used, so that `import m
   export_model    Hugging Face folders from a workdir
   evaluate_model  scores of an exported folder, with a report
 
-`mlembed_jax.train`, `.export` and `.evaluate` are the commands: Python binds a module to its name in
-the package as soon as anything imports it, so functions of these names would not last.
+`mlembed_jax.train`, `.export` and `.evaluate` are the commands: Python binds a module to its name
+in the package as soon as anything imports it, so functions of these names would not last.
 """
 
 import importlib
@@ -18,23 +18,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-  "Encoder": ("mlembed_jax.inference", "Encoder"),
-  "load_config": ("mlembed_jax.config", "load_config"),
-  "train_model": ("mlembed_jax.training.loop", "train"),
-  "export_model": ("mlembed_jax.training.export_run", "export_run"),
-  "evaluate_model": ("mlembed_jax.eval.scoring", "evaluate_model"),
+  "Encoder": "mlembed_jax.inference",
+  "load_config": "mlembed_jax.config",
+  "train_model": "mlembed_jax.training.loop",
+  "export_model": "mlembed_jax.training.export",
+  "evaluate_model": "mlembed_jax.eval.scoring",
 }
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-  "Encoder",
-  "evaluate_model",
-  "export_model",
-  "load_config",
-  "train_model",
-]
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-  if name not in _HOMES:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  module, attribute = _HOMES[name]
-  return getattr(importlib.import_module(module), attribute)
+  if home := _HOMES.get(name):
+    return getattr(importlib.import_module(home), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,10 +36,10 @@ def main() -> None:
   """Reads the flags and writes the folders."""
   # Imported here, jax does not slow down --help.
   from mlembed_jax.matryoshka import Slice
-  from mlembed_jax.training.export_run import export_run
+  from mlembed_jax.training.export import export_model
 
   cut = Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value)
-  export_run(
+  export_model(
     CHECKPOINT.value, OUT.value, cut, tuple(VARIANTS.value), name=NAME.value, force=FORCE.value
   )
 

@@ -219,7 +219,7 @@ def chosen_before(
   return processes.gather(stored.config.data.micro_batch)[0]
 
 
-def train(
+def train_model(
   config: Config, workdir: str | os.PathLike[str], *, accept_changed_data: bool = False
 ) -> None:
   """Runs or continues one training run, with evaluation before and after, and the export.

@@ -11,7 +11,7 @@ from mlembed_jax.training.checkpoint import load_params
 from mlembed_jax.workdir import Run, StepScores
 
 
-def export_run(
+def export_model(
   workdir: str | os.PathLike[str],
   out: str | os.PathLike[str],
   cut: Slice | None = None,
