@@ -50,7 +50,7 @@ check_train_flags() {
   [[ -n $workdir ]] ||
     fail "--workdir DIR is missing among the flags of mlembed_jax.train"
   case $workdir in
-    *://*) fail "--workdir $workdir: not a path; mount the bucket, as README.md says (On a pod)" ;;
+    *://*) fail "--workdir $workdir: not a path; mount the bucket, as docs/pods.md says (Launchers)" ;;
     /*) ;;
     *) fail "--workdir $workdir: give an absolute path; all hosts must see the same folder" ;;
   esac

@@ -96,7 +96,7 @@ def _read_tasks() -> tuple[list[HeldoutTask], list[str]]:
 
 def main() -> None:
   """Reads the flags, scores, and writes and prints the report."""
-  from mlembed_jax.eval import report, scoring, summary
+  from mlembed_jax.eval import scoring, summary
   from mlembed_jax.inference import Encoder
 
   tasks, named = _read_tasks()
@@ -108,8 +108,7 @@ def main() -> None:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
   axes = requested_axes(encoder)
   evaluation = scoring.evaluate_encoder(encoder, tasks, named, axes, out, POOLED_TOKEN.value)
-  evaluation.save(out / "scores.json")
-  report.write_page(out / "report.html", evaluation)
+  scoring.write_report(evaluation, out)
   print(summary.text_table(evaluation))
   if cut := evaluation.skipped["texts_truncated"]:
     print(f"\n{cut:,} texts were cut to {encoder.max_seq_length} tokens")

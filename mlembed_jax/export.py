@@ -6,18 +6,9 @@
 The second command writes DIR, DIR-d256-l8, DIR-d64-l2-r128 and DIR-uv.
 """
 
-from __future__ import annotations
-
-import pathlib
-from typing import TYPE_CHECKING
-
 from absl import flags
 
 from mlembed_jax import cli
-
-# What imports jax is imported in the functions, so that --help does not wait for it.
-if TYPE_CHECKING:
-  from mlembed_jax.matryoshka import Slice
 
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -41,41 +32,16 @@ NAME = flags.DEFINE_string("name", None, "Model name. Default: export.name and w
 FORCE = flags.DEFINE_bool("force", False, "Allow sizes that were not trained; the card says so.")
 
 
-def _wanted() -> dict[str, tuple[Slice, bool]]:
-  """Returns {end of the folder's name: (cut, whether the table stays factorised)}."""
-  from mlembed_jax.hf.export import parse_variant
-  from mlembed_jax.matryoshka import Slice
-
-  found = {"": (Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value), False)}
-  return found | {f"-{variant}": parse_variant(variant) for variant in VARIANTS.value}
-
-
 def main() -> None:
   """Reads the flags and writes the folders."""
-  from mlembed_jax.data.tokenizer import Tokenizer
-  from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
-  from mlembed_jax.training.checkpoint import load_newest_params
-  from mlembed_jax.workdir import Run, StepScores
+  # Imported here, jax does not slow down --help.
+  from mlembed_jax.matryoshka import Slice
+  from mlembed_jax.training.export import export_model
 
-  workdir = pathlib.Path(CHECKPOINT.value).absolute()
-  run, wanted = Run.load(workdir), _wanted()
-  out = pathlib.Path(OUT.value).absolute()
-  for suffix, (cut, factors) in wanted.items():  # before the first is written
-    check_variant(run, 0, cut, force=FORCE.value, factors=factors)
-    check_target(out.with_name(out.name + suffix))
-  step, params = load_newest_params(workdir, run.config.model)
-  tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
-  trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step))
-  for suffix, (cut, factors) in wanted.items():
-    folder = export_folder(
-      out.with_name(out.name + suffix),
-      trained,
-      cut,
-      name=NAME.value and NAME.value + suffix,
-      force=FORCE.value,
-      factors=factors,
-    )
-    print(f"exported step {step} to {folder}", flush=True)
+  cut = Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value)
+  export_model(
+    CHECKPOINT.value, OUT.value, cut, tuple(VARIANTS.value), name=NAME.value, force=FORCE.value
+  )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The same command with the same workdir goes on from the newest checkpoint, bit for bit as if the
 run had never stopped. SIGTERM and Ctrl-C during training save a checkpoint first. From Python:
-`mlembed_jax.training.loop.train`.
+`mlembed_jax.training.loop.train_model`.
 """
 
 from absl import flags
@@ -53,7 +53,7 @@ def main() -> None:
   import jax
 
   from mlembed_jax.parallel import join, processes
-  from mlembed_jax.training.loop import train
+  from mlembed_jax.training.loop import train_model
 
   with join.joined(JOIN_TIMEOUT_S.value):
     with processes.agreed():
@@ -62,7 +62,7 @@ def main() -> None:
     versions = {"jax": jax.__version__, "mlembed_jax": mlembed_jax.__version__}
     options = {"--accept_changed_data": ACCEPT_CHANGED_DATA.value}
     processes.check_same(versions | options | flatten(config))
-    train(config, workdir, accept_changed_data=ACCEPT_CHANGED_DATA.value)
+    train_model(config, workdir, accept_changed_data=ACCEPT_CHANGED_DATA.value)
 
 
 if __name__ == "__main__":

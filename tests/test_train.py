@@ -16,9 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto import event_pb2
 
+from mlembed_jax import evaluate_model, export_model, train_model
 from mlembed_jax.config import from_mapping
+from mlembed_jax.eval.evaluation import Evaluation
+from mlembed_jax.matryoshka import Slice
+from mlembed_jax.slice_scores import Size
 from mlembed_jax.training.checkpoint import load_newest_params
-from mlembed_jax.training.loop import train
 from mlembed_jax.training.metrics import Writer
 from mlembed_jax.workdir import Run
 from tests.material import FAST_COMPILE, config_dict
@@ -427,7 +430,12 @@ def test_python_calls_it_twice_in_one_process(data, tmp_path):
   }
   config = from_mapping(config_dict(data, **overrides))
   for name in ("a", "b"):
-    train(config, tmp_path / name)
+    train_model(config, tmp_path / name)
   assert_same_state(tmp_path / "a", tmp_path / "b", 2)
-  train(config, tmp_path / "a")  # a finished run has nothing left to do
+  train_model(config, tmp_path / "a")  # a finished run has nothing left to do
   assert len(lines(tmp_path / "a")) == 2
+  whole, cut = export_model(tmp_path / "a", tmp_path / "model", variants=("d48-l2",))
+  assert (whole.name, cut.name) == ("model", "model-d48-l2")
+  found = evaluate_model(str(cut), [data / "heldout"], tmp_path / "scores", Slice(dim=16))
+  assert {score.size for score in found.scores} == {Size(0, 2, 16, "float32")}
+  assert Evaluation.load(tmp_path / "scores" / "scores.json").scores == found.scores

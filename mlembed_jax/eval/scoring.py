@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -16,11 +17,11 @@ from tqdm import tqdm
 
 from mlembed_jax import __version__
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.eval import grid
+from mlembed_jax.eval import grid, report
 from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
 from mlembed_jax.eval.grid import Axes
-from mlembed_jax.eval.tasks import HeldoutTask
-from mlembed_jax.files import write_json
+from mlembed_jax.eval.tasks import HeldoutTask, load_folder
+from mlembed_jax.files import make_writable_folder, write_json
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models import flops
@@ -136,6 +137,40 @@ def _score_mteb(
     for dim in axes.dims
   ]
   return mteb.evaluate(encoder, names, slices, out)
+
+
+def evaluate_model(
+  model: str,
+  tasks: Sequence[str | os.PathLike[str]],
+  out: str | os.PathLike[str],
+  cut: Slice | None = None,
+) -> Evaluation:
+  """Scores an exported model, and writes scores.json and report.html; a notebook's way in.
+
+  Args:
+    model: a folder in Hugging Face layout, or hf:ORG/NAME.
+    tasks: folders of held-out files with a manifest.json in or above them.
+    out: the folder to write.
+    cut: the one slice to score, in float32; None: every trained slice, in three precisions.
+
+  Raises:
+    ConfigError, LoadError, DataError: model, slice or tasks cannot be used.
+  """
+  read = [task for folder in tasks for task in load_folder(pathlib.Path(folder))]
+  encoder, out = Encoder.load(model), make_writable_folder(out, "out")
+  try:
+    axes = one_slice(encoder, cut, "float32", untrained=False) if cut else trained_axes(encoder)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  evaluation = evaluate_encoder(encoder, read, (), axes, out)
+  write_report(evaluation, out)
+  return evaluation
+
+
+def write_report(evaluation: Evaluation, out: pathlib.Path) -> None:
+  """Writes scores.json and report.html, a page about them."""
+  evaluation.save(out / "scores.json")
+  report.write_page(out / "report.html", evaluation)
 
 
 def evaluate_encoder(

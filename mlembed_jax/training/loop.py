@@ -46,6 +46,20 @@ from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import Run, StepScores
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A run that is under way: all but its state."""
+
+  config: Config  # data.micro_batch is chosen
+  inputs: Inputs
+  workdir: pathlib.Path
+  mesh: Mesh
+  checkpoints: Checkpoints
+  stop: StopSignals
+  step: Callable[..., Any]  # step(state, batch, kind=...) -> (state, metrics)
+  batches: loader.Batches
+
+
 def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
   """Returns this process's part of every batch of the run."""
   part, parts = rows_of(jax.process_index(), mesh)
@@ -54,9 +68,10 @@ def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> load
   return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 
 
-def initial_state(config: Config, steps: int, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+def initial_state(training: Training) -> TrainState:
   """Returns the state to go on from: newest checkpoint, else `train.init_from`, else random."""
-  tx = optimizer.make(config.optimizer, steps)
+  config, mesh, checkpoints = training.config, training.mesh, training.checkpoints
+  tx = optimizer.make(config.optimizer, len(training.batches))
   if (latest := checkpoints.latest()) is not None:
     return checkpoints.restore(latest, train_state.abstract(config, tx, mesh))
   state = train_state.create(config, tx, mesh)
@@ -83,17 +98,7 @@ def timed(batches: Iterator[loader.Batch]) -> Iterator[tuple[loader.Batch, float
     start = time.perf_counter()
 
 
-def fit(
-  config: Config,
-  step: Callable[..., Any],
-  state: TrainState,
-  batches: loader.Batches,
-  mesh: Mesh,
-  checkpoints: Checkpoints,
-  recorder: metrics.Recorder,
-  stop: StopSignals,
-  evaluate: Callable[[TrainState], None],
-) -> TrainState:
+def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> TrainState:
   """Returns the state after the last step.
 
   A stop signal ends the program after its step (status 128 + signal). Both states are saved.
@@ -101,13 +106,14 @@ def fit(
   The device is never waited for: the numbers of a step are read while the next one runs, and so
   is its batch fetched and sent to the device.
   """
+  config, stop, batches = training.config, training.stop, training.batches
   pending, start = None, int(state.step)
   with jax.transfer_guard("disallow"):
     for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers)):
       # To jax, parts of global arrays are implicit transfers.
       with jax.transfer_guard_host_to_device("allow"):
-        arrays, signals = put_batch(batch.arrays(), mesh), stop.exchange()
-      state, values = step(state, arrays, kind=batch.kind)
+        arrays, signals = put_batch(batch.arrays(), training.mesh), stop.exchange()
+      state, values = training.step(state, arrays, kind=batch.kind)
       if pending:
         recorder.record(*pending)
       pending = batch, values, waited_s
@@ -119,12 +125,12 @@ def fit(
       if done % config.train.checkpoint_every == 0 or last or stopping or scored:
         recorder.record(*pending)  # a diverged state is noticed here, before it is saved
         pending = None
-        checkpoints.save(done, state)
+        training.checkpoints.save(done, state)
       if scored:
         with recorder.paused(), jax.transfer_guard("allow"):
-          evaluate(state)
+          evaluate(training, state)
       if stopping:
-        checkpoints.close()
+        training.checkpoints.close()
         stop.leave(stopping, f"step {done} is saved")
   return state
 
@@ -134,18 +140,19 @@ def evaluated_at(config: Config, step: int) -> bool:
   return step == 0 or (config.eval.every > 0 and step % config.eval.every == 0)
 
 
-def evaluate(
-  config: Config, read: Inputs, mesh: Mesh, workdir: pathlib.Path, state: TrainState
-) -> None:
+def evaluate(training: Training, state: TrainState) -> None:
   """Writes the held-out scores of every slice at this step, unless they are there."""
-  step = int(state.step)
+  step, read = int(state.step), training.inputs
   wanted = {task.name: task.digest for task in read.tasks}
   with processes.agreed():
-    found = StepScores.load(workdir, step)
+    found = StepScores.load(training.workdir, step)
   if processes.gather(found.tasks != wanted)[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
-    scores = grid.score_slices(config, state.params, read.tasks, read.tokenizer, mesh)
-    processes.on_first(lambda: _write_scores(workdir, StepScores(step, wanted, scores)))
+    scores = grid.score_slices(
+      training.config, state.params, read.tasks, read.tokenizer, training.mesh
+    )
+    made = StepScores(step, wanted, scores)
+    processes.on_first(lambda: _write_scores(training.workdir, made))
 
 
 def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
@@ -153,20 +160,21 @@ def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
   metrics.write_scores(workdir, evaluation.step, evaluation.scores)
 
 
-def report(config: Config, read: Inputs, state: TrainState, workdir: pathlib.Path) -> None:
+def report(training: Training, state: TrainState) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
-  params = processes.fetch(state.params) if config.export.at_end else None
-  processes.on_first(lambda: _report(config, read, int(state.step), params, workdir))
+  params = processes.fetch(state.params) if training.config.export.at_end else None
+  processes.on_first(lambda: _report(training, int(state.step), params))
 
 
-def _report(config: Config, read: Inputs, step: int, params: Any, workdir: pathlib.Path) -> None:
+def _report(training: Training, step: int, params: Any) -> None:
+  workdir, read = training.workdir, training.inputs
   before, after = StepScores.load(workdir, 0), StepScores.load(workdir, step)
   for task in read.tasks:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
     print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
-  if config.export.at_end:
+  if training.config.export.at_end:
     trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, after)
-    folder = export_folder(export_path(config, workdir), trained, Slice())
+    folder = export_folder(export_path(training.config, workdir), trained, Slice())
     print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
 
 
@@ -204,7 +212,7 @@ def chosen_before(
   return processes.gather(stored.config.data.micro_batch)[0]
 
 
-def train(
+def train_model(
   config: Config, workdir: str | os.PathLike[str], *, accept_changed_data: bool = False
 ) -> None:
   """Runs or continues one training run, with evaluation before and after, and the export.
@@ -222,14 +230,9 @@ def train(
   """
   with processes.agreed():
     workdir = make_writable_folder(workdir, "workdir")
-    mesh = make_mesh(config)
-    platform = mesh.devices.flat[0].platform
-    lowering.check_attention(config, platform)
-    compiler.cache(workdir / "compiled", platform)
-    compiler.check_known(mesh.devices.flat[0])
-    rows_of(jax.process_index(), mesh)  # refused here, before any work
+    mesh = _checked_mesh(config, workdir)
     read = inputs.load(config, workdir)
-    run, steps = inputs.describe(config, read), inputs.steps(config, read)
+    run = inputs.describe(config, read)
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
@@ -238,26 +241,57 @@ def train(
   processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     with StopSignals(mesh) as stop:
-      processes.on_first(lambda: inputs.report(read, steps, workdir))
-      config = micro_batch.with_micro_batch(
-        config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
-      )
-      sized = dataclasses.replace(run, config=config)
-      processes.on_first(lambda: sized.save(workdir))
-      step = make_step(config, steps, mesh, read.teacher)
-      batches = make_batches(config, read, mesh, steps)
-      state = initial_state(config, steps, mesh, checkpoints)
-      score = functools.partial(evaluate, config, read, mesh, workdir)
-      if evaluated_at(config, int(state.step)):
-        score(state)
-      stop.leave_if_received("no step is lost")
-      start, every = int(state.step), config.train.log_every
-      with metrics.Recorder(workdir, start, steps, every, config.model) as recorder:
-        try:
-          state = fit(config, step, state, batches, mesh, checkpoints, recorder, stop, score)
-        except TrainingError:
-          checkpoints.close()  # one may still be on its way to the disk
-          raise
+      training = _begun(run, read, workdir, mesh, chosen, checkpoints, stop)
+      state = _trained(training)
     checkpoints.close()
-    score(state)
-  report(config, read, state, workdir)
+    evaluate(training, state)
+  report(training, state)
+
+
+def _checked_mesh(config: Config, workdir: pathlib.Path) -> Mesh:
+  """Returns the mesh of a run; what it cannot do is refused here, before any work."""
+  mesh = make_mesh(config)
+  device = mesh.devices.flat[0]
+  lowering.check_attention(config, device.platform)
+  compiler.cache(workdir / "compiled", device.platform)
+  compiler.check_known(device)
+  rows_of(jax.process_index(), mesh)
+  return mesh
+
+
+def _begun(
+  run: Run,
+  read: Inputs,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  chosen: int,
+  checkpoints: Checkpoints,
+  stop: StopSignals,
+) -> Training:
+  """Returns the run with its micro-batch chosen and its configuration written."""
+  steps = inputs.steps(run.config, read)
+  processes.on_first(lambda: inputs.report(read, steps, workdir))
+  config = micro_batch.with_micro_batch(
+    run.config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
+  )
+  sized = dataclasses.replace(run, config=config)
+  processes.on_first(lambda: sized.save(workdir))
+  step = make_step(config, steps, mesh, read.teacher)
+  batches = make_batches(config, read, mesh, steps)
+  return Training(config, read, workdir, mesh, checkpoints, stop, step, batches)
+
+
+def _trained(training: Training) -> TrainState:
+  """Returns the state after the last step, which is being saved."""
+  state, checkpoints = initial_state(training), training.checkpoints
+  if evaluated_at(training.config, int(state.step)):
+    evaluate(training, state)
+  training.stop.leave_if_received("no step is lost")
+  span = int(state.step), len(training.batches), training.config.train.log_every
+  with metrics.Recorder(training.workdir, *span, training.config.model) as recorder:
+    try:
+      state = fit(training, state, recorder)
+    except TrainingError:
+      checkpoints.close()  # one may still be on its way to the disk
+      raise
+  return state
