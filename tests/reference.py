@@ -243,7 +243,7 @@ def ours(
     result = losses.objective(
       states,
       batch,
-      losses.Settings(kind_of(task_type, positives), axes, config.losses, config.kd),
+      losses.LossSettings(kind_of(task_type, positives), axes, config.losses, config.kd),
       temperature,
       teachers,
     )

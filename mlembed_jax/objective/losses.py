@@ -59,18 +59,18 @@ class Teachers:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Known:
+class Known:
   """Arrays of a batch that no gradient reaches."""
 
   ids: Int[Array, "B C"]
-  pairings: tuple[Pairing, Pairing] | None  # both directions; None: rows learn from their own texts
+  pairings: tuple[Pairing, Pairing] | None  # both directions; None: of their own row alone
   scores: Float[Array, "B"] | None
   teacher: Float[Array, "X B C D"] | None  # X is E, or 1 for a teacher without exits
   choice: Choice | None = None  # the full model's, for self-distillation
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class LossSettings:
   """What the objective of a batch depends on beside arrays; programs are compiled for it."""
 
   kind: Kind
@@ -83,11 +83,11 @@ class Settings:
 class AtExit:
   """What a term may be computed from: the states of one exit, and all that is known beside them."""
 
-  settings: Settings
+  settings: LossSettings
   states_BCD: Float[Array, "B C D"]
   index: Int[Array, ""]  # of the exit
   temperature: Float[Array, ""]
-  known: _Known
+  known: Known
 
   def logits_of(self, states_BCD: Float[Array, "B C D"], dims: Sequence[int]) -> Logits:
     """Returns the logits of these or other states of the batch."""
@@ -179,7 +179,7 @@ def _loss_at(at: AtExit) -> tuple[Array, tuple[dict[str, Array], Array]]:
 def objective(
   states_EBCD: Float[Array, "E B C D"],
   batch: Arrays,
-  settings: Settings,
+  settings: LossSettings,
   temperature: Any,
   teachers: Teachers,
 ) -> Objective:
@@ -205,10 +205,10 @@ def objective(
   return Objective(loss, terms, jnp.mean(count_B), jnp.sum(count_B == 0))
 
 
-def _known(states_EBCD: Array, batch: Arrays, settings: Settings, teachers: Teachers) -> _Known:
+def _known(states_EBCD: Array, batch: Arrays, settings: LossSettings, teachers: Teachers) -> Known:
   ids_BC = text_ids(batch.hashes, settings.losses.mask_duplicates)
   scored = not settings.losses.task(settings.kind.task_type)
-  return _Known(
+  return Known(
     ids=ids_BC,
     pairings=_pairings(states_EBCD, ids_BC, settings, teachers),
     scores=batch.scores if scored else None,
@@ -217,7 +217,7 @@ def _known(states_EBCD: Array, batch: Arrays, settings: Settings, teachers: Teac
 
 
 def _pairings(
-  states_EBCD: Array, ids_BC: Array, settings: Settings, teachers: Teachers
+  states_EBCD: Array, ids_BC: Array, settings: LossSettings, teachers: Teachers
 ) -> tuple[Pairing, Pairing] | None:
   losses, kind = settings.losses, settings.kind
   if not (task := losses.task(kind.task_type)) or not task.inbatch:
@@ -233,7 +233,7 @@ def _pairings(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mean_over_exits(
-  settings: Settings, states_EBCD: Array, temperature: Array, known: _Known
+  settings: LossSettings, states_EBCD: Array, temperature: Array, known: Known
 ) -> Any:
   """Returns (the mean loss over exits, what else `_loss_at` returns of each exit, stacked).
 
@@ -249,7 +249,7 @@ def _mean_over_exits(
 
 
 def _mean_over_exits_fwd(
-  settings: Settings, states_EBCD: Array, temperature: Array, known: _Known
+  settings: LossSettings, states_EBCD: Array, temperature: Array, known: Known
 ) -> Any:
   def share(states_BCD: Array, temperature: Array, index: Array) -> tuple[Array, Any]:
     value, others = _loss_at(AtExit(settings, states_BCD, index, temperature, known))
@@ -266,7 +266,7 @@ def _mean_over_exits_fwd(
 
 
 def _mean_over_exits_bwd(
-  settings: Settings, gradients: tuple[Array, Array], cotangents: Any
+  settings: LossSettings, gradients: tuple[Array, Array], cotangents: Any
 ) -> Any:
   return *jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), gradients), None
 

@@ -94,7 +94,7 @@ class BatchLoss:
     def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
       if batch.teacher is not None:
         teachers = dataclasses.replace(teachers, exits=batch.teacher[None])
-      settings = losses.Settings(self.kind, axes, self.config.losses, self.config.kd)
+      settings = losses.LossSettings(self.kind, axes, self.config.losses, self.config.kd)
       temperature = self.temperature(logs, progress)
       result = losses.objective(states, batch, settings, temperature, teachers)
       return result.loss, result

@@ -56,7 +56,7 @@ def ours(
   return losses.objective(
     states,
     Arrays(hashes),
-    losses.Settings(kind_of("retrieval"), axes, config.losses, config.kd),
+    losses.LossSettings(kind_of("retrieval"), axes, config.losses, config.kd),
     temperature=TEMPERATURE,
     teachers=Teachers(),
   ).loss

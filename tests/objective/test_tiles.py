@@ -215,7 +215,7 @@ def temporary_bytes(rows):
     return losses.objective(
       states,
       Arrays(hashes),
-      losses.Settings(kind_of("retrieval"), axes, config.losses, config.kd),
+      losses.LossSettings(kind_of("retrieval"), axes, config.losses, config.kd),
       temperature=0.05,
       teachers=losses.Teachers(),
     ).loss
