@@ -171,7 +171,7 @@ def test_products_in_a_loop_take_their_flops_over_the_peak(name, most):
     return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
 
   module = module_of(layers, (8192, 4096), (5, 4096, 4096), name=name)
-  tpu = TPUS[name[:3]]
+  tpu = TPUS[name.partition(":")[0]]
   found = module.seconds(tpu, Target.parse(name, 1).torus, no_trips)
   ideal = 5 * 2 * 8192 * 4096**2 / tpu.peak_flops
   assert ideal < found.compute < most * ideal

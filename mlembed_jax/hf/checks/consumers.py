@@ -92,7 +92,7 @@ CONSUMERS = (
     reads=(
       *(File.CARD, *AUTO_CLASSES, Fact.DENSE_MODULE, Fact.EMBEDDING_DIMENSION),
       *(Fact.FIRST_COORDINATES, Fact.LAST_TOKEN, Fact.MAX_SEQ_LENGTH, Fact.MODULE_TYPES),
-      *(Fact.TEXT_LENGTH, Fact.WORD_EMBEDDING_DIMENSION),
+      *(Fact.TEXT_LENGTH, Fact.WORD_EMBEDDING_DIMENSION, File.POOLING),
     ),
     load=installed.sentence_transformers,
   ),
@@ -109,7 +109,7 @@ CONSUMERS = (
       *(Fact.ACTIVATION_FUNCTION, Fact.DENSE_MODULE, Fact.EOS_TOKEN_ID, Fact.EVERY_KEY),
       *(Fact.FIRST_COORDINATES, Fact.LAST_TOKEN, Fact.MAX_SEQ_LENGTH, Fact.MODULE_TYPES),
       *(Fact.NO_CLASSIFIER, Fact.POOLING_FLAGS, Fact.ROPE_THETA, Fact.TEXT_LENGTH),
-      *(Fact.TEXT_PROMPTS, Fact.WORD_EMBEDDING_DIMENSION),
+      *(Fact.TEXT_PROMPTS, Fact.WORD_EMBEDDING_DIMENSION, File.POOLING),
     ),
   ),
   Consumer(
@@ -119,13 +119,16 @@ CONSUMERS = (
       *(Fact.ACTIVATION_FUNCTION, Fact.DENSE_MODULE, Fact.DO_LOWER_CASE, Fact.EVERY_KEY),
       *(Fact.EVERY_SAFETENSORS, Fact.FIRST_COORDINATES, Fact.LAST_TOKEN, Fact.LAYER_TYPES),
       *(Fact.MATRYOSHKA_DIMENSIONS, Fact.MODULE_TYPES, Fact.ROPE_THETA, Fact.TEXT_LENGTH),
-      Fact.TOKENIZER_CLASS,
+      *(Fact.TOKENIZER_CLASS, File.POOLING),
     ),
   ),
   Consumer(
     "llama.cpp",
     needs=(File.CONFIG, File.TOKENIZER, File.TOKENIZER_CONFIG, File.MODULES),
-    reads=(Fact.GGUF, Fact.LAST_TOKEN, Fact.POOLING_FLAGS, Fact.ROPE_THETA, Fact.WHOLE_WIDTH),
+    reads=(
+      *(Fact.GGUF, Fact.LAST_TOKEN, Fact.POOLING_FLAGS, Fact.ROPE_THETA, Fact.WHOLE_WIDTH),
+      File.POOLING,
+    ),
   ),
 )
 

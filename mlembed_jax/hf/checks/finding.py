@@ -28,6 +28,7 @@ class File(enum.StrEnum):
   MODULES = "modules.json"
   PROMPTS = "config_sentence_transformers.json"
   BERT = "sentence_bert_config.json"
+  POOLING = "1_Pooling/config.json"
   CARD = "README.md"
   OWN = own_file.NAME
 

@@ -184,8 +184,8 @@ def check_pooling(s: Subject) -> Iterator[Finding]:
   if chosen[:1] != ["pooling_mode_lasttoken"] or set(chosen[1:]) - {"include_prompt"}:
     found = f"the true keys are {chosen}; vLLM takes the first, TEI the only one"
     remedy = "Only pooling_mode_lasttoken, then include_prompt."
-    # Ours pools nothing but the last token, and does not read the modules.
-    fact = File.MODULES if mode == "lasttoken" else Fact.LAST_TOKEN
+    # Ours pools nothing but the last token, and does not read this file.
+    fact = File.POOLING if mode == "lasttoken" else Fact.LAST_TOKEN
     yield Finding(ERROR, file, found, remedy, fact)
   if mode not in (None, "lasttoken"):
     yield Finding(ERROR, file, f"pooling_mode is {mode!r}", "Write lasttoken.")
