@@ -109,7 +109,9 @@ def _kept(table: np.ndarray, rank: int) -> Factors:
   u, v = _factorised(table, rank)
   file.parent.mkdir(parents=True, exist_ok=True)
   temporary = file.with_suffix(f".{os.getpid()}")
-  safetensors.numpy.save_file({"U": u, "V": v}, temporary)
+  # Of other layouts safetensors 0.8 writes wrong numbers without a word (its issue 825).
+  factors = {"U": np.ascontiguousarray(u), "V": np.ascontiguousarray(v)}
+  safetensors.numpy.save_file(factors, temporary)
   temporary.rename(file)
   return u, v
 

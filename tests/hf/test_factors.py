@@ -99,6 +99,16 @@ def test_new_factors_are_kept_by_the_table(tmp_path, monkeypatch, capsys):
   assert sorted(file.suffix for file in kept) == ["", ".safetensors", ".safetensors"]
 
 
+def test_factors_are_kept_however_a_device_lays_them_out(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  made = np.arange(24, dtype=np.float32).reshape(6, 4)[:, :2], np.eye(4, 2, dtype=np.float32).T
+  monkeypatch.setattr(factors, "_factorised", lambda *_: made)
+  table = np.zeros((6, 4), np.float32)
+  factors._kept(table, 2)
+  for kept, array in zip(factors._kept(table, 2), made, strict=True):
+    np.testing.assert_array_equal(kept, array)
+
+
 def test_the_error_of_each_rank_is_printed(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   table = np.random.default_rng(0).normal(size=(300, 128)).astype(np.float32)
