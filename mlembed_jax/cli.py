@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import app, flags
 
-from mlembed_jax.config import from_mapping
+from mlembed_jax.config import REPLACED, from_mapping
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError, MlembedError
 
@@ -49,15 +49,24 @@ def _parse(argv: list[str]) -> Any:
       raise  # an error inside the configuration file
     reason = error.args[0]
     reason = reason.args[0] if isinstance(reason, Exception) else reason
-    sys.exit(f"error: --config: unknown field {reason}")
+    today = REPLACED.get(str(reason).strip("'"))
+    hint = f"; did you mean {today}?" if today else ""
+    sys.exit(f"error: --config: unknown field {reason}{hint}")
   except (LookupError, OSError, SyntaxError) as error:
     sys.exit(f"error: --config: {error}")
 
 
+def read_values(flag: flags.FlagHolder[Any]) -> Any:
+  """Returns the ConfigDict of a `--config` flag; raises ConfigError where there is no such file."""
+  try:
+    flag.value.keys()  # ml_collections keeps the error until something is asked of the value
+  except OSError as error:
+    raise ConfigError(f"--config: {error}") from error
+  return flag.value
+
+
 def read_config(flag: flags.FlagHolder[Any], changes: Mapping[str, Any] | None = None) -> Config:
   """Returns the checked configuration of a `--config` flag with `changes`; raises ConfigError."""
-  try:
-    flag.value.update_from_flattened_dict(changes or {})
-    return from_mapping(flag.value)
-  except OSError as error:  # ml_collections keeps it until the value is asked for
-    raise ConfigError(f"--config: {error}") from error
+  values = read_values(flag)
+  values.update_from_flattened_dict(changes or {})
+  return from_mapping(values)

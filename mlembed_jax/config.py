@@ -37,7 +37,7 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
   """Returns the Python file at `path` as a module (`0_6b.py` is not an importable name)."""
   spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
   if spec is None or spec.loader is None:
-    raise ConfigError(f"--config: {path} is not a Python file")
+    raise ConfigError(f"{path} is not a Python file")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
@@ -51,13 +51,25 @@ def load_config(path: str, changes: Mapping[str, Any] | None = None) -> Config:
     changes: values by dotted field name, e.g. {"train.steps": 100}.
 
   Raises:
-    ConfigError: the file does not exist, or a field or value cannot be meant.
+    ConfigError: the file cannot be read, it has no such variant, or a field or value cannot be
+      meant. Other errors of the file's own code are raised as they are.
   """
   file, _, variant = path.partition(":")
   try:
-    config = load_module(file).get_config(variant)
+    module = load_module(file)
+  except (OSError, SyntaxError) as error:
+    raise ConfigError(f"{path}: {error}") from error
+  if not hasattr(module, "get_config"):
+    raise ConfigError(f"{path}: has no function get_config(variant) that returns a ConfigDict")
+  try:
+    config = module.get_config(variant)
+  except LookupError as error:
+    if type(error) is not LookupError:  # a KeyError, say, is a fault in the file
+      raise
+    raise ConfigError(f"{path}: {error}") from error
+  try:
     config.update_from_flattened_dict(changes or {})
-  except (OSError, LookupError, TypeError) as error:
+  except (LookupError, TypeError) as error:
     raise ConfigError(f"{path}: {error}") from error
   return from_mapping(config)
 

@@ -24,7 +24,7 @@ def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Pat
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".write_test_{os.getpid()}"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # in containers all processes may have one number
   except OSError as error:
     raise ConfigError(f"{flag}: {path} is not writable: {error.strerror}") from error
   return workdir

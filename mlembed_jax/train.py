@@ -8,9 +8,8 @@ run had never stopped. SIGTERM and Ctrl-C during training save a checkpoint firs
 from absl import flags
 from ml_collections import config_flags
 
-import mlembed_jax
 from mlembed_jax import cli
-from mlembed_jax.config import described, flatten
+from mlembed_jax.config import described
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.files import make_writable_folder
 
@@ -45,23 +44,17 @@ JOIN_TIMEOUT_S = flags.DEFINE_integer(
 def main() -> None:
   """Joins the processes of the run, checks that they agree, and trains."""
   if PRINT_CONFIG.value:
-    print(described(CONFIG.value))
+    print(described(cli.read_values(CONFIG)))
     return
   if not WORKDIR.value:
     raise ConfigError("--workdir: give the folder of the run")
   # Imported here, jax and orbax do not slow down --help.
-  import jax
-
   from mlembed_jax.parallel import join, processes
   from mlembed_jax.training.loop import train_model
 
   with join.joined(JOIN_TIMEOUT_S.value):
     with processes.agreed():
       config, workdir = cli.read_config(CONFIG), make_writable_folder(WORKDIR.value, "--workdir")
-    processes.check_shared(workdir)
-    versions = {"jax": jax.__version__, "mlembed_jax": mlembed_jax.__version__}
-    options = {"--accept_changed_data": ACCEPT_CHANGED_DATA.value}
-    processes.check_same(versions | options | flatten(config))
     train_model(config, workdir, accept_changed_data=ACCEPT_CHANGED_DATA.value)
 
 

@@ -322,6 +322,20 @@ def test_load_config_names_what_it_cannot_read(path, changes, message):
     load_config(str(CONFIGS / path), changes)
 
 
+@pytest.mark.parametrize(
+  ("code", "error", "message"),
+  [
+    ("x = (", ConfigError, r"own.py: .*was never closed"),
+    ("x = 1", ConfigError, r"own.py: has no function get_config\(variant\)"),
+    ("def get_config(_): return {}['a']", KeyError, r"^'a'$"),  # a fault in the file
+  ],
+)
+def test_load_config_tells_a_file_that_is_none_from_a_fault_in_it(code, error, message, tmp_path):
+  (tmp_path / "own.py").write_text(code)
+  with pytest.raises(error, match=message):
+    load_config(str(tmp_path / "own.py"))
+
+
 def test_importing_the_package_imports_nothing_heavy():
   code = "import sys, mlembed_jax; print(*{'jax', 'numpy', 'flax'} & set(sys.modules))"
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,6 +18,7 @@ from tensorboardX.proto import event_pb2
 
 from mlembed_jax import evaluate_model, export_model, train_model
 from mlembed_jax.config import from_mapping
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.eval.evaluation import Evaluation
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.slice_scores import Size
@@ -297,6 +298,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(data, twent
     ({"model.heads": 3}, "error: model.heads: 3 is not a multiple of model.kv_heads = 2"),
     ({"optimizer.warmup_steps": 21}, "error: optimizer.warmup_steps: 21 is longer than the run"),
     ({"model.widht": 3}, "error: --config: unknown field 'widht'"),
+    ({"model.qk_norm": False}, "unknown field 'qk_norm'; did you mean family?"),
     ({"model.width": "wide"}, "model.width"),
     ({"train.init_from": "/absent"}, "/absent"),
   ],
@@ -419,6 +421,16 @@ def test_training_starts_from_an_exported_folder(data, twenty, tmp_path):
   (_, expected), (step, found) = (load_newest_params(w, model) for w in (twenty, tmp_path / "work"))
   assert step == 1
   jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_what_is_refused_leaves_the_workdir_as_it_was(data, tmp_path):
+  scores = tmp_path / "eval" / "step_0.json"
+  scores.parent.mkdir()
+  scores.touch()
+  config = from_mapping(config_dict(data, **{"optimizer.warmup_steps": 21, "train.steps": 20}))
+  with pytest.raises(ConfigError, match=r"optimizer.warmup_steps: 21 is longer than the run"):
+    train_model(config, tmp_path)
+  assert scores.exists() and not (tmp_path / "tokenizer.json").exists()
 
 
 def test_python_calls_it_twice_in_one_process(data, tmp_path):

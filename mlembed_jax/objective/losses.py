@@ -208,6 +208,8 @@ def objective(
 def _known(states_EBCD: Array, batch: Arrays, settings: LossSettings, teachers: Teachers) -> Known:
   ids_BC = text_ids(batch.hashes, settings.losses.mask_duplicates)
   scored = not settings.losses.task(settings.kind.task_type)
+  if scored and batch.scores is None:
+    raise ValueError(f"a batch of {settings.kind.task_type} without scores")
   return Known(
     ids=ids_BC,
     pairings=_pairings(states_EBCD, ids_BC, settings, teachers),

@@ -134,7 +134,7 @@ def check_shared(folder: pathlib.Path) -> None:
       while not probe.exists():
         if time.monotonic() > end:
           raise ConfigError(
-            f"--workdir: {folder} is not the folder that process 0 has under this name; it must "
+            f"workdir: {folder} is not the folder that process 0 has under this name; it must "
             "lie on storage that all machines share"
           )
         time.sleep(0.5)

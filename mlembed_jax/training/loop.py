@@ -17,6 +17,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from mlembed_jax import __version__
+from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.devices import compiler
@@ -230,9 +232,14 @@ def train_model(
   """
   with processes.agreed():
     workdir = make_writable_folder(workdir, "workdir")
+  processes.check_shared(workdir)
+  versions = {"jax": jax.__version__, "mlembed_jax": __version__}
+  options = {"accept_changed_data": accept_changed_data}
+  processes.check_same(versions | options | flatten(config))
+  with processes.agreed():
     mesh = _checked_mesh(config, workdir)
     read = inputs.load(config, workdir)
-    run = inputs.describe(config, read)
+    run, steps = inputs.describe(config, read), inputs.steps(config, read)
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
@@ -241,7 +248,15 @@ def train_model(
   processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     with StopSignals(mesh) as stop:
-      training = _begun(run, read, workdir, mesh, chosen, checkpoints, stop)
+      processes.on_first(lambda: inputs.report(read, steps, workdir))
+      config = micro_batch.with_micro_batch(
+        config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
+      )
+      sized = dataclasses.replace(run, config=config)
+      processes.on_first(lambda: sized.save(workdir))
+      step = make_step(config, steps, mesh, read.teacher)
+      batches = make_batches(config, read, mesh, steps)
+      training = Training(config, read, workdir, mesh, checkpoints, stop, step, batches)
       state = _trained(training)
     checkpoints.close()
     evaluate(training, state)
@@ -257,28 +272,6 @@ def _checked_mesh(config: Config, workdir: pathlib.Path) -> Mesh:
   compiler.check_known(device)
   rows_of(jax.process_index(), mesh)
   return mesh
-
-
-def _begun(
-  run: Run,
-  read: Inputs,
-  workdir: pathlib.Path,
-  mesh: Mesh,
-  chosen: int,
-  checkpoints: Checkpoints,
-  stop: StopSignals,
-) -> Training:
-  """Returns the run with its micro-batch chosen and its configuration written."""
-  steps = inputs.steps(run.config, read)
-  processes.on_first(lambda: inputs.report(read, steps, workdir))
-  config = micro_batch.with_micro_batch(
-    run.config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
-  )
-  sized = dataclasses.replace(run, config=config)
-  processes.on_first(lambda: sized.save(workdir))
-  step = make_step(config, steps, mesh, read.teacher)
-  batches = make_batches(config, read, mesh, steps)
-  return Training(config, read, workdir, mesh, checkpoints, stop, step, batches)
 
 
 def _trained(training: Training) -> TrainState:

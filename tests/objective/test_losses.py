@@ -317,6 +317,11 @@ def cosent(x, scores, dims, temperature=0.05):
   return total.item(), x.grad.numpy()
 
 
+def test_scored_pairs_need_their_scores():
+  with pytest.raises(ValueError, match="a batch of scored_pairs without scores"):
+    ours(random_states(1, 4, 2, 8), distinct_hashes(4, 2), (8,), task_type="scored_pairs")
+
+
 @pytest.mark.parametrize(
   "scores", [np.linspace(1, 0, 12), np.arange(12) % 4 / 3, np.full(12, 0.5)], ids=str
 )
