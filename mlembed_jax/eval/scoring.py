@@ -58,9 +58,10 @@ class TaskScores:
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self:
-    """Returns the content of a file."""
+    """Returns the content of a file, also of one that version 0.1.0 wrote."""
     value = json.loads(path.read_text(encoding="utf-8"))
-    return cls([SliceScore.from_json(score) for score in value["scores"]], value["truncated"])
+    scores = value["records" if "records" in value else "scores"]  # version 0.1.0 wrote `records`
+    return cls([SliceScore.from_json(score) for score in scores], value["truncated"])
 
 
 def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:
@@ -224,8 +225,7 @@ def evaluate_encoder(
     out: folder where the scores of finished tasks are kept; those of the same settings are read.
     pooled_token: the token that was given to `Encoder.load`, if any.
   """
-  settings = [__version__, encoder.fingerprint, encoder.config().dtype, encoder.max_seq_length]
-  settings += [pooled_token, dataclasses.asdict(axes)]
+  settings = _settings(encoder, axes, pooled_token)
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):
     digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
@@ -241,6 +241,16 @@ def evaluate_encoder(
     costs=measure_costs(encoder, axes),
     skipped={"texts_truncated": sum(task.truncated for task in scored)},
   )
+
+
+def _settings(encoder: Encoder, axes: Axes, pooled_token: str | None) -> list[Any]:
+  """Returns what decides the scores of any task, in the words of 0.1.0, as hashes depend on them.
+
+  So an evaluation that 0.1.0 began goes on.
+  """
+  slices = {"exits" if k == "depths" else k: v for k, v in dataclasses.asdict(axes).items()}
+  settings = [__version__, encoder.fingerprint, encoder.config().dtype, encoder.max_seq_length]
+  return [*settings, pooled_token, slices]
 
 
 def _summaries(tasks: Sequence[HeldoutTask], scores: Sequence[SliceScore]) -> list[TaskSummary]:
