@@ -170,13 +170,13 @@ def check_target(out: pathlib.Path) -> None:
       raise PermissionError(f"{out.parent} is not writable")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
       return
-    own = own_file.read(out)
+    ours = own_file.listed_files(out)
   except (OSError, LoadError) as error:
     raise ExportError(f"{out}: {error}; choose another --out") from error
-  if not own:
+  if not ours:
     raise ExportError(f"{out} exists and is not an export of ours; choose another")
   files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-  if foreign := sorted(files - {own_file.NAME, *own.files}):
+  if foreign := sorted(files - ours):
     raise ExportError(
       f"{out}: an export of ours, but {foreign[0]} was added to it and would be lost; "
       "choose another --out"

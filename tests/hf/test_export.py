@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import json
 import pathlib
 
 import jax
@@ -295,6 +296,10 @@ def test_a_previous_export_is_replaced_unless_something_was_added(
   factorised.export(out, Slice(depth=1))
   assert read(out / "config.json")["num_hidden_layers"] == 1
   assert not (out / "2_Dense").exists()
+  own = read(out / "mlembed.json")
+  (out / "mlembed.json").write_text(json.dumps({"files": own["files"]}))  # of another version
+  factorised.export(out, Slice(dim=8))
+  assert read(out / "mlembed.json").keys() == own.keys()
   (out / "LICENSE").write_text("mine")
   with pytest.raises(ExportError, match="LICENSE was added to it and would be lost"):
     factorised.export(out)
