@@ -229,6 +229,8 @@ def test_the_readers_of_every_check_are_listed():
     found = {"all": names, "people": []}.get(listed, listed.split(", "))
     wanted = set(names) - set(fact) if rows[check.code] != listed else set(fact)
     assert set(found) == wanted, check.code
+  loaded = [consumer.name for consumer in consumers.CONSUMERS if consumer.load]
+  assert rows[examine.VECTORS.code].split(", ") == [examine.VECTORS.fact, *loaded]
 
 
 def test_the_switches_of_the_published_recipe_are_listed_with_their_values():

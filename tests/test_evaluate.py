@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from mlembed_jax import evaluate_model
+from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid, tasks
 from mlembed_jax.inference import Encoder
+from mlembed_jax.matryoshka import Slice
 from mlembed_jax.quantize import quantize, ranges, rounded, unit
 from mlembed_jax.slice_scores import Size
 from tests.material import entry, write_parquet
@@ -161,6 +164,41 @@ def test_where_scores_cannot_be_written_is_said_first(exported, data, tmp_path):
     assert result.returncode == 1 and result.stderr.startswith("error: --out: "), result.stderr
     assert message in result.stderr
   assert not (exported["full"] / "scores").exists()
+
+
+def test_tasks_that_cannot_be_meant_are_refused_before_the_model_is_loaded(data, tmp_path):
+  shutil.copytree(data / "heldout", tmp_path / "t/heldout")
+  shutil.copy(data / "manifest.json", tmp_path / "t/manifest.json")
+  for wrong, message in (
+    ([], "an empty list"),
+    ([""], "an empty list or name"),
+    (str(data / "heldout"), "is a single name; give a list"),
+    (data / "heldout", "is a single name; give a list"),
+    ([data / "heldout"] * 2, "heldout/bitext.parquet comes twice"),
+    ([data / "heldout", tmp_path / "t/heldout"], "heldout/bitext.parquet comes twice"),
+  ):
+    with pytest.raises(ConfigError, match=f"^tasks: .*{message}"):
+      evaluate_model("no model", wrong, tmp_path / "out")
+  with pytest.raises(DataError, match=r"^tasks: .* is no folder"):
+    evaluate_model("no model", [tmp_path / "none"], tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_python_names_out_and_cut_in_errors(exported, data, tmp_path):
+  (tmp_path / "file").touch()
+  for out, cut, message in (
+    (exported["full"] / "scores", None, "out: .* lies in the model's folder"),
+    (tmp_path / "file", None, "out: .* is not writable: File exists"),
+    (tmp_path / "out", Slice(depth=2), "cut: depth: 2 was not trained"),
+  ):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+      evaluate_model(str(exported["full"]), [data / "heldout"], out, cut)
+  assert not (exported["full"] / "scores").exists()
+
+
+def test_the_command_names_the_flag_of_a_folder_without_tasks(exported, tmp_path):
+  result = run(exported["full"], tmp_path, tmp_path / "out")
+  assert result.stderr.startswith(f"error: --tasks: neither {tmp_path} nor the folder above")
 
 
 def test_vectors_that_are_not_finite_name_the_task(exported, data, tmp_path):

@@ -1,7 +1,9 @@
-"""A workdir that version 0.1.0 wrote: it is resumed, exported and used as a teacher.
+"""What version 0.1.0 wrote: a workdir is resumed, exported and a teacher, all else is read.
 
 stored/run_0_1_0.tar.gz holds the prepared text, the workdir after 2 of 4 steps, and the metrics of
-all 4 steps. Never write it anew: it stands for the workdirs that users have.
+all 4 steps. stored/outputs_0_1_0.tar.gz holds what 0.1.0 wrote of that run: the scores of step 4,
+its exported folder, and that folder's `evaluate --grid` on the two tasks beside it. Never write
+them anew: they stand for the files that users have.
 """
 
 import json
@@ -13,27 +15,39 @@ import tarfile
 import numpy as np
 import pytest
 
+from mlembed_jax import evaluate_model
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import OLDER
 from mlembed_jax.data import catalog
 from mlembed_jax.errors import ConfigError, DataError, LoadError
+from mlembed_jax.eval import scoring
+from mlembed_jax.eval.evaluation import Evaluation
 from mlembed_jax.files import write_json
-from mlembed_jax.hf import own_file
+from mlembed_jax.hf import own_file, parity
 from mlembed_jax.inference import Encoder
-from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.workdir import Run, StepScores
 from tests.test_train import ENVIRONMENT, ROOT, lines
 
-STORED = pathlib.Path(__file__).parent / "stored/run_0_1_0.tar.gz"
+STORED = pathlib.Path(__file__).parent / "stored"
 # Another machine rounds in another way; the losses of a forgotten state differ by more than 0.1.
 TOLERANCE = 1e-3
+TASKS = ["heldout/bitext.parquet", "heldout/intents.parquet"]
+
+
+def unpack(name, folder):
+  with tarfile.open(STORED / f"{name}.tar.gz") as archive:
+    archive.extractall(folder, filter="data")
+  return folder / name
 
 
 @pytest.fixture
 def stored(tmp_path):
-  with tarfile.open(STORED) as archive:
-    archive.extractall(tmp_path, filter="data")
-  return tmp_path / "run_0_1_0"
+  return unpack("run_0_1_0", tmp_path)
+
+
+@pytest.fixture
+def outputs(tmp_path):
+  return unpack("outputs_0_1_0", tmp_path)
 
 
 def call(module, *flags):
@@ -105,18 +119,46 @@ def test_run_json_of_another_format_is_refused(stored, version):
     Run.load(stored / "workdir")
 
 
-def test_scores_of_0_1_0_call_the_depth_exit(tmp_path):
-  score = SliceScore("a", "f1", 8, 2, 16, "float32", 0.5, {"de": 0.5}, {"accuracy": 0.25})
-  old = vars(score) | {"exit": 2}
-  del old["depth"]
-  value = {"step": 4, "tasks": {"a": "digest"}, "scores": [old]}
-  write_json(tmp_path / "eval/step_4.json", value)
-  expected = StepScores(4, {"a": "digest"}, [score])
-  assert StepScores.load(tmp_path, 4) == expected
-  expected.save(tmp_path)
-  assert StepScores.load(tmp_path, 4) == expected
-  written = json.loads((tmp_path / "eval/step_4.json").read_text())
-  assert written["scores"] == [vars(score)] and written["format_version"] == 1
+@pytest.mark.filterwarnings("ignore:1 of 1 texts are cut")
+def test_its_exported_folder_gives_the_vectors_it_gave(outputs):
+  encoder = Encoder.load(outputs / "exported")
+  items = json.loads((outputs / "exported/parity.json").read_text())["items"]
+  assert len(items) > 10
+  for item in items:
+    encoder.max_seq_length = item.get("max_length", 128)
+    found = encoder.encode(item["text"], item["prompt_name"])
+    np.testing.assert_allclose(found, parity.embedding(item), atol=1e-4, err_msg=item["id"])
+
+
+def test_its_scores_of_a_step_are_read_and_written_with_depth_for_exit(outputs):
+  path = outputs / "eval/step_4.json"
+  found, value = StepScores.load(outputs, 4), json.loads(path.read_text())
+  assert found.tasks == value["tasks"] and list(found.tasks) == TASKS
+  scores = [score | {"depth": score["exit"]} for score in value["scores"]]
+  assert [vars(score) | {"exit": score.depth} for score in found.scores] == scores
+  found.save(outputs)
+  assert StepScores.load(outputs, 4) == found
+  written = json.loads(path.read_text())
+  assert written["scores"] == [vars(score) for score in found.scores]
+  assert written["format_version"] == 1
+
+
+def test_its_scores_json_is_read(outputs):
+  found = Evaluation.load(outputs / "scores/scores.json")
+  assert (found.model, [task.name for task in found.tasks]) == ("tiny", TASKS)
+  assert len({(score.task, *score.size) for score in found.scores}) == 2 * 2 * 2 * 2 * 3
+  assert [cost.depth for cost in found.costs.parameters] == [1, 2, 1, 2]
+  assert [latency.depth for latency in found.costs.latency_ms] == [1, 2]
+
+
+def test_an_evaluation_that_0_1_0_began_goes_on(outputs, monkeypatch):
+  """The names of its files are hashes, of the times of the exported files, too."""
+  monkeypatch.setattr(scoring, "__version__", "0.1.0")  # it is hashed
+  monkeypatch.setattr(scoring, "score_task", None)  # nothing is left to score
+  before = Evaluation.load(outputs / "scores/scores.json")
+  found = evaluate_model(str(outputs / "exported"), [outputs / "tasks/heldout"], outputs / "scores")
+  assert (found.scores, found.tasks) == (before.scores, before.tasks)
+  assert len(list((outputs / "scores/tasks").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -349,11 +349,11 @@ def test_export_writes_variants_beside_the_folder(twenty, tmp_path):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (("--depth", 4), "--depth"),
-    (("--dim", 9), "--dim"),
-    (("--rank", 5), "--rank"),
-    (("--variants", "d8,l4"), "--depth: 4 was not trained"),
-    (("--variants", "d8,8l"), "--variants: '8l'"),
+    (("--depth", 4), "error: depth 4"),
+    (("--dim", 9), "error: dim 9"),
+    (("--rank", 5), "error: rank 5"),
+    (("--variants", "d8,l4"), "depth 4 was not trained"),
+    (("--variants", "d8,8l"), "'8l' is no variant"),
   ],
 )
 def test_untrained_cuts_are_refused(twenty, tmp_path, flags, message):

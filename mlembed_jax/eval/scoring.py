@@ -58,9 +58,10 @@ class TaskScores:
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self:
-    """Returns the content of a file."""
+    """Returns the content of a file, also of one that version 0.1.0 wrote."""
     value = json.loads(path.read_text(encoding="utf-8"))
-    return cls([SliceScore.from_json(score) for score in value["scores"]], value["truncated"])
+    scores = value["records" if "records" in value else "scores"]  # version 0.1.0 wrote `records`
+    return cls([SliceScore.from_json(score) for score in scores], value["truncated"])
 
 
 def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:
@@ -154,17 +155,50 @@ def evaluate_model(
     cut: the one slice to score, in float32; None: every trained slice, in three precisions.
 
   Raises:
-    ConfigError, LoadError, DataError: model, slice or tasks cannot be used.
+    ConfigError: tasks, out or cut cannot be used; tasks are checked before the model is loaded.
+    LoadError, DataError: the model or a file of the tasks cannot be read.
   """
-  read = [task for folder in tasks for task in load_folder(pathlib.Path(folder))]
-  encoder, out = Encoder.load(model), make_writable_folder(out, "out")
+  read = read_tasks(tasks)
+  encoder = Encoder.load(model)
+  folder = make_out(encoder, out)
   try:
     axes = one_slice(encoder, cut, "float32", untrained=False) if cut else trained_axes(encoder)
   except ValueError as error:
-    raise ConfigError(str(error)) from error
-  evaluation = evaluate_encoder(encoder, read, (), axes, out)
-  write_report(evaluation, out)
+    raise ConfigError(f"cut: {error}") from error
+  evaluation = evaluate_encoder(encoder, read, (), axes, folder)
+  write_report(evaluation, folder)
   return evaluation
+
+
+def read_tasks(
+  folders: Sequence[str | os.PathLike[str]], named: Sequence[str] = ()
+) -> list[HeldoutTask]:
+  """Returns the tasks of folders, which are scored beside those that MTEB calls `named`.
+
+  Raises:
+    ConfigError: there is no task, or one comes twice; the message names `tasks`.
+    DataError: a folder or a file of it cannot be read.
+  """
+  if isinstance(folders, str | os.PathLike):
+    raise ConfigError(f"tasks: {str(folders)!r} is a single name; give a list of folders")
+  if not (folders or named) or "" in folders:
+    raise ConfigError("tasks: an empty list or name; give folders")
+  tasks = [task for folder in folders for task in load_folder(pathlib.Path(folder))]
+  names = [*(task.name for task in tasks), *named]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise ConfigError(f"tasks: {twice[0]} comes twice; score one at a time")
+  return tasks
+
+
+def make_out(encoder: Encoder, out: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the folder of an evaluation, made if needed.
+
+  Raises:
+    ConfigError: it lies in the model's folder, or cannot be written; the message names `out`.
+  """
+  if pathlib.Path(out).resolve().is_relative_to(encoder.folder.resolve()):
+    raise ConfigError(f"out: {out} lies in the model's folder; choose another")
+  return make_writable_folder(out, "out")
 
 
 def write_report(evaluation: Evaluation, out: pathlib.Path) -> None:
@@ -191,8 +225,7 @@ def evaluate_encoder(
     out: folder where the scores of finished tasks are kept; those of the same settings are read.
     pooled_token: the token that was given to `Encoder.load`, if any.
   """
-  settings = [__version__, encoder.fingerprint, encoder.config().dtype, encoder.max_seq_length]
-  settings += [pooled_token, dataclasses.asdict(axes)]
+  settings = _settings(encoder, axes, pooled_token)
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):
     digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
@@ -208,6 +241,16 @@ def evaluate_encoder(
     costs=measure_costs(encoder, axes),
     skipped={"texts_truncated": sum(task.truncated for task in scored)},
   )
+
+
+def _settings(encoder: Encoder, axes: Axes, pooled_token: str | None) -> list[Any]:
+  """Returns what decides the scores of any task, in the words of 0.1.0, as hashes depend on them.
+
+  So an evaluation that 0.1.0 began goes on.
+  """
+  slices = {"exits" if k == "depths" else k: v for k, v in dataclasses.asdict(axes).items()}
+  settings = [__version__, encoder.fingerprint, encoder.config().dtype, encoder.max_seq_length]
+  return [*settings, pooled_token, slices]
 
 
 def _summaries(tasks: Sequence[HeldoutTask], scores: Sequence[SliceScore]) -> list[TaskSummary]:

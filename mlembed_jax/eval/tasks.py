@@ -93,17 +93,17 @@ def load_folder(folder: pathlib.Path) -> list[HeldoutTask]:
       be read.
   """
   if not folder.is_dir():
-    raise DataError(f"--tasks: {folder} is no folder; give the one that holds the files")
+    raise DataError(f"tasks: {folder} is no folder; give the one that holds the files")
   folder = folder.absolute()
   for place, below in ((folder, ""), (folder.parent, folder.name)):
     manifest = str(place / "manifest.json")
     if (place / "manifest.json").is_file():
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
-        raise DataError(f"--tasks: {manifest} lists no file of {folder}")
-      return [load_task(file) for file in select(manifest, map(glob.escape, names), "--tasks")]
+        raise DataError(f"tasks: {manifest} lists no file of {folder}")
+      return [load_task(file) for file in select(manifest, map(glob.escape, names), "tasks")]
   raise DataError(
-    f"--tasks: neither {folder} nor the folder above has a manifest.json, which says what the "
+    f"tasks: neither {folder} nor the folder above has a manifest.json, which says what the "
     "files are"
   )
 

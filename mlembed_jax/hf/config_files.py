@@ -77,13 +77,13 @@ class Variant:
   def untrained(self) -> list[str]:
     """Returns a sentence for each axis whose size was not trained."""
     sizes = (
-      ("--depth", self.depth, self.axes.exits),
-      ("--dim", self.dim, self.axes.dims),
-      ("--rank", self.rank, self.axes.ranks),  # none: the table is full
+      ("depth", self.depth, self.axes.exits),
+      ("dim", self.dim, self.axes.dims),
+      ("rank", self.rank, self.axes.ranks),  # none: the table is full
     )
     return [
-      f"{flag}: {size} was not trained; trained: {', '.join(map(str, trained)) or 'none'}"
-      for flag, size, trained in sizes
+      f"{axis} {size} was not trained; trained: {', '.join(map(str, trained)) or 'none'}"
+      for axis, size, trained in sizes
       if size not in (trained or (0,))
     ]
 

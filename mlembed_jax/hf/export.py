@@ -74,7 +74,7 @@ def parse_variant(text: str) -> tuple[Slice, bool]:
     size = True if part == "uv" else part[1:].isdecimal() and int(part[1:])
     if not axis or not size or axis in found:
       raise ExportError(
-        f"--variants: {text!r}; a variant is made of d<dim>, l<layers>, r<rank> and uv, each once, "
+        f"{text!r} is no variant; one is made of d<dim>, l<layers>, r<rank> and uv, each once, "
         "joined by -: d256-l8"
       )
     found[axis] = size
@@ -117,7 +117,9 @@ def export_folder(
   try:
     temporary.mkdir()
   except OSError as error:
-    raise ExportError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
+    raise ExportError(
+      f"{out} cannot be written: {error.strerror}; choose another folder"
+    ) from error
   try:
     _write(temporary, variant, trained, spec)
     _check(temporary)
@@ -153,7 +155,7 @@ def check_variant(
   variant = Variant(name=name, run=run, step=step, form=form, **sizes)
   exists = all(1 <= size < full[axis] for axis, size in really_cut.items())
   if variant.untrained and not (exists and force):
-    way_out = "choose a trained size, or --force" if exists else "the model has no such size"
+    way_out = "choose a trained size; force allows it" if exists else "the model has no such size"
     raise ExportError("; ".join(variant.untrained) + f" ({way_out})")
   return variant
 
@@ -170,16 +172,16 @@ def check_target(out: pathlib.Path) -> None:
       raise PermissionError(f"{out.parent} is not writable")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
       return
-    own = own_file.read(out)
+    ours = own_file.listed_files(out)
   except (OSError, LoadError) as error:
-    raise ExportError(f"{out}: {error}; choose another --out") from error
-  if not own:
+    raise ExportError(f"{out}: {error}; choose another folder") from error
+  if not ours:
     raise ExportError(f"{out} exists and is not an export of ours; choose another")
   files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-  if foreign := sorted(files - {own_file.NAME, *own.files}):
+  if foreign := sorted(files - ours):
     raise ExportError(
       f"{out}: an export of ours, but {foreign[0]} was added to it and would be lost; "
-      "choose another --out"
+      "choose another folder"
     )
 
 

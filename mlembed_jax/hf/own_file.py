@@ -120,9 +120,29 @@ def read(folder: pathlib.Path) -> OwnFile | None:
     LoadError: it is damaged, or a newer version of the package wrote it; the message names the
       field.
   """
-  path = folder / NAME
+  path, value = folder / NAME, _json_object(folder / NAME)
+  try:
+    return _object(OwnFile, value, "") if value else None
+  except LoadError as error:
+    raise LoadError(f"{path}: {error}; export the folder again") from error
+
+
+def listed_files(folder: pathlib.Path) -> set[str]:
+  """Returns the paths of all files of an export, none where the folder is no export.
+
+  The other fields need not be there, as an export that lacks one can still be replaced.
+
+  Raises:
+    LoadError: the file is no JSON object, or a newer version of the package wrote it.
+  """
+  files = _json_object(folder / NAME).get("files")
+  return {NAME, *files} if isinstance(files, dict) else set()
+
+
+def _json_object(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of a JSON file, nothing where there is none."""
   if not path.is_file():
-    return None
+    return {}
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -130,10 +150,7 @@ def read(folder: pathlib.Path) -> OwnFile | None:
   if not isinstance(value, dict):
     raise LoadError(f"{path} is no JSON object; export the folder again")
   check_format(path, value.get("format_version"), FORMAT, LoadError)
-  try:
-    return _object(OwnFile, value, "") if value else None
-  except LoadError as error:
-    raise LoadError(f"{path}: {error}; export the folder again") from error
+  return value
 
 
 def _object(of: Any, value: dict[str, Any], prefix: str) -> Any:

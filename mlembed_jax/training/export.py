@@ -37,7 +37,10 @@ def export_model(
     force: allow sizes that were not trained.
 
   Raises:
-    ConfigError: there is no checkpoint, or a size is none of the run's. Nothing is written then.
+    ConfigError: the workdir has no run or no checkpoint. Nothing is written then.
+    ExportError: a variant cannot be parsed, a size is beyond the model or was not trained, or a
+      folder that is written would replace something else (nothing is written then); or see
+      `export_folder`.
   """
   workdir, out = pathlib.Path(workdir).absolute(), pathlib.Path(out).absolute()
   wanted: Mapping[str, tuple[Slice, bool]] = {"": (cut or Slice(), False)}

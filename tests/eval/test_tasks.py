@@ -146,9 +146,9 @@ def test_a_folder_of_tasks_is_listed_in_a_manifest_in_it_or_above(tmp_path, data
   with pytest.raises(DataError, match=r"neither .* nor the folder above has a manifest.json"):
     tasks.load_folder(tmp_path / "none")
   for wrong in (tmp_path / "absent", data / "heldout" / "bitext.parquet"):
-    with pytest.raises(DataError, match=r"--tasks: .* is no folder"):
+    with pytest.raises(DataError, match=r"^tasks: .* is no folder"):
       tasks.load_folder(wrong)
-  with pytest.raises(DataError, match=r"--tasks: .*manifest.json lists no file of"):
+  with pytest.raises(DataError, match=r"^tasks: .*manifest.json lists no file of"):
     tasks.load_folder(data)
 
 

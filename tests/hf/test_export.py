@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import json
 import pathlib
 
 import jax
@@ -245,10 +246,10 @@ def test_variant_name():
 @pytest.mark.parametrize(
   ("cut", "message"),
   [
-    (Slice(depth=9), r"--depth: 9 was not trained; trained: 1, 2, 3, 4 \(the model has no such"),
-    (Slice(dim=24), r"--dim: 24 was not trained; trained: 8, 16, 48 \(choose"),
-    (Slice(rank=12, dim=9), r"--dim: 9 .*--rank: 12 was not trained; trained: 8, 16, 24"),
-    (Slice(dim=0), r"--dim: 0 was not trained"),
+    (Slice(depth=9), r"^depth 9 was not trained; trained: 1, 2, 3, 4 \(the model has no such"),
+    (Slice(dim=24), r"^dim 24 was not trained; trained: 8, 16, 48 \(choose .*; force allows"),
+    (Slice(rank=12, dim=9), r"^dim 9 .*; rank 12 was not trained; trained: 8, 16, 24"),
+    (Slice(dim=0), r"^dim 0 was not trained"),
   ],
 )
 def test_untrained_sizes_are_refused(
@@ -260,7 +261,7 @@ def test_untrained_sizes_are_refused(
 
 
 def test_a_full_table_has_no_ranks_even_by_force(dense: Trained, tmp_path: pathlib.Path):
-  with pytest.raises(ExportError, match="--rank: 8 was not trained; trained: none"):
+  with pytest.raises(ExportError, match=r"^rank 8 was not trained; trained: none"):
     dense.export(tmp_path / "out", Slice(rank=8), force=True)
 
 
@@ -270,7 +271,7 @@ def test_force_writes_an_untrained_size_and_the_card_says_so(
   cut = Slice(dim=24, rank=12)
   folder = factorised.export(tmp_path / "out", cut, force=True)
   text = (folder / "README.md").read_text(encoding="utf-8")
-  assert "**Warning.** --dim: 24 was not trained; trained: 8, 16, 48." in text
+  assert "**Warning.** dim 24 was not trained; trained: 8, 16, 48." in text
   assert "# tiny-d24-r12\n" in text
   theirs = load_st(folder).encode(TEXTS)
   np.testing.assert_allclose(theirs, factorised.vectors(TEXTS, cut, ""), atol=1e-4)
@@ -295,6 +296,10 @@ def test_a_previous_export_is_replaced_unless_something_was_added(
   factorised.export(out, Slice(depth=1))
   assert read(out / "config.json")["num_hidden_layers"] == 1
   assert not (out / "2_Dense").exists()
+  own = read(out / "mlembed.json")
+  (out / "mlembed.json").write_text(json.dumps({"files": own["files"]}))  # of another version
+  factorised.export(out, Slice(dim=8))
+  assert read(out / "mlembed.json").keys() == own.keys()
   (out / "LICENSE").write_text("mine")
   with pytest.raises(ExportError, match="LICENSE was added to it and would be lost"):
     factorised.export(out)
