@@ -217,8 +217,8 @@ class LossesConfig:
   false_negative_score: str = setting(
     "own",
     "Whose cosines losses.false_negative_margin bounds: own (the deepest exit's, at the rank of "
-    "the step, or at full rank where losses.self_distillation is on), or teacher (the teacher's, of as "
-    "many dimensions as the encoder has).",
+    "the step, or at full rank where losses.self_distillation is on), or teacher (the teacher's, "
+    "of as many dimensions as the encoder has).",
     choices=("own", "teacher"),
   )
   self_distillation: float = setting(
