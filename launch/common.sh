@@ -52,6 +52,6 @@ check_train_flags() {
   case $workdir in
     *://*) fail "--workdir $workdir: not a path; mount the bucket, as docs/pods.md says (Launchers)" ;;
     /*) ;;
-    *) fail "--workdir $workdir: give an absolute path; all hosts must see the same folder" ;;
+    *) fail "--workdir $workdir: give an absolute path; all machines must see the same folder" ;;
   esac
 }

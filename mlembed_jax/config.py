@@ -7,12 +7,13 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import math
 import pathlib
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlembed_jax.config_fields import (
@@ -193,7 +194,9 @@ def _check_number(name: str, value: float, setting: Setting) -> None:
 
 
 def described(values: Mapping[str, Any]) -> str:
-  """Returns every field with its value, its default where it differs, and its meaning.
+  """Returns every field with its value, its default where it differs, its meaning and its rules.
+
+  What a group is for stands above its fields.
 
   Args:
     values: a (nested) mapping such as an ml_collections ConfigDict.
@@ -201,8 +204,18 @@ def described(values: Mapping[str, Any]) -> str:
   Raises:
     ConfigError: an unknown or missing field, or a value of another type.
   """
-  flat = flatten(_dataclass(Config, values, ""))
-  return "\n".join(_described(name, value) for name, value in flat.items())
+  return "\n".join(_described_group(_dataclass(Config, values, "")))
+
+
+def _described_group(config: Any, path: str = "") -> Iterator[str]:
+  """Yields each setting of a configuration, and each group after a heading."""
+  for field in dataclasses.fields(config):
+    name, value = path + field.name, getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield textwrap.indent(f"{name}\n{inspect.getdoc(value)}", "# ")
+      yield from _described_group(value, f"{name}.")
+    else:
+      yield _described(name, value)
 
 
 def _described(name: str, value: Any) -> str:
@@ -213,6 +226,9 @@ def _described(name: str, value: Any) -> str:
   lines += textwrap.wrap(setting.meaning, 96)
   if setting.choices:
     lines.append("Choices: " + ", ".join(map(repr, setting.choices)))
+  if type(value) in (int, float) and not setting.own_rule:
+    upper = "" if math.isinf(setting.below) else f", below {setting.below:g}"
+    lines.append(("Not negative" if setting.zero else "Positive") + f"{upper}.")
   if setting.published is not ABSENT and setting.published != setting.default:
     lines.append(f"Published recipe: {setting.published!r}")
   if setting.free:

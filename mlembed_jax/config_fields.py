@@ -67,10 +67,12 @@ class ModelConfig:
   width: int = setting(1024, "Width of the residual stream, and of the embedding.")
   layers: int = setting(28, "Decoder layers.")
   ffn: int = setting(3072, "Inner width of the SwiGLU MLP.")
-  heads: int = setting(16, "Query heads, a multiple of kv_heads.")
-  kv_heads: int = setting(8, "Heads of keys and values.")
+  heads: int = setting(16, "Query heads of attention, a multiple of model.kv_heads.")
+  kv_heads: int = setting(
+    8, "Key and value heads of attention, each shared by heads / kv_heads queries."
+  )
   head_dim: int = setting(
-    128, "Width of a head, a number of its own: heads x head_dim need not be the width."
+    128, "Width of an attention head, a number of its own: heads x head_dim need not be the width."
   )
   rank: int = setting(
     512, "Rank of the token table U [vocab, rank] @ V [rank, width]. 0: a full table.", zero=True
@@ -113,15 +115,17 @@ class MatryoshkaConfig:
   """What is trained along each axis. () is the default set; (full,) alone switches an axis off."""
 
   dims: tuple[int, ...] = setting(
-    (), "Output dimensions. (): 8, 16, 32, ... below the width, and the width."
+    (), "Output dimensions that are trained. (): 8, 16, 32, ... below the width, and the width."
   )
   exits: tuple[int, ...] = setting(
-    (), "Layer counts. (): 1, 2, 4, 8, 16, 24, 32, ... below the depth, and all layers."
+    (),
+    "Layer counts after which an encoder is trained. (): 1, 2, 4, 8, 16, 24, 32, ... below "
+    "model.layers, and all layers.",
   )
   ranks: tuple[int, ...] = setting(
     (),
-    "Ranks of the token table, one drawn per step by size. (): 64, 128, 256, ... below the rank, "
-    "and the rank.",
+    "Ranks of the token table that are trained: each step draws one, with a chance in proportion "
+    "to the rank. (): 64, 128, 256, ... below model.rank, and model.rank.",
   )
 
 
@@ -129,9 +133,13 @@ class MatryoshkaConfig:
 class TaskConfig:
   """What the contrastive terms do with one task type."""
 
-  temperature: float = setting(0.05, "Cosines are divided by it.")
+  temperature: float = setting(
+    0.05, "Temperature of the task type at the first step: cosines are divided by it."
+  )
   final_temperature: float = setting(
-    0.05, "The temperature that is reached linearly over the run. The same number: fixed."
+    0.05,
+    "Temperature of the task type at the last step, reached linearly from the one at the first. "
+    "The same number: a fixed temperature.",
   )
   negatives: int = setting(
     0,
@@ -142,7 +150,9 @@ class TaskConfig:
     False, "Whether positives of the other rows of the global batch are negatives too."
   )
   symmetric: bool = setting(
-    False, "In the batch: the mean of query to passage and passage to query."
+    False,
+    "Whether the in-batch term is the mean of both directions, query to passage and passage to "
+    "query. False: query to passage alone.",
   )
 
 
@@ -150,9 +160,13 @@ class TaskConfig:
 class ScoredConfig:
   """What is done with pairs that have a score in [0, 1]: higher scores, higher cosines (CoSENT)."""
 
-  temperature: float = setting(0.05, "Cosines are divided by it.")
+  temperature: float = setting(
+    0.05, "Temperature of the task type at the first step: cosines are divided by it."
+  )
   final_temperature: float = setting(
-    0.05, "The temperature that is reached linearly over the run. The same number: fixed."
+    0.05,
+    "Temperature of the task type at the last step, reached linearly from the one at the first. "
+    "The same number: a fixed temperature.",
   )
 
 
@@ -170,20 +184,25 @@ class LossesConfig:
   classification: TaskConfig = group(negatives={"default": 1})
   scored_pairs: ScoredConfig = group()
   learn_temperature: bool = setting(
-    False, "Learns one temperature per task type, from `temperature` on.", published=False
+    False,
+    "Whether one temperature per task type is learned, from its temperature at the first step on.",
+    published=False,
   )
   softmax: str = setting(
     "separate",
-    "Hard and in-batch negatives in two cross-entropies (separate) or in one (joint).",
+    "Whether hard and in-batch negatives stand in two cross-entropies (separate) or in "
+    "one (joint).",
     choices=("separate", "joint"),
     published="separate",
   )
   inbatch_negatives: bool = setting(
-    False, "Whether stored negatives of other rows are candidates, too.", published=False
+    False, "Whether hard negatives of other rows are in-batch negatives, too.", published=False
   )
   # The published code passes no gradient to in-batch passages on several devices.
   inbatch_passage_grad: bool = setting(
-    True, "Whether passages of other rows learn. False: they are constants.", published=False
+    True,
+    "Whether passages of other rows have a gradient. False: they are constants.",
+    published=False,
   )
   mask_duplicates: bool = setting(
     True, "Whether identical texts are never each other's negatives.", published=False
@@ -197,13 +216,15 @@ class LossesConfig:
   )
   false_negative_score: str = setting(
     "own",
-    "Whose cosines judge that: own (the deepest exit at the rank of the step, at full rank beside "
-    "self_distillation), or teacher (as many of its dims).",
+    "Whose cosines losses.false_negative_margin bounds: own (the deepest exit's, at the rank of "
+    "the step, or at full rank where losses.self_distillation is on), or teacher (the teacher's, "
+    "of as many dimensions as the encoder has).",
     choices=("own", "teacher"),
   )
   self_distillation: float = setting(
     0.0,
-    "Weight of the KL divergence to the full model's choice; not for scored pairs. 0: off.",
+    "Weight of the KL divergence of every slice to the full model's choice among the candidates; "
+    "not for scored pairs. 0: off.",
     zero=True,
     published=0.0,
   )
@@ -243,28 +264,30 @@ class KdConfig:
 
   teacher: str = setting(
     "",
-    "Workdir or exported folder of an encoder with the same tokenizer; stored: vectors beside the "
-    "data, named by the manifest; empty: none.",
+    "The teacher: workdir or exported folder of an encoder with the same tokenizer; stored: "
+    "vectors beside the data, named by the manifest; empty: none.",
   )
   exits: tuple[int, ...] = setting(
     (), "Layer counts at which the teacher is an encoder. (): as its folder says."
   )
   match: str = setting(
     "depth_fraction",
-    "Which exits belong together: depth_fraction (the nearest fraction of depth), or index (by "
-    "position from the deepest exit).",
+    "Which exit of the teacher an exit learns from: depth_fraction (the nearest fraction of "
+    "depth), or index (by position from the deepest exit).",
     choices=("depth_fraction", "index"),
     published="index",
   )
   space: str = setting(
     "raw",
-    "Mean squared error of final-norm states (raw), or squared distance of unit vectors (unit).",
+    "Distance to the teacher: mean squared error of final-norm states (raw), or squared distance "
+    "of unit vectors (unit).",
     choices=("raw", "unit"),
     published="raw",
   )
   weight: float = setting(
     1.0,
-    "Weight of the term. 0: the teacher only judges, for losses.false_negative_score.",
+    "Weight of the distance to the teacher. 0: the teacher only judges candidates, for "
+    "losses.false_negative_score.",
     zero=True,
   )
 
@@ -279,17 +302,21 @@ class DataConfig:
 
   builder: str = setting(
     "",
-    "quickstart: write text, tokenizer and dataset into WORKDIR/data first.",
+    "What makes the data first. quickstart: text, tokenizer and dataset in WORKDIR/data; empty: "
+    "nothing, the data are there.",
     choices=("", "quickstart"),
     free=True,
   )
   dataset: str = setting(
     "", "Folder that python -m mlembed_jax.prepare wrote; its tokenizer is used.", free=True
   )
-  train: tuple[str, ...] = setting(("*",), "Patterns over the files of the dataset.")
+  train: tuple[str, ...] = setting(
+    ("*",), "Patterns of the files of the dataset that are trained on."
+  )
   manifest: str = setting(
     "",
-    "JSON file: held-out file -> task_type, instruction, ...; empty where heldout is ().",
+    "JSON file that describes held-out files: file -> task_type, instruction, ...; empty where "
+    "data.heldout is ().",
     free=True,
   )
   heldout: tuple[str, ...] = setting(
@@ -302,25 +329,34 @@ class DataConfig:
   )
   max_rows: int = setting(
     80_000,
-    "Rows per file and epoch, other ones each epoch. 0: all.",
+    "Rows that count per file and epoch, other ones each epoch. 0: all.",
     zero=True,
     published=80_000,
   )
   size_exponent: float = setting(
-    1.0, "Exponent of the size of files. Below 1: small files more often.", published=1.0
+    1.0,
+    "Exponent of the rows of a file in its share of an epoch. 1: in proportion to the rows; below "
+    "1: small files come more often.",
+    published=1.0,
   )
   language_temperature: float = setting(
-    1.0, "Temperature over languages. Above 1: small languages more often.", published=1.0
+    1.0,
+    "Temperature of the shares of languages in an epoch, whose exponent is 1 / temperature. Above "
+    "1: small languages come more often.",
+    published=1.0,
   )
   max_repeats: float = setting(4.0, "No row comes more often than this per epoch (UniMax).")
   instructions: str = setting(
     "",
-    "JSON file: file -> instruction, in place of the manifest's. Empty: those of the manifest.",
+    "JSON file of instructions, file -> instruction, in place of the manifest's. Empty: those of "
+    "the manifest.",
     free=True,  # what it says stands in the plan
     older="",
   )
   query_instructions: bool = setting(
-    True, "Whether queries have their instruction. False: as in the first of two stages."
+    True,
+    "Whether queries have their instruction. False: none, as in the first stage of the published "
+    "recipe's two.",
   )
   document_instructions: float = setting(
     0.3,
@@ -338,8 +374,8 @@ class DataConfig:
   )
   kept_tokens: int = setting(
     0,
-    "The blocks that hold so many tokens of each of `lengths`, over all devices, keep their "
-    "activations for the backward pass; the others are encoded twice.",
+    "Tokens of each sheet width, over all devices, that keep their activations for the backward "
+    "pass, in whole blocks; all others are encoded twice.",
     zero=True,
     free=True,
     older=0,
@@ -362,25 +398,35 @@ class OptimizerConfig:
 
   learning_rate: float = setting(1e-5, "Learning rate after warm-up.")
   min_learning_rate: float = setting(
-    1e-7, "A clamp of the learning rate from below, after the first update.", zero=True
+    1e-7,
+    "Lowest learning rate, in warm-up and decay too. The first update alone has rate 0.",
+    zero=True,
   )
   schedule: str = setting(
     "cosine",
-    "The learning rate after warm-up: cosine (to zero over the run), or constant.",
+    "How the learning rate goes on after warm-up: cosine (to zero over the run), or constant.",
     choices=("cosine", "constant"),
   )
   warmup_steps: int = setting(
     100, "Updates of a linear warm-up. The first update has rate 0 in any case.", zero=True
   )
-  beta1: float = setting(0.9, "Decay of the first moment.", zero=True, below=1)
-  beta2: float = setting(0.98, "Decay of the second moment.", zero=True, below=1)
-  eps: float = setting(1e-8, "Added to the root of the second moment.")
-  weight_decay: float = setting(0.01, "Weight decay, times the learning rate.", zero=True)
+  beta1: float = setting(0.9, "Decay of the first moment of gradients (AdamW).", zero=True, below=1)
+  beta2: float = setting(
+    0.98, "Decay of the second moment of gradients (AdamW).", zero=True, below=1
+  )
+  eps: float = setting(
+    1e-8, "Added to the root of the second moment, which divides an update (AdamW)."
+  )
+  weight_decay: float = setting(
+    0.01,
+    "Share of a parameter that an update takes away, times the learning rate (AdamW).",
+    zero=True,
+  )
   clip_norm: float = setting(1.0, "Largest global norm of a gradient; longer ones are scaled.")
   moments: str = setting(
     "float32",
-    "What is kept per parameter between updates: float32 (8 bytes), bfloat16 (4), or factored (2: "
-    "the second moment by rows and columns).",
+    "How the moments of a parameter are kept between updates: float32 (8 bytes), bfloat16 (4), or "
+    "factored (2: the second moment by rows and columns).",
     choices=("float32", "bfloat16", "factored"),
     older="float32",
   )
@@ -388,11 +434,26 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis. -1 takes what the others leave."""
+  """Devices along each mesh axis."""
 
-  data: int = setting(1, "Copies of the parameters.", own_rule=True, free=True)
-  fsdp: int = setting(-1, "Parts that parameters are split into.", own_rule=True, free=True)
-  tensor: int = setting(1, "Parts that heads and MLP are split into.", own_rule=True, free=True)
+  data: int = setting(
+    1,
+    "Devices along the mesh axis of copies of the parameters. -1: what the other axes leave.",
+    own_rule=True,
+    free=True,
+  )
+  fsdp: int = setting(
+    -1,
+    "Devices along the mesh axis that splits parameters. -1: what the other axes leave.",
+    own_rule=True,
+    free=True,
+  )
+  tensor: int = setting(
+    1,
+    "Devices along the mesh axis that splits heads and MLP. -1: what the other axes leave.",
+    own_rule=True,
+    free=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,11 +461,15 @@ class TrainConfig:
   """Length of the run, seeds, logging and checkpoints."""
 
   init_from: str = setting(
-    "", "A folder in Hugging Face layout, or hf:ORG/NAME. Empty: random weights."
+    "",
+    "Weights to start from: a folder in Hugging Face layout, or hf:ORG/NAME. Empty: "
+    "random weights.",
   )
-  steps: int = setting(0, "Length of the run in updates. 0 where epochs is given.", zero=True)
+  steps: int = setting(0, "Length of the run in updates. 0 where train.epochs is given.", zero=True)
   epochs: float = setting(
-    2.0, "Length of the run in passes over the training files. 0 where steps is given.", zero=True
+    2.0,
+    "Length of the run in passes over the training files. 0 where train.steps is given.",
+    zero=True,
   )
   seed: int = setting(0, "Seed of weights, data order, drawn negatives and drawn ranks.", zero=True)
   log_every: int = setting(10, "Steps per line of metrics.jsonl.", free=True)
@@ -424,7 +489,9 @@ class EvalConfig:
     free=True,
     older=0,
   )
-  batch_size: int = setting(512, "Texts encoded at a time, over all devices.", free=True)
+  batch_size: int = setting(
+    512, "Texts that an evaluation encodes at a time, over all devices.", free=True
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,8 +223,8 @@ def main() -> None:
       file = parts.next(texts)
       if not file.is_file():
         vectors = encoder.encode(texts, **options)
-        of = parts.ranges(vectors) if PRECISION.value.endswith("int8") else None
-        _save(file, quantize(vectors, PRECISION.value, of))
+        calibration = parts.ranges(vectors) if PRECISION.value.endswith("int8") else None
+        _save(file, quantize(vectors, PRECISION.value, calibration))
       bar.update(len(texts))
   if not parts.files:
     raise DataError(f"--input: {INPUT.value} has no texts")

@@ -20,11 +20,11 @@ def ranges(vectors: Vectors) -> Ranges:
   return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
 
 
-def quantize(vectors: Vectors, precision: str, of: Ranges | None = None) -> np.ndarray:
+def quantize(vectors: Vectors, precision: str, calibration: Ranges | None = None) -> np.ndarray:
   """Returns vectors [N, D] in a precision; binary ones in [N, D / 8] bytes, a bit per coordinate.
 
-  int8 and uint8 divide the range of each coordinate into 256 levels. `of`: these ranges, so that
-  vectors of several calls can be compared; None: those of `vectors`.
+  int8 and uint8 divide the range of each coordinate into 256 levels. `calibration`: these
+  ranges, so that vectors of several calls can be compared; None: those of `vectors`.
 
   Raises:
     ValueError: an unknown precision, or coordinates that are no whole bytes.
@@ -35,7 +35,7 @@ def quantize(vectors: Vectors, precision: str, of: Ranges | None = None) -> np.n
     return vectors
   if precision in ("binary", "ubinary"):
     return _bits(vectors, precision)
-  low, high = ranges(vectors) if of is None else of
+  low, high = ranges(vectors) if calibration is None else calibration
   levels = (vectors - low) / np.maximum((high - low) / LEVELS, 1e-12)
   return _signed(np.clip(levels, 0, LEVELS).astype(np.uint8), precision == "int8")
 
@@ -48,8 +48,8 @@ def rounded(vectors: Vectors, precision: str) -> Vectors:
   precision.
   """
   if precision in ("int8", "uint8"):
-    low, high = of = ranges(vectors)
-    levels = quantize(vectors, "uint8", of).astype(np.float32)
+    low, high = calibration = ranges(vectors)
+    levels = quantize(vectors, "uint8", calibration).astype(np.float32)
     return np.minimum(low + (levels + 0.5) * (high - low) / LEVELS, high)
   if precision in ("binary", "ubinary"):
     return np.where(vectors > 0, np.float32(1), np.float32(-1))

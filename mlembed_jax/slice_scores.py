@@ -48,4 +48,4 @@ class SliceScore:
 
 def with_depth(value: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a JSON object in which the depth has its name; version 0.1.0 wrote it as `exit`."""
-  return {"depth" if name == "exit" else name: of for name, of in value.items()}
+  return {"depth" if name == "exit" else name: content for name, content in value.items()}

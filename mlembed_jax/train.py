@@ -31,7 +31,7 @@ ACCEPT_CHANGED_DATA = flags.DEFINE_bool(
   "Go on from the newest checkpoint although rows, mixture or batches changed.",
 )
 PRINT_CONFIG = flags.DEFINE_bool(
-  "print_config", False, "Print every field with value, default and meaning, and end."
+  "print_config", False, "Print every field with value, default, meaning and rules, and end."
 )
 JOIN_TIMEOUT_S = flags.DEFINE_integer(
   "join_timeout_s",

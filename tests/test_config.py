@@ -179,6 +179,25 @@ def test_described_shows_value_default_and_meaning_of_every_field():
   assert "Choices: 'depth_fraction', 'index'" in match and "Published recipe: 'index'" in match
 
 
+def test_described_shows_what_a_number_may_be_and_what_a_group_is_for():
+  text = described(config_dict())
+  lines = {entry.split(" = ")[0]: entry for entry in re.split(r"\n(?=[a-z#])", text)}
+  allowed = {
+    "model.width": ["Positive."],
+    "train.steps": ["Not negative."],
+    "optimizer.beta1": ["Not negative, below 1."],
+    "mesh.data": [],
+    "model.dtype": [],
+    "data.packing": [],
+  }
+  for name, rule in allowed.items():
+    found = re.findall(r"^    ((?:Positive|Not negative)\b.*)$", lines[name], re.MULTILINE)
+    assert found == rule, name
+  groups = {name.rsplit(".", 1)[0] for name in SETTINGS}
+  assert set(re.findall(r"^# ([a-z_.]+)$", text, re.MULTILINE)) == groups
+  assert "# model\n# The encoder: a dense decoder" in text
+
+
 BAD = [
   ("model.heads", 3, "model.heads: 3 is not a multiple of model.kv_heads = 2"),
   ("model.head_dim", 15, "model.head_dim: 15 is odd"),

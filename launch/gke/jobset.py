@@ -25,7 +25,7 @@ from mlembed_jax.devices.tpu import TPUS
 
 TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 
-# gcsfuse, as needed by a run. Metadata are not cached: every host must see at once what another
+# gcsfuse, as needed by a run. Metadata are not cached: every machine must see at once what another
 # wrote. The bucket needs a hierarchical namespace: checkpoints are written to a folder that is
 # then renamed, which gcsfuse refuses in other buckets.
 MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0"
@@ -91,7 +91,7 @@ def train_workdir(flags: list[str]) -> str:
   if "://" in workdir:
     raise InputError(f"--workdir {workdir}: not a path; the bucket is mounted at /gcs/BUCKET")
   if not workdir.startswith("/"):
-    raise InputError(f"--workdir {workdir}: give an absolute path that all hosts share")
+    raise InputError(f"--workdir {workdir}: give an absolute path that all machines share")
   return workdir
 
 
@@ -103,11 +103,11 @@ def check_name(name: str) -> None:
     )
 
 
-def hosts(topology: str, chips_per_host: int) -> int:
+def machines(topology: str, chips_per_host: int) -> int:
   """Returns the number of machines of one slice.
 
   Raises:
-    InputError: the topology is not of the form 4x4 or 4x4x8, or does not divide into hosts.
+    InputError: the topology is not of the form 4x4 or 4x4x8, or does not divide into machines.
   """
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
     raise InputError(f"--topology {topology}: chips along each axis, such as 4x4 or 4x4x8")
@@ -156,7 +156,7 @@ def placeholders(args: argparse.Namespace, train: list[str]) -> dict[str, object
     "NAME": args.name,
     "MAX_RESTARTS": args.max_restarts,
     "SLICES": args.slices,
-    "HOSTS": hosts(args.topology, args.chips_per_host),
+    "HOSTS": machines(args.topology, args.chips_per_host),
     "POD_ANNOTATIONS": {"gke-gcsfuse/volumes": "true"},
     "NODE_SELECTOR": selector,
     "TOLERATIONS": [{"key": taint, "operator": "Exists"} for taint in taints],

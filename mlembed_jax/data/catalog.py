@@ -76,14 +76,16 @@ def save(
   """Writes what TensorFlow Datasets reads, then catalog.json."""
   _write_metadata(
     folder,
-    {split: [shard.written for shard in of] for split, of in shards.items()}
+    {split: [shard.written for shard in split_shards] for split, split_shards in shards.items()}
     | {records.DOCUMENTS: documents},
   )
-  digests = [shard.written.digest for of in shards.values() for shard in of]
+  digests = [shard.written.digest for split_shards in shards.values() for shard in split_shards]
   digests += [written.digest for written in documents]
   value = {
     "plan": recipe.as_json(),
-    "shards": {split: [dataclasses.asdict(s) for s in of] for split, of in shards.items()},
+    "shards": {
+      split: [dataclasses.asdict(s) for s in split_shards] for split, split_shards in shards.items()
+    },
     "documents": [written.records for written in documents],
   }
   decides = recipe.as_json() | {"inputs": digests}  # what was in the files, not when
@@ -98,7 +100,11 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
   with tempfile.TemporaryDirectory() as name:
     temporary: Any = pathlib.Path(name)
     # TensorFlow Datasets cannot open a split without rows.
-    filled = {split: of for split, of in splits.items() if any(shard.records for shard in of)}
+    filled = {
+      split: split_shards
+      for split, split_shards in splits.items()
+      if any(shard.records for shard in split_shards)
+    }
     for split, shards in filled.items():
       (temporary / records.file_name(split, 0, len(shards))).touch()  # it looks for such names
     infos = [
@@ -159,7 +165,9 @@ def load_catalog(folder: pathlib.Path) -> Catalog:
       f"data.dataset: {folder} is no prepared dataset; write one with "
       "python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE --out DIR"
     )
-  shards = {split: [_row_shard(s) for s in of] for split, of in value["shards"].items()}
+  shards = {
+    split: [_row_shard(s) for s in split_shards] for split, split_shards in value["shards"].items()
+  }
   path = str(folder / FILE)
   files = {
     name: File(name, check_entry(path, name, entry), "")
@@ -177,7 +185,7 @@ def _row_shard(value: dict[str, Any]) -> RowShard:
 
 
 def _check_files(catalog: Catalog) -> None:
-  counts = {split: len(of) for split, of in catalog.shards.items()}
+  counts = {split: len(split_shards) for split, split_shards in catalog.shards.items()}
   counts[records.DOCUMENTS] = len(catalog.documents)
   there = {path.name for path in catalog.folder.iterdir()}
   names = [records.file_name(split, i, n) for split, n in counts.items() for i in range(n)]

@@ -124,7 +124,9 @@ def utterances(language: dict[str, Any], rng: Random) -> list[Utterance]:
 
 def pairs(by_language: ByLanguage, rng: Random) -> Iterator[tuple[str, str, list[str]]]:
   """Yields language and text of a query, and its documents: one of its intent, nine of others."""
-  able = {lang: of for lang, of in sorted(by_language.items()) if len(of) > NEGATIVES}
+  able = {
+    lang: intents for lang, intents in sorted(by_language.items()) if len(intents) > NEGATIVES
+  }
   cells = [(lang, intent) for lang, intents in able.items() for intent in sorted(intents)]
   for lang, intent in cells:
     for text in rng.sample(able[lang][intent], min(QUERIES, len(able[lang][intent]))):

@@ -89,9 +89,9 @@ def pack(ids: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[Sheets]:
   made = []
   for i in range(len(layout.widths)):
     per_shard = layout.sheets[i] // layout.batch_shards
-    sheets = _empty(layout, i, math.ceil(max(len(of[i]) for of in bins) / per_shard))
-    for shard, (texts, of) in enumerate(zip(ids, bins, strict=True)):
-      _write(sheets, shard, per_shard, of[i], texts)
+    sheets = _empty(layout, i, math.ceil(max(len(by_width[i]) for by_width in bins) / per_shard))
+    for shard, (texts, by_width) in enumerate(zip(ids, bins, strict=True)):
+      _write(sheets, shard, per_shard, by_width[i], texts)
     made.append(sheets)
   return made
 

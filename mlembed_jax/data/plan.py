@@ -11,7 +11,7 @@ from mlembed_jax.data.mixture import Unit
 from mlembed_jax.data.order import Order
 
 KNOWN = {*REQUIRED, *OPTIONAL}
-SHOWN = 12  # files, and as many units, stand in a printed difference
+SHOWN = 12  # a printed difference names so many files, and as many units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from mlembed_jax.data.mixture import Unit
 from mlembed_jax.data.plan import Plan
 
-SHOWN = 12  # files or languages at either end of the printed table
+SHOWN = 12  # the printed table has so many files or languages at either end
 
 
 @dataclasses.dataclass(frozen=True)

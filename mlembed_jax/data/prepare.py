@@ -92,7 +92,7 @@ def make_recipe(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) ->
   states = {
     file.name: [_state(path) for path in (file.path, *file.vectors.values())] for file in files
   }
-  needed = max(LEAST_PARTITIONS, sum(of[0][0] for of in states.values()) // PARTITION_BYTES)
+  needed = max(LEAST_PARTITIONS, sum(paths[0][0] for paths in states.values()) // PARTITION_BYTES)
   partitions = 1 << (needed - 1).bit_length()
   return Recipe(list(files), states, tokenizer.fingerprint, max_tokens, partitions)
 

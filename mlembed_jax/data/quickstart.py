@@ -209,7 +209,7 @@ def kind_rows(names: Translations, kinds: dict[str, str], seed: int) -> list[Row
     for name, text in pairs.items():
       meanings[text].add(kinds.get(name))
     for kind, label in KINDS.items():
-      mine = sorted(text for text, of in meanings.items() if of == {kind})
+      mine = sorted(text for text, found in meanings.items() if found == {kind})
       for text in rng.sample(mine, min(NAMES_PER_KIND, len(mine))):
         wrong = rng.choice([other for other in KINDS.values() if other != label])
         rows.append(_row(text, [label, wrong], lang))
@@ -265,11 +265,13 @@ def heldout_intents(
 
   centroids = rows("en", support, "support", seen)
   seen = seen | {fold(row["text"]) for row in centroids}
-  tests = {lang: rows(lang, of, "test", seen) for lang, of in heldout.items()}
+  tests = {lang: rows(lang, columns, "test", seen) for lang, columns in heldout.items()}
   full = {
-    lang: of[:HELDOUT_UTTERANCES] for lang, of in tests.items() if len(of) >= HELDOUT_UTTERANCES
+    lang: test[:HELDOUT_UTTERANCES]
+    for lang, test in tests.items()
+    if len(test) >= HELDOUT_UTTERANCES
   }
-  intents = {lang: len({row["intent"] for row in of}) for lang, of in full.items()}
+  intents = {lang: len({row["intent"] for row in test}) for lang, test in full.items()}
   best = sorted(full, key=lambda lang: (lang != "en", -intents[lang], lang))[:HELDOUT_LANGUAGES]
   return centroids + [row for lang in sorted(best) for row in full[lang]]
 

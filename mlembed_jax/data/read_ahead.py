@@ -17,9 +17,9 @@ from mlembed_jax.data.loader import Batch, Batches
 from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.errors import DataError
 
-PREFETCH = 2  # batches that each worker has ready
+PREFETCH = 2  # each worker has so many batches ready
 STALLED_S = 300.0  # a worker that gives no batch for so long is ended; another reads the step
-TRIES = 3  # workers that may die at one step
+TRIES = 3  # so many workers may die at one step
 
 
 def iterate(batches: Batches, start: int, workers: int) -> Iterator[Batch]:

@@ -41,7 +41,7 @@ class FileCount:
 
   def as_json(self) -> dict[str, Any]:
     """Returns the counts."""
-    reasons = {reason: dataclasses.asdict(of) for reason, of in sorted(self.dropped.items())}
+    reasons = {reason: dataclasses.asdict(drop) for reason, drop in sorted(self.dropped.items())}
     return {
       "read": self.read,
       "other_instructions": self.other_instructions,
@@ -56,8 +56,8 @@ def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pa
   for count in counts:
     if count.lost > max_dropped_share * count.read or count.lost == count.read:
       reasons = "; ".join(
-        f"{reason}: {of.rows}, e.g. row {', '.join(map(str, of.examples))}"
-        for reason, of in sorted(count.dropped.items())
+        f"{reason}: {drop.rows}, e.g. row {', '.join(map(str, drop.examples))}"
+        for reason, drop in sorted(count.dropped.items())
       )
       raise DataError(
         f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
@@ -73,9 +73,9 @@ def write_report(
 ) -> None:
   """Writes the whole report."""
   files = {count.name: count.as_json() for count in counts}
-  for split, of in shards.items():
+  for split, split_shards in shards.items():
     for name, value in files.items():
-      mine = [shard for shard in of if shard.file == name]
+      mine = [shard for shard in split_shards if shard.file == name]
       value[split] = sum(shard.written.records for shard in mine)
       languages: Counter[str] = Counter()
       for run in (run for shard in mine for run in shard.runs):
@@ -84,7 +84,10 @@ def write_report(
   totals = {
     "read": sum(count.read for count in counts),
     "dropped": sum(count.lost for count in counts),
-    **{split: sum(shard.written.records for shard in of) for split, of in shards.items()},
+    **{
+      split: sum(shard.written.records for shard in split_shards)
+      for split, split_shards in shards.items()
+    },
     "documents": sum(written.records for written in documents),
     "query_tokens": _tokens(shards, "query_tokens"),
     "positive_tokens": _tokens(shards, "positive_tokens"),
@@ -94,4 +97,9 @@ def write_report(
 
 
 def _tokens(shards: dict[str, list[RowShard]], field: str) -> int:
-  return sum(getattr(run, field) for of in shards.values() for shard in of for run in shard.runs)
+  return sum(
+    getattr(run, field)
+    for split_shards in shards.values()
+    for shard in split_shards
+    for run in shard.runs
+  )

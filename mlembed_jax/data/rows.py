@@ -30,8 +30,8 @@ pc: Any = pyarrow.compute
 # So many rows are in memory at a time. With 24 negatives of 1 kB that is 0.4 GB of text, of which
 # there are several copies on the way: 9 times the text was the peak of a whole chunk.
 CHUNK = 16_384
-CHECKED = 1000  # lines of a JSON file that are looked at before any work
-EXAMPLES = 5  # row numbers are reported per reason
+CHECKED = 1000  # so many lines of a JSON file are looked at before any work
+EXAMPLES = 5  # the report names so many rows per reason
 UNKNOWN = "und"  # the language of rows that name none
 
 

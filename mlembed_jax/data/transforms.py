@@ -22,7 +22,7 @@ from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
 
-BATCH = 8192  # texts are tokenised at a time
+BATCH = 8192  # the tokenizer is given so many texts at a time
 VALIDATION_OF = 100  # one query in so many is held out, by its text: equal ones stay together
 
 

@@ -10,7 +10,7 @@ from mlembed_jax.estimate.estimate import Estimate, Step, Target, estimate_step,
 from mlembed_jax.parallel.sharding import make_mesh, smallest_micro_batch
 from mlembed_jax.training import micro_batch
 
-COPIES = (1, 4, 16)  # of the parameters are tried on each slice
+COPIES = (1, 4, 16)  # each slice is tried with so many copies of the parameters
 REMAT = ("full", "context", "products")
 HEAD = """\
 | mesh | model.remat | data.micro_batch | data.kept_tokens | GiB | free | step | MFU |

@@ -58,8 +58,8 @@ class Costs:
     Raises:
       KeyError, TypeError: fields are missing, or unknown.
     """
-    parameters = [BodyCost(**with_depth(of)) for of in value["parameters"]]
-    latency_ms = [Latency(**with_depth(of)) for of in value["latency_ms"]]
+    parameters = [BodyCost(**with_depth(cost)) for cost in value["parameters"]]
+    latency_ms = [Latency(**with_depth(cost)) for cost in value["latency_ms"]]
     return cls(parameters, latency_ms, value["device"])
 
 

@@ -48,7 +48,7 @@ from mlembed_jax.slice_scores import SliceScore
 
 PREFIX = "mteb:"
 WHOLE = Slice()
-BATCH = 1024  # texts that mteb hands over at a time; batches of the device are the encoder's
+BATCH = 1024  # mteb hands over so many texts at a time; batches of the device are the encoder's
 PASS_BYTES = 2**30  # states of one pass may take so much memory
 _parameters = functools.cache(parameter_count)  # 0.1 s, asked for every task and slice
 

@@ -22,7 +22,7 @@ from mlembed_jax.files import write_text
 from mlembed_jax.slice_scores import Size, SliceScore
 
 HERE = pathlib.Path(__file__).parent
-DIGITS = 6  # of a score are stored. The page shows three; four stored ones would round twice
+DIGITS = 6  # a stored score has so many. The page shows three; four would round twice
 
 
 def write_page(path: str | pathlib.Path, evaluation: Evaluation) -> None:
@@ -82,18 +82,20 @@ def payload(evaluation: Evaluation) -> dict[str, Any]:
   tasks = summary.task_names(evaluation)
   by_view = {f"mean of {len(tasks)} tasks": tasks} if len(tasks) > 1 else {}
   by_view |= {task: [task] for task in tasks}
-  points = [summary.points(evaluation, of[0] if len(of) == 1 else None) for of in by_view.values()]
-  union = {point.size: point for of in reversed(points) for point in of}
+  points = [
+    summary.points(evaluation, names[0] if len(names) == 1 else None) for names in by_view.values()
+  ]
+  union = {point.size: point for view in reversed(points) for point in view}
   sizes = sorted(union, key=summary.by_size)
   place = {size: i for i, size in enumerate(sizes)}
-  languages = [_languages_of(evaluation, of) for of in by_view.values()]
+  languages = [_languages_of(evaluation, names) for names in by_view.values()]
   return {
     "axes": {name: summary.axis([*union.values()], name) for name in summary.AXES},
     "costs": summary.COSTS,
     "units": summary.UNITS,
     "views": [
-      {"name": name, "languages": codes, "fronts": _fronts(of, place)}
-      for name, of, (codes, _) in zip(by_view, points, languages, strict=True)
+      {"name": name, "languages": codes, "fronts": _fronts(view, place)}
+      for name, view, (codes, _) in zip(by_view, points, languages, strict=True)
     ],
     "slices": _slices(sizes, union, points, [scores for _, scores in languages]),
     "full": place[summary.full(points[0]).size],
@@ -113,13 +115,13 @@ def _slices(
   views: Sequence[Sequence[Point]],
   languages: Sequence[Callable[[Size], list[float | None]]],
 ) -> list[dict[str, Any]]:
-  scores = [{point.size: point.score for point in of} for of in views]
+  scores = [{point.size: point.score for point in view} for view in views]
   return [
     {
       **size._asdict(),
       "costs": points[size].costs,
-      "scores": [_rounded(of.get(size)) for of in scores],
-      "languages": [of(size) for of in languages],
+      "scores": [_rounded(by_size.get(size)) for by_size in scores],
+      "languages": [scores_of(size) for scores_of in languages],
     }
     for size in sizes
   ]
@@ -146,10 +148,10 @@ def _languages_of(
   codes = sorted(having)
 
   def scores(size: Size) -> list[float | None]:
-    of = found[size]
-    complete = (len(of[code]) == len(having[code]) for code in codes)
+    by_language = found[size]
+    complete = (len(by_language[code]) == len(having[code]) for code in codes)
     return [
-      _rounded(statistics.fmean(of[code])) if whole else None
+      _rounded(statistics.fmean(by_language[code])) if whole else None
       for code, whole in zip(codes, complete, strict=True)
     ]
 

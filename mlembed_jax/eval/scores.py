@@ -25,7 +25,7 @@ EXPERIMENTS, SAMPLES_PER_LABEL = 10, 8  # of a classification
 BOOTSTRAPS, DRAWS = 10, 2048  # of a clustering; MTEB's tasks draw 2,048 or 16,384 texts
 TOP = 10
 TIE = 1e-6  # scores this near are ties: sums of equal products may round in another order
-QUERIES_AT_ONCE = 1024  # their similarities to all documents stand in memory
+QUERIES_AT_ONCE = 1024  # the similarities of so many to all documents stand in memory
 
 
 def bitext(sources: Vectors, targets: Vectors) -> Scores:

@@ -66,7 +66,7 @@ def points(evaluation: Evaluation, task: str | None = None) -> list[Point]:
     if found.task in names and math.isfinite(found.score):
       scores[found.size][found.task] = found.score
   costs = _costs(evaluation)
-  whole = [size for size, of in scores.items() if len(of) == len(names)]
+  whole = [size for size, by_name in scores.items() if len(by_name) == len(names)]
   if not whole:
     raise ValueError(f"no slice has a score in {task or 'every task'}")
   return [
@@ -183,7 +183,7 @@ def name(point: Point, among: Sequence[Point]) -> str:
     "rank": f"rank {point.rank or 'full'}",
     "precision": point.precision,
   }
-  return ", ".join(of for key, of in parts.items() if len(axis(among, key)) > 1) or "the model"
+  return ", ".join(text for key, text in parts.items() if len(axis(among, key)) > 1) or "the model"
 
 
 def shown(cost: str, value: float) -> str:
@@ -217,7 +217,9 @@ def text_table(evaluation: Evaluation) -> str:
   if len(axis(means, "depth")) == len(axis(means, "dim")) == len(axis(means, "rank")) == 1:
     parts = [_by_precision(by_task)]
   else:
-    parts = [f"{task}:\n\n{_by_dim(of, 'depth', _cell)}" for task, of in by_task.items()]
+    parts = [
+      f"{task}:\n\n{_by_dim(task_points, 'depth', _cell)}" for task, task_points in by_task.items()
+    ]
     if len(axis(means, "rank")) > 1:
       parts.append(f"mean at full depth:\n\n{_by_dim(means, 'rank', _cell)}")
   return "\n\n".join([*parts, *_cheapest_table(evaluation, means)])
@@ -228,10 +230,12 @@ def _cell(point: Point) -> str:
 
 
 def _by_precision(by_task: dict[str, list[Point]]) -> str:
-  precisions = axis([point for of in by_task.values() for point in of], "precision")
+  precisions = axis(
+    [point for task_points in by_task.values() for point in task_points], "precision"
+  )
   rows = []
-  for task, of in by_task.items():
-    scores = {point.precision: point.score for point in of}
+  for task, task_points in by_task.items():
+    scores = {point.precision: point.score for point in task_points}
     rows.append([task, *(percent(scores.get(precision)) for precision in precisions)])
   return markdown(["task", *precisions], rows)
 

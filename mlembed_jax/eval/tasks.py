@@ -189,9 +189,9 @@ def _classification(
       right = scores.classification(
         vectors[place[train]], label[train], vectors[place[rows]], label[rows]
       )
-      of = np.repeat([*tests], [len(test) for test in tests.values()])
+      language = np.repeat([*tests], [len(test) for test in tests.values()])
       for lang in tests:
-        found[lang] = {metric: float(r[of == lang].mean()) for metric, r in right.items()}
+        found[lang] = {metric: float(r[language == lang].mean()) for metric, r in right.items()}
     return dict(sorted(found.items()))
 
   return score

@@ -23,7 +23,7 @@ RELEASED = ("U.pth", "V.pth")  # of the released ML-Embed folders, the same pair
 # Product of the trained factors against the stored table, which may be rounded to bfloat16 (2^-9);
 # the second is for sums in another order, relative to the largest value.
 RTOL, ATOL = 2**-8, 1e-5
-ROWS = 1024  # of the table are compared
+ROWS = 1024  # so many rows of the table are compared
 
 Factors = tuple[np.ndarray, np.ndarray]
 

@@ -40,7 +40,7 @@ OTHER_TYPES = {
   param_mapping.RANK_KEY: int,
 }
 ALLOWED = {int: (int,), float: (float, int), dict: (dict,)}  # True is no int here
-NAMES_SHOWN = 3  # names are listed for each kind of problem
+NAMES_SHOWN = 3  # each kind of problem lists so many names
 
 HUB = "hf:"  # begins the name of a model of the Hugging Face Hub
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json")
@@ -208,9 +208,9 @@ def _type_problems(config: Mapping[str, Any]) -> list[str]:
   types = {key: hints[field] for field, key in param_mapping.CONFIG_KEYS.items()} | OTHER_TYPES
   stated = {**config, **_thetas(config)}
   return [
-    f"E105 config: config.json: {key} is {stated[key]!r}, which is not of type {of.__name__}."
-    for key, of in types.items()
-    if stated.get(key) is not None and type(stated[key]) not in ALLOWED[of]
+    f"E105 config: config.json: {key} is {stated[key]!r}, which is not of type {wanted.__name__}."
+    for key, wanted in types.items()
+    if stated.get(key) is not None and type(stated[key]) not in ALLOWED[wanted]
   ]
 
 

@@ -153,27 +153,27 @@ def _json_object(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
-def _object(of: Any, value: dict[str, Any], prefix: str) -> Any:
+def _object(cls: Any, value: dict[str, Any], prefix: str) -> Any:
   """Returns a JSON object as a dataclass; keys without a field are ignored."""
-  fields = dataclasses.fields(of)
+  fields = dataclasses.fields(cls)
   if missing := [field.name for field in fields if field.name not in value]:
     raise LoadError(f"{prefix}{missing[0]} is missing")
-  return of(**{f.name: _typed(f.type, value[f.name], prefix + f.name) for f in fields})
+  return cls(**{f.name: _typed(f.type, value[f.name], prefix + f.name) for f in fields})
 
 
-def _typed(of: Any, value: Any, name: str) -> Any:
-  """Returns the JSON value of a field as its type `of`, which may end in `| None`."""
-  if isinstance(of, types.UnionType):
-    return None if value is None else _typed(typing.get_args(of)[0], value, name)
-  if of is Any:
+def _typed(hint: Any, value: Any, name: str) -> Any:
+  """Returns the JSON value of a field as its type `hint`, which may end in `| None`."""
+  if isinstance(hint, types.UnionType):
+    return None if value is None else _typed(typing.get_args(hint)[0], value, name)
+  if hint is Any:
     return value
-  container = dict if dataclasses.is_dataclass(of) else typing.get_origin(of)
-  wanted: Any = list if container is tuple else container or of
+  container = dict if dataclasses.is_dataclass(hint) else typing.get_origin(hint)
+  wanted: Any = list if container is tuple else container or hint
   if type(value) is not wanted:  # True is no int here
     raise LoadError(f"{name} is {value!r}, expected {wanted.__name__}")
-  if dataclasses.is_dataclass(of):
-    return _object(of, value, f"{name}.")
-  items = typing.get_args(of)
+  if dataclasses.is_dataclass(hint):
+    return _object(hint, value, f"{name}.")
+  items = typing.get_args(hint)
   if container is tuple:
     return tuple(_typed(items[0], item, f"{name}[{i}]") for i, item in enumerate(value))
   if container is dict:

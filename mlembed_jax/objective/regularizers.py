@@ -69,7 +69,3 @@ def binary(states_BCD: Float[Array, "B C D"]) -> Float[Array, "B C D"]:
   about 1, so a sign is a rounded state and the gradient keeps its size.
   """
   return _straight_through(states_BCD, jnp.where(states_BCD < 0, -1.0, 1.0))
-
-
-# Fields of LossesConfig that weigh the contrastive terms over quantised vectors.
-QUANTIZERS = {"int8": int8, "binary": binary}

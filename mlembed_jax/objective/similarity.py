@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-ABSENT = -1  # numbers a text that only fills up a tile
+ABSENT = -1  # a text with this number only fills up a tile
 
 
 @jax.tree_util.register_dataclass

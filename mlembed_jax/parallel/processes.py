@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from mlembed_jax.errors import ConfigError, OtherProcessError
 
-LONGEST_WAIT_S = 24 * 3600  # one process prepares data or exports while the others wait
+LONGEST_WAIT_S = 24 * 3600  # others wait while one process prepares data or exports
 SEEN_WITHIN_S = 10.0  # a new file on shared storage; nobody has asked for it before it is there
-PIECE_BYTES = 256 * 2**20  # are gathered of an array at a time
+PIECE_BYTES = 256 * 2**20  # a larger array is gathered in pieces of so many bytes
 
 _waits = itertools.count()
 
@@ -106,8 +106,8 @@ def check_same(values: Mapping[str, Any]) -> None:
   if len(set(digests)) == 1:
     return
   others = [process for process, digest in enumerate(digests) if digest != digests[0]]
-  all_of = gather({name: repr(value) for name, value in values.items()})
-  first, other = all_of[0], all_of[others[0]]
+  by_process = gather({name: repr(value) for name, value in values.items()})
+  first, other = by_process[0], by_process[others[0]]
   lines = [
     f"  {name}: {first.get(name)} on process 0, {other.get(name)} on process {others[0]}"
     for name in {**first, **other}

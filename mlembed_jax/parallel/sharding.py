@@ -114,7 +114,7 @@ def rows_of(process: int, mesh: Mesh) -> tuple[int, int]:
   for shard, devices in enumerate(mesh.devices.reshape(batch_shards(mesh.shape), -1)):
     for device in devices:
       held.setdefault(device.process_index, set()).add(shard)
-  parts = sorted({tuple(sorted(of)) for of in held.values()})
+  parts = sorted({tuple(sorted(shards)) for shards in held.values()})
   if sum(map(len, parts)) != batch_shards(mesh.shape) or len({len(part) for part in parts}) > 1:
     raise ConfigError(
       f"mesh: {dict(mesh.shape)} splits rows unevenly over {len(held)} processes; mesh.tensor must "

@@ -210,8 +210,8 @@ def report(inputs: Inputs, total_steps: int, workdir: pathlib.Path) -> None:
   tables = plan_report.plan_table("file", files), plan_report.plan_table("language", languages)
   print(tables[0], "\n", tables[1], "\n", sep="\n")
   lines: dict[str, Any] = {
-    title: [dataclasses.asdict(line) for line in of]
-    for title, of in (("files", files), ("languages", languages))
+    title: [dataclasses.asdict(line) for line in table]
+    for title, table in (("files", files), ("languages", languages))
   }
   write_json(workdir / PLAN, {"steps": total_steps, "epochs": epochs} | lines)
   plan_report.picture(workdir / "plan.png", files, languages)

@@ -28,7 +28,7 @@ from mlembed_jax.slice_scores import SliceScore
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
 AVERAGED = ("loss", "gradient_norm", "negatives")
-ROWS_SHOWN = 8  # are named, of the batch that made the loss infinite
+ROWS_SHOWN = 8  # so many rows are named of the batch that made the loss infinite
 
 
 class Window:

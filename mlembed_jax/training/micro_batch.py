@@ -22,7 +22,7 @@ from mlembed_jax.training.teacher import Teacher
 # A step may take this share of a device's memory; the rest is for batches on their way, and for
 # fragmentation.
 USABLE = 0.9
-PADDING = 0.02  # of a step's tokens may be padding of last blocks
+PADDING = 0.02  # this share of a step's tokens may be padding of last blocks
 # Tokens on a device whose products take as long as gathering their weights, where its links are not
 # known: H100s over NVLink, 989e12 FLOPs / 450e9 bytes per second. Over a slower network between
 # machines it would be more.

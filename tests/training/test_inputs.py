@@ -96,7 +96,7 @@ OTHER = {
 ELSEWHERE = {
   "data.builder",  # tests/data/test_quickstart.py
   *("data.manifest", "data.heldout", "data.instructions"),  # below
-  "data.kept_tokens",  # the same batches: tests/test_gradcache.py
+  "data.kept_tokens",  # the same batches: tests/training/test_gradcache.py
   "data.workers",  # the same batches: tests/data/test_read_ahead.py
 }
 

@@ -275,7 +275,7 @@ OWN = {
 ELSEWHERE = {
   *("losses.retrieval.negatives", "train.init_from", "train.steps", "train.epochs"),
   *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
-  *("kd.teacher", "kd.exits", "kd.match"),  # tests/test_teacher.py
+  *("kd.teacher", "kd.exits", "kd.match"),  # tests/training/test_teacher.py
 }
 
 
