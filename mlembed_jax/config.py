@@ -9,12 +9,15 @@ import difflib
 import importlib.util
 import inspect
 import math
+import os
 import pathlib
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from mlembed_jax.config_fields import (
   ABSENT,
@@ -44,7 +47,7 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
   return module
 
 
-def load_config(path: str, changes: Mapping[str, Any] | None = None) -> Config:
+def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
   """Returns the checked configuration of a file, as `--config` and `--config.FIELD` give it.
 
   Args:
@@ -55,7 +58,7 @@ def load_config(path: str, changes: Mapping[str, Any] | None = None) -> Config:
     ConfigError: the file cannot be read, it has no such variant, or a field or value cannot be
       meant. Other errors of the file's own code are raised as they are.
   """
-  file, _, variant = path.partition(":")
+  file, _, variant = str(path).partition(":")
   try:
     module = load_module(file)
   except (OSError, SyntaxError) as error:
@@ -68,6 +71,8 @@ def load_config(path: str, changes: Mapping[str, Any] | None = None) -> Config:
     if type(error) is not LookupError:  # a KeyError, say, is a fault in the file
       raise
     raise ConfigError(f"{path}: {error}") from error
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(f"{path}: get_config returns a {type(config).__name__}, not a ConfigDict")
   try:
     config.update_from_flattened_dict(changes or {})
   except (LookupError, TypeError) as error:

@@ -345,6 +345,7 @@ def test_load_config_names_what_it_cannot_read(path, changes, message):
   ("code", "error", "message"),
   [
     ("x = (", ConfigError, r"own.py: .*was never closed"),
+    ("def get_config(_): return {}", ConfigError, r"own.py: get_config returns a dict, not a"),
     ("x = 1", ConfigError, r"own.py: has no function get_config\(variant\)"),
     ("def get_config(_): return {}['a']", KeyError, r"^'a'$"),  # a fault in the file
   ],
@@ -352,7 +353,7 @@ def test_load_config_names_what_it_cannot_read(path, changes, message):
 def test_load_config_tells_a_file_that_is_none_from_a_fault_in_it(code, error, message, tmp_path):
   (tmp_path / "own.py").write_text(code)
   with pytest.raises(error, match=message):
-    load_config(str(tmp_path / "own.py"))
+    load_config(tmp_path / "own.py")
 
 
 def test_importing_the_package_imports_nothing_heavy():

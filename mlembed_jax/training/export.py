@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.export import (
@@ -21,7 +21,7 @@ def export_model(
   workdir: str | os.PathLike[str],
   out: str | os.PathLike[str],
   cut: Slice | None = None,
-  variants: tuple[str, ...] = (),
+  variants: str | Sequence[str] = (),
   *,
   name: str | None = None,
   force: bool = False,
@@ -32,7 +32,7 @@ def export_model(
     workdir: the folder of the run.
     out: the folder to write; an earlier export there is replaced.
     cut: depth, rank and dimension of that folder; None: all.
-    variants: more folders beside it, OUT-VARIANT, such as `d64-l2-r128` or `uv`.
+    variants: one or more folders beside it, OUT-VARIANT, such as `d64-l2-r128` or `uv`.
     name: of the model. None: `export.name` and what is cut.
     force: allow sizes that were not trained.
 
@@ -43,8 +43,9 @@ def export_model(
       `export_folder`.
   """
   workdir, out = pathlib.Path(workdir).absolute(), pathlib.Path(out).absolute()
+  names = (variants,) if isinstance(variants, str) else variants
   wanted: Mapping[str, tuple[Slice, bool]] = {"": (cut or Slice(), False)}
-  wanted |= {f"-{variant}": parse_variant(variant) for variant in variants}
+  wanted |= {f"-{variant}": parse_variant(variant) for variant in names}
   run = Run.load(workdir)
   for suffix, (size, factors) in wanted.items():  # before the first is written
     check_variant(run, 0, size, force=force, factors=factors)

@@ -9,6 +9,7 @@ import functools
 import os
 import pathlib
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.devices import compiler
-from mlembed_jax.errors import TrainingError
+from mlembed_jax.errors import ConfigError, TrainingError
 from mlembed_jax.eval import grid, summary
 from mlembed_jax.files import copy_file, make_writable_folder
 from mlembed_jax.hf.export import TrainedModel, check_target, export_folder
@@ -230,6 +231,8 @@ def train_model(
     ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
     SystemExit: after SIGTERM (143) or Ctrl-C (130); the checkpoint is written.
   """
+  if threading.current_thread() is not threading.main_thread():
+    raise ConfigError("train_model: call it in the main thread, which alone hears signals")
   with processes.agreed():
     workdir = make_writable_folder(workdir, "workdir")
   processes.check_shared(workdir)
