@@ -77,7 +77,7 @@ def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | None 
     config.update_from_flattened_dict(changes or {})
   except (LookupError, TypeError) as error:
     raise ConfigError(f"{path}: {error}") from error
-  return from_mapping(config)
+  return from_mapping(typing.cast("Any", config))
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
