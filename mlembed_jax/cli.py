@@ -1,10 +1,11 @@
 """What every command shares: flags in one style, and one way to end."""
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -54,6 +55,17 @@ def _parse(argv: list[str]) -> Any:
     sys.exit(f"error: --config: unknown field {reason}{hint}")
   except (LookupError, OSError, SyntaxError) as error:
     sys.exit(f"error: --config: {error}")
+
+
+@contextlib.contextmanager
+def flags_in_errors(*parameters: str) -> Iterator[None]:
+  """Makes an error that begins with one of these parameters begin with the flag of that name."""
+  try:
+    yield
+  except MlembedError as error:
+    if str(error).startswith(tuple(f"{name}: " for name in parameters)):
+      raise type(error)(f"--{error}") from error
+    raise
 
 
 def read_values(flag: flags.FlagHolder[Any]) -> Any:

@@ -10,14 +10,12 @@ on after a stop: tasks that were scored with the same settings are not scored ag
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.errors import ConfigError, DataError
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.quantize import PRECISIONS
 
 # What imports jax is imported in the functions, so that --help does not wait for it.
@@ -74,17 +72,6 @@ def requested_axes(encoder: Encoder) -> Axes:
     raise ConfigError(f"--{error}") from error
 
 
-@contextlib.contextmanager
-def _flags_in_errors() -> Iterator[None]:
-  """Makes an error that begins with the parameter `tasks` or `out` begin with its flag."""
-  try:
-    yield
-  except (ConfigError, DataError) as error:
-    if str(error).startswith(("tasks: ", "out: ")):
-      raise type(error)(f"--{error}") from error
-    raise
-
-
 def _read_tasks() -> tuple[list[HeldoutTask], list[str]]:
   """Returns the tasks of folders, and the names of those of MTEB."""
   from mlembed_jax.eval import scoring
@@ -95,7 +82,7 @@ def _read_tasks() -> tuple[list[HeldoutTask], list[str]]:
   folders = [name for name in TASKS.value if not name.startswith(MTEB)]
   if named and (flag := next((f.name for f in MTEB_LACKS if f.value != f.default), None)):
     raise ConfigError(f"--{flag}: tasks of MTEB have trained sizes in float32 alone")
-  with _flags_in_errors():
+  with cli.flags_in_errors("tasks"):
     tasks = scoring.read_tasks(folders, named)
   if named:
     scoring.check_named(named)  # before hours of work
@@ -109,7 +96,7 @@ def main() -> None:
 
   tasks, named = _read_tasks()
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
-  with _flags_in_errors():
+  with cli.flags_in_errors("out"):
     out = scoring.make_out(encoder, OUT.value)
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)

@@ -1,6 +1,7 @@
 """Writing files and folders so that none is ever half written. No jax."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -47,6 +48,35 @@ def check_format(
     f"{path}: format_version {found!r} is none that this mlembed_jax reads (1 to {newest}); if a "
     "newer one wrote the file, upgrade mlembed_jax"
   )
+
+
+def read_object(
+  path: pathlib.Path, newest: int, error: type[MlembedError] = ConfigError
+) -> dict[str, Any]:
+  """Returns the object that a JSON file holds.
+
+  Args:
+    path: the file, which is there.
+    newest: the newest `format_version` that this code reads.
+    error: the class of the errors, that of the reader.
+
+  Raises:
+    error: it is no JSON object, or of a format that this code does not know.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as cause:
+    raise error(f"{path}: {cause}") from cause
+  if not isinstance(value, dict):
+    raise error(f"{path}: no JSON object")
+  check_format(path, value.get("format_version"), newest, error)
+  return value
+
+
+def digest(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file's content in hexadecimal."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

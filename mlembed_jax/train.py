@@ -11,7 +11,6 @@ from ml_collections import config_flags
 from mlembed_jax import cli
 from mlembed_jax.config import described
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.files import make_writable_folder
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -54,8 +53,9 @@ def main() -> None:
 
   with join.joined(JOIN_TIMEOUT_S.value):
     with processes.agreed():
-      config, workdir = cli.read_config(CONFIG), make_writable_folder(WORKDIR.value, "--workdir")
-    train_model(config, workdir, accept_changed_data=ACCEPT_CHANGED_DATA.value)
+      config = cli.read_config(CONFIG)
+    with cli.flags_in_errors("workdir"):
+      train_model(config, WORKDIR.value, accept_changed_data=ACCEPT_CHANGED_DATA.value)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from mlembed_jax.config import from_mapping, with_older_values
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.files import check_format, write_json
+from mlembed_jax.files import read_object, write_json
 from mlembed_jax.slice_scores import SliceScore
 
 FORMAT = 1  # of run.json
@@ -54,8 +54,7 @@ class Run:
     path = workdir / "run.json"
     if not path.is_file():
       raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
-    run = _read_object(path)
-    check_format(path, run.get("format_version"), FORMAT)
+    run = read_object(path, FORMAT)
     try:
       config = from_mapping(with_older_values(run["config"]))
       return cls(config, run["datasets"], run["plan"])
@@ -95,8 +94,7 @@ class StepScores:
     path = _scores_path(workdir, step)
     if not path.exists():
       return cls(step, {}, [])
-    value = _read_object(path)
-    check_format(path, value.get("format_version"), SCORES_FORMAT)
+    value = read_object(path, SCORES_FORMAT)
     try:
       scores = [SliceScore.from_json(score) for score in value["scores"]]
       return cls(value["step"], value.get("tasks", {}), scores)
@@ -106,13 +104,3 @@ class StepScores:
 
 def _scores_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
   return workdir / "eval" / f"step_{step}.json"
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ConfigError(f"{path}: {error}") from error
-  if not isinstance(value, dict):
-    raise ConfigError(f"{path}: no JSON object")
-  return value

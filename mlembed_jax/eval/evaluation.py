@@ -1,13 +1,12 @@
 """The content of scores.json: what was scored, the score of every slice, what the slices cost."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 from mlembed_jax.errors import DataError
-from mlembed_jax.files import check_format, write_json
+from mlembed_jax.files import read_object, write_json
 from mlembed_jax.slice_scores import SliceScore, with_depth
 
 FORMAT = 1  # of scores.json
@@ -85,12 +84,8 @@ class Evaluation:
     Raises:
       DataError: it is damaged, or a newer version of the package wrote it.
     """
-    try:
-      value = json.loads(path.read_text(encoding="utf-8"))
-      version = value.pop("format_version", None)
-    except (ValueError, AttributeError, TypeError) as error:
-      raise DataError(f"{path}: {error}") from error
-    check_format(path, version, FORMAT, DataError)
+    value = read_object(path, FORMAT, DataError)
+    value.pop("format_version", None)
     try:
       tasks = [TaskSummary(**task) for task in value.pop("tasks")]
       scores = [SliceScore.from_json(score) for score in value.pop("scores")]
