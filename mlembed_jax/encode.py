@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mlembed_jax import cli
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.quantize import PRECISIONS, quantize, ranges
+from mlembed_jax.quantize import LEAST_TEXTS, LEVELED, PRECISIONS, check_precision, quantize, ranges
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -126,10 +126,19 @@ class Parts:
     self.files.append(self.folder / name)
     return self.files[-1]
 
-  def ranges(self, vectors: np.ndarray) -> np.ndarray:
-    """Returns the ranges of the first part's coordinates, which all parts share."""
+  def ranges(self, vectors: np.ndarray, stored: np.ndarray | None) -> np.ndarray:
+    """Returns the ranges that all parts share: those of the model, else of the first part.
+
+    Raises:
+      ConfigError: the model has none, and the first part has fewer than 100 texts.
+    """
     if not self.ranges_file.is_file():
-      _save(self.ranges_file, ranges(vectors))
+      if stored is None and len(vectors) < LEAST_TEXTS:
+        raise ConfigError(
+          f"--precision: the model has no ranges of int8 vectors, and the first part has "
+          f"{len(vectors)} texts; at least {LEAST_TEXTS} are needed (--part, --input)"
+        )
+      _save(self.ranges_file, ranges(vectors) if stored is None else stored)
     return np.load(self.ranges_file)
 
 
@@ -212,18 +221,20 @@ def main() -> None:
   options |= {"untrained": UNTRAINED.value}
   try:
     # What cannot be meant is refused before any work.
-    quantize(encoder.encode(["a"], **options), PRECISION.value)
+    dim = encoder.encode(["a"], **options).shape[1]
+    check_precision(PRECISION.value, LEAST_TEXTS, dim)
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
   settings = {"precision": PRECISION.value, "pooled_token": POOLED_TOKEN.value}
   settings |= {"model": encoder.fingerprint}
-  parts = Parts(out, options | settings)
+  parts, leveled = Parts(out, options | settings), PRECISION.value in LEVELED
+  stored = encoder.ranges(DEPTH.value, DIM.value) if leveled else None
   with tqdm(unit=" texts", disable=None) as bar:
     for texts in parts_of(read_texts(INPUT.value, COLUMN.value), PART.value):
       file = parts.next(texts)
       if not file.is_file():
         vectors = encoder.encode(texts, **options)
-        calibration = parts.ranges(vectors) if PRECISION.value.endswith("int8") else None
+        calibration = parts.ranges(vectors, stored) if leveled else None
         _save(file, quantize(vectors, PRECISION.value, calibration))
       bar.update(len(texts))
   if not parts.files:

@@ -6,8 +6,11 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
+import safetensors.numpy
 
 from mlembed_jax.errors import ConfigError, MlembedError
 
@@ -103,6 +106,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a value as JSON so that readers see all of the file or nothing, see `new_file`."""
   write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file so that readers see all of it or nothing, see `new_file`.
+
+  Arrays may lie in memory in any order. safetensors 0.8 copies their memory as it lies under a
+  row-major shape, without a word (its issue 825); and what a device gave is often laid out by
+  columns, which `numpy.asarray` keeps.
+  """
+  rows = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+  with new_file(path) as new:
+    safetensors.numpy.save_file(rows, new, metadata={"format": "pt"})
 
 
 def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:

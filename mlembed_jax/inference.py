@@ -25,14 +25,14 @@ from tqdm import tqdm
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
-from mlembed_jax.hf import factors, own_file
+from mlembed_jax.hf import factors, own_file, stored_ranges
 from mlembed_jax.hf.folder import open_model_folder, read_model, read_positions, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.models.encoder import parameter_shapes
-from mlembed_jax.quantize import quantize, unit
+from mlembed_jax.quantize import LEVELED, Ranges, check_precision, quantize, unit
 
 # Widths of batches: a text is padded by a third at most. Rows follow from the tokens of a batch, so
 # there are as many programs.
@@ -73,6 +73,7 @@ class Encoder:
     self._model, self._tokenizer = model, tokenizer
     self._mesh = Mesh(np.array(jax.local_devices()), ("data",))
     self._cut = functools.lru_cache(maxsize=2)(self._read_cut)
+    self._ranges = functools.cache(lambda: stored_ranges.read(folder))
 
   @classmethod
   def load(
@@ -121,27 +122,46 @@ class Encoder:
     precision: str = "float32",
     untrained: bool = False,
     show_progress_bar: bool = False,
+    ranges: Ranges | None = None,
   ) -> np.ndarray:
     """Returns a vector [D] of a text, or [N, D] of a list of them, in their order.
 
     `prompt`, or the prompt of the folder that `prompt_name` names, stands before every text.
     `depth` layers, `rank` columns of the token table and `dim` coordinates are used; None: all.
-    `normalize`: to unit length. `precision`: see `quantize`. Texts longer than `max_seq_length`
-    are cut, with a warning that counts them.
+    `normalize`: to unit length. `precision`: see `quantize`; int8 and uint8 round by `ranges`
+    [2, D], else by those of the folder, else by those of at least 100 texts. Texts
+    longer than `max_seq_length` are cut, with a warning that counts them.
 
     Raises:
       ValueError: an unknown prompt or precision; a size that the model lacks, or that was not
-        trained (allowed with `untrained`); a vector that is not finite.
+        trained (allowed with `untrained`); no ranges; a vector that is not finite.
     """
     self.check(depth, rank, dim, untrained)
     listed = [texts] if isinstance(texts, str) else texts
+    if precision not in LEVELED and ranges is not None:
+      raise ValueError(f"ranges: vectors in {precision} have none; leave them out")
+    if precision in LEVELED and ranges is None and normalize:
+      ranges = self.ranges(depth, dim)
+    check_precision(precision, len(listed), dim or self.dim, ranges)
     ids = self.ids(listed, self._prompt(prompt_name) if prompt is None else prompt)
     size = depth or self._model.layers
-    vectors = self.states(ids, (size,), depth, rank, show_progress_bar)[0, :, : dim or self.dim]
+    states = self.states(ids, (size,), depth, rank, show_progress_bar)
+    vectors = states[0, :, : dim or self.dim].copy()  # some indexes read a view wrongly
     if normalize:
       vectors = unit(vectors)
-    vectors = quantize(vectors, precision)
-    return vectors[0] if isinstance(texts, str) else vectors
+    vectors = quantize(vectors, precision, ranges)
+    return vectors[0].copy() if isinstance(texts, str) else vectors
+
+  def ranges(self, depth: int | None = None, dim: int | None = None) -> Ranges | None:
+    """Returns the ranges [2, D] by which int8 and uint8 vectors of a slice are rounded.
+
+    The export measured them on unit vectors of training texts, at the full rank of the token table;
+    they serve every rank. None where it did not, or not of these sizes.
+
+    Raises:
+      LoadError: the file of the ranges is damaged.
+    """
+    return self._ranges().get((depth or self._model.layers, dim or self.dim))
 
   @property
   def name(self) -> str:

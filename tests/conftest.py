@@ -19,6 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from mlembed_jax.config import from_mapping  # noqa: E402
 from mlembed_jax.config_fields import Config  # noqa: E402
 from mlembed_jax.data.tokenizer import Tokenizer  # noqa: E402
+from mlembed_jax.hf import stored_ranges  # noqa: E402
 from mlembed_jax.hf.export import TrainedModel, export_folder  # noqa: E402
 from mlembed_jax.matryoshka import Slice  # noqa: E402
 from mlembed_jax.workdir import Run  # noqa: E402
@@ -93,6 +94,8 @@ def exported(
   run = Run(dataclasses.replace(tiny, matryoshka=trained), {}, "f" * 64)
   tokenizer = Tokenizer(data / "tokenizer.json", tiny.data.pooled_token)
   root = tmp_path_factory.mktemp("exported")
-  model = TrainedModel(run, 1, params, tokenizer)
+  texts = [text for language in ("en", "de", "zh") for text in material.sentences(language)]
+  sample = tokenizer.encode(texts, stored_ranges.TOKENS)
+  model = TrainedModel(run, 1, params, tokenizer, sample=sample)
   cuts = {"full": Slice(), "cut": Slice(depth=1, dim=16)}
   return {name: export_folder(root / name, model, cut) for name, cut in cuts.items()}

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,16 +87,38 @@ def test_a_part_of_other_settings_is_not_taken(full, jsonl, expected, tmp_path):
   np.testing.assert_allclose(np.load(out), expected, atol=1e-5)
 
 
-def test_parquet_in_and_out_with_ranges_of_the_first_part(full, expected, tmp_path):
+def without_ranges(folder, target):
+  """Returns a copy of an exported folder as version 0.1.0 wrote it, without ranges."""
+  shutil.copytree(folder, target)
+  own = json.loads((target / "mlembed.json").read_text())
+  del own["ranges_file"]
+  (target / "mlembed.json").write_text(json.dumps(own))
+  return target
+
+
+@pytest.mark.parametrize("of_model", [True, False])
+def test_parquet_in_and_out_with_ranges_of_the_model_or_the_first_part(
+  full, expected, of_model, tmp_path
+):
   pq.write_table(pa.table({"title": TEXTS}), tmp_path / "texts.parquet")
   out = tmp_path / "vectors.parquet"
-  done = run(full, out, tmp_path / "texts.parquet", *CUT, "--precision=int8")
+  model = full if of_model else without_ranges(full, tmp_path / "model")
+  flags = (*CUT, "--precision=int8", "--part=128")
+  done = run(model, out, tmp_path / "texts.parquet", *flags)
   assert done.returncode == 0, done.stderr
   found = np.array(pq.read_table(out)["vector"].to_pylist(), np.int8)
   of = np.load(tmp_path / "vectors.ranges.npy")
-  np.testing.assert_allclose(of, ranges(expected[:64]), atol=1e-6)
+  wanted = Encoder.load(full).ranges(1, 16) if of_model else ranges(expected[:128])
+  np.testing.assert_allclose(of, wanted, atol=1e-6)
   difference = np.abs(found.astype(int) - quantize(expected, "int8", of))
   assert difference.max() <= 1  # on the edge of a level
+
+
+def test_ranges_of_few_texts_are_refused(full, tmp_path):
+  model = without_ranges(full, tmp_path / "model")
+  done = run(model, tmp_path / "v.npy", "-", "--precision=int8", stdin="one\ntwo")
+  assert done.returncode == 1 and not (tmp_path / "v.npy").exists()
+  assert "error: --precision: the model has no ranges" in done.stderr and "2 texts" in done.stderr
 
 
 def test_lines_are_read_from_a_pipe(full, expected, tmp_path):

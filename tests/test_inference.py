@@ -18,7 +18,7 @@ from mlembed_jax.hf.folder import FILES
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models import batched
-from mlembed_jax.quantize import PRECISIONS, quantize, ranges
+from mlembed_jax.quantize import PRECISIONS, decoded, quantize, ranges, unit
 from mlembed_jax.workdir import Run
 from tests.material import sentences
 
@@ -110,10 +110,133 @@ def test_precisions_are_those_of_sentence_transformers(precision):
     np.testing.assert_array_equal(quantize(vectors[:50] * 0.4, precision, fixed), expected)
 
 
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+def test_few_vectors_are_rounded_by_given_ranges_alone(precision):
+  vectors = np.random.default_rng(0).normal(size=(99, 8)).astype(np.float32)
+  with pytest.raises(ValueError, match=r"needs ranges, or at least 100 texts .* found 99"):
+    quantize(vectors, precision)
+  fixed = ranges(vectors)
+  fixed[:, 3] = vectors[0, 3]  # a coordinate that never changed, until now
+  for few in (vectors[:1], vectors[:1] * 3, vectors):
+    expected = quantize_embeddings(few, precision, ranges=fixed)
+    np.testing.assert_array_equal(quantize(few, precision, fixed), expected)
+    np.testing.assert_array_equal(quantize(few[0], precision, fixed), expected[0])
+  for wrong in (fixed[:, :7], fixed[::-1], fixed * np.nan):
+    with pytest.raises(ValueError, match="ranges: "):
+      quantize(vectors, precision, wrong)
+  assert quantize(vectors[:0], precision).shape == (0, 8)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+def test_decoded_codes_are_the_middles_of_their_levels(precision):
+  low, high = fixed = np.array([[-1.0, 0.0, -0.1], [3.0, 0.5, 0.2]], np.float32)
+  levels = np.arange(256)[:, None]
+  codes = (levels.repeat(3, axis=1) - (128 if precision == "int8" else 0)).astype(precision)
+  found = decoded(codes, fixed)
+  middles = low + (levels + 0.5) * (high.astype(np.float64) - low) / 255
+  np.testing.assert_allclose(found, np.minimum(middles, high), atol=1e-6)
+  # The last level is one point, the end of the range.
+  np.testing.assert_array_equal(quantize(found[:255], precision, fixed), codes[:255])
+  with pytest.raises(ValueError, match="codes: expected int8 or uint8, found float32"):
+    decoded(found, fixed)
+
+
+def test_decoded_codes_find_what_vectors_find_and_codes_do_not():
+  """Coordinates have unequal ranges, as those of encoders do."""
+  random = np.random.default_rng(0)
+  vectors = random.normal(size=(1000, 64)) * random.uniform(0.2, 2, 64) + random.normal(size=64)
+  vectors = unit(vectors.astype(np.float32))
+  fixed = ranges(vectors)
+  codes = quantize(vectors, "int8", fixed)
+
+  def top(x):
+    return np.argsort(-(x @ x.T), axis=1)[:, :10]
+
+  def agreement(x):
+    pairs = zip(top(vectors), top(x), strict=True)
+    return np.mean([len(set(a) & set(b)) / 10 for a, b in pairs])
+
+  by_decoded = agreement(unit(decoded(codes, fixed)))
+  by_codes = agreement(unit(codes.astype(np.float32)))
+  print(f"top 10 of float32: {by_decoded:.3f} by decoded codes, {by_codes:.3f} by codes")
+  assert by_decoded > 0.95 > 0.9 > by_codes
+
+
 def test_precisions_of_the_encoder(encoder):
   vectors = encoder.encode(TEXTS)
   found = encoder.encode(TEXTS, precision="binary")
   np.testing.assert_array_equal(found, quantize(vectors, "binary"))
+
+
+@pytest.mark.parametrize(("depth", "dim"), [(None, None), (1, 16), (3, 16)])
+def test_int8_of_one_text_is_that_of_many(encoder, depth, dim):
+  cut = {"depth": depth, "dim": dim}
+  vectors = encoder.encode(TEXTS, **cut)
+  expected = quantize_embeddings(vectors, "int8", ranges=encoder.ranges(depth, dim))
+  found = np.array([encoder.encode(text, precision="int8", **cut) for text in TEXTS[:4]])
+  assert np.abs(found.astype(int) - expected[:4]).max() <= 1  # on the edge of a level
+  own = ranges(vectors)
+  found = encoder.encode(TEXTS[:4], precision="uint8", ranges=own, **cut)
+  expected = quantize_embeddings(vectors[:4], "uint8", ranges=own)
+  assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_stored_ranges_are_those_of_sentence_transformers(exported):
+  texts = [text for language in ("en", "de", "zh") for text in sentences(language)]
+  for name, depth, dim in (("full", 3, 48), ("full", 3, 16), ("full", 1, 16), ("cut", 1, 16)):
+    theirs = sentence_transformers.SentenceTransformer(
+      str(exported[name]),
+      device="cpu",
+      model_kwargs={"dtype": torch.float32},
+      config_kwargs={"num_hidden_layers": depth},
+    ).encode(texts, truncate_dim=dim, normalize_embeddings=True)
+    found = Encoder.load(exported[name]).ranges(depth, dim)
+    np.testing.assert_allclose(found, ranges(theirs), atol=1e-5)
+  assert Encoder.load(exported["full"]).ranges(2, 16) is None
+
+
+def test_int8_without_ranges_needs_texts(exported, tmp_path):
+  shutil.copytree(exported["cut"], tmp_path / "cut")
+  own = json.loads((tmp_path / "cut/mlembed.json").read_text())
+  del own["ranges_file"]  # as version 0.1.0 wrote it
+  (tmp_path / "cut/mlembed.json").write_text(json.dumps(own))
+  encoder = Encoder.load(tmp_path / "cut")
+  with pytest.raises(ValueError, match="at least 100 texts to take them from, found 1"):
+    encoder.encode("one", precision="int8")
+  many = [f"{text} {i}" for i, text in enumerate(TEXTS * 3)]
+  expected = quantize_embeddings(encoder.encode(many), "int8")
+  np.testing.assert_array_equal(encoder.encode(many, precision="int8"), expected)
+  for precision in PRECISIONS:
+    assert len(encoder.encode([], precision=precision)) == 0
+
+
+def test_vectors_of_other_scales_are_not_rounded_by_the_folders_ranges(encoder):
+  with pytest.raises(ValueError, match="needs ranges"):
+    encoder.encode("one", precision="int8", normalize=False)
+  with pytest.raises(ValueError, match="ranges: vectors in binary have none"):
+    encoder.encode("one", precision="binary", ranges=np.zeros((2, 48)))
+
+
+def test_damaged_ranges_are_refused(exported, tmp_path):
+  shutil.copytree(exported["cut"], tmp_path / "cut")
+  file = tmp_path / "cut" / "mlembed" / "ranges.safetensors"
+  whole = file.read_bytes()
+  for content in (whole[:-1], whole.replace(b"l1-d16", b"l1 d16"), None):
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(LoadError, match=r"E104 file: .*ranges\.safetensors"):
+      Encoder.load(tmp_path / "cut").encode("one", precision="int8")
+
+
+def test_vectors_handed_out_are_contiguous_and_their_own(encoder):
+  for options in (
+    {"normalize": False, "dim": 16},
+    {"dim": 16},
+    {"precision": "binary"},
+    {"precision": "int8"},
+  ):
+    for texts in (TEXTS, TEXTS[0], []):
+      found = encoder.encode(texts, **options)
+      assert found.flags.c_contiguous and found.base is None
 
 
 def test_long_texts_are_cut_and_counted(exported):

@@ -20,6 +20,7 @@ from mlembed_jax import evaluate_model, export_model, train_model
 from mlembed_jax.config import from_mapping
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.eval.evaluation import Evaluation
+from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.slice_scores import Size
 from mlembed_jax.training.checkpoint import load_newest_params
@@ -193,6 +194,7 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
   result = run(data, tmp_path / "work", **flags)
   assert result.returncode == 0, result.stderr
   assert (tmp_path / "work/export/tiny/model.safetensors").is_file()
+  assert (tmp_path / "work/export/tiny/mlembed/ranges.safetensors").is_file()
   for part in ("heldout/bitext.parquet, f1", "heldout/colours.parquet, accuracy", "| rank |"):
     assert part in result.stdout
   assert f'SentenceTransformer("{tmp_path}/work/export/tiny")' in result.stdout
@@ -448,6 +450,8 @@ def test_python_calls_it_twice_in_one_process(data, tmp_path):
   assert len(lines(tmp_path / "a")) == 2
   whole, cut = export_model(tmp_path / "a", tmp_path / "model", variants=("d48-l2",))
   assert (whole.name, cut.name) == ("model", "model-d48-l2")
+  assert (whole / "mlembed/ranges.safetensors").is_file()
+  assert Encoder.load(cut).ranges(2, 48).shape == (2, 48)
   found = evaluate_model(str(cut), [data / "heldout"], tmp_path / "scores", Slice(dim=16))
   assert {score.size for score in found.scores} == {Size(0, 2, 16, "float32")}
   assert Evaluation.load(tmp_path / "scores" / "scores.json").scores == found.scores

@@ -185,7 +185,7 @@ class Batches:
     """Returns a text's ids as the model reads them, ending with the pooled token."""
     ids = text.tokens
     if instructed:
-      ids = np.concatenate([self._prefix_of(file), text.head, ids[text.skip :]])
+      ids = text.after(self._prefix_of(file))
     return np.concatenate([ids[: self._options.lengths[-1] - 1], self._pooled])
 
   def _teacher(self, kind: Kind, places: list[int], columns: np.ndarray) -> np.ndarray | None:

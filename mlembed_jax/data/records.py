@@ -7,7 +7,7 @@ times as fast as through the library's feature classes.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ class Text:
   head: Int32[np.ndarray, "H"]
   skip: int
   hash: UInt32[np.ndarray, "2"]  # 64 bits of the bare text
+
+  def after(self, prefix: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "I"]:
+    """Returns the ids of the text as a query, after those of an instruction."""
+    return np.concatenate([np.asarray(prefix, np.int32), self.head, self.tokens[self.skip :]])
 
   @property
   def longest(self) -> int:

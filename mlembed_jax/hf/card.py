@@ -46,6 +46,24 @@ python convert_hf_to_gguf.py ./{name}  # then llama-server --embedding --pooling
 ```
 
 The export does not run them."""
+INT8 = """\
+**int8.** Round queries and documents by the same ranges: those of `{file}` were measured
+on training texts, for each depth and dimension.
+
+```python
+from safetensors.numpy import load_file
+from sentence_transformers.util.quantization import quantize_embeddings
+
+low, high = ranges = load_file("{name}/{file}")["l{depth}-d{dim}"]
+codes = quantize_embeddings(documents, "int8", ranges=ranges)
+decoded = low + (codes.astype("float32") + 128.5) * (high - low) / 255
+```
+
+Decode codes before they are compared, or re-rank what they find: cosines and products of the codes
+themselves order texts in another way."""
+NO_INT8 = """\
+**int8.** This folder has no ranges: its export had no training texts at hand. Take them from at
+least 100 texts, and round queries and documents by the same ones."""
 FACTORS_ONLY = """\
 The token table is stored as two factors, which the code of this folder multiplies row by row. TEI,
 vLLM and llama.cpp do not read it: they need the folder with the merged table."""
@@ -56,11 +74,15 @@ def card(
   pooled_token: str,
   prompts: Mapping[str, str],
   evaluation: StepScores | None,
+  ranges_file: str | None = None,
 ) -> str:
-  """Returns README.md; `evaluation` holds the held-out scores of the step."""
+  """Returns README.md.
+
+  `evaluation` holds the held-out scores of the step; `ranges_file` those of int8 vectors, if any.
+  """
   bodies = (
     _what_it_is(variant, pooled_token, prompts),
-    _use(variant),
+    f"{_use(variant)}\n\n{_int8(variant, ranges_file)}",
     _cutting(variant),
     _training(variant),
     _data(variant),
@@ -154,6 +176,12 @@ sentence-transformers 6 computes in the stored dtype, 5 in float32; for float32 
 `model_kwargs={{"torch_dtype": torch.float32}}`.
 
 {servers} `parity.json` holds texts and their vectors to compare with."""
+
+
+def _int8(variant: Variant, file: str | None) -> str:
+  if file is None:
+    return NO_INT8
+  return INT8.format(file=file, name=variant.name, depth=variant.depth, dim=variant.dim)
 
 
 def _cutting(variant: Variant) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
-import safetensors.numpy
 
 from mlembed_jax import __version__, matryoshka
 from mlembed_jax.config import flatten
@@ -25,8 +24,8 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.errors import ExportError, LoadError
 from mlembed_jax.families import FAMILIES
-from mlembed_jax.files import replace_folder, write_json, write_text
-from mlembed_jax.hf import config_files, own_file, param_mapping, parity
+from mlembed_jax.files import replace_folder, write_json, write_safetensors, write_text
+from mlembed_jax.hf import config_files, own_file, param_mapping, parity, stored_ranges
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.checks import examine
 from mlembed_jax.hf.checks.finding import ERROR
@@ -53,6 +52,7 @@ class TrainedModel:
   params: Mapping[str, Any]  # the whole trained tree
   tokenizer: Tokenizer
   evaluation: StepScores | None = None  # the held-out scores of the step
+  sample: Sequence[Sequence[int]] = ()  # token ids of training texts, for ranges of int8 vectors
 
 
 def variant_name(name: str, cut: Slice, factors: bool = False) -> str:
@@ -204,11 +204,13 @@ def _write(
     **config_files.modules(variant),
   }.items():
     write_json(folder / path, value)
-  write_json(folder / parity.FILE, parity.items(folder, variant, tokenizer, prompts["query"]))
-  write_text(
-    folder / "README.md", card(variant, tokenizer.pooled_token, prompts, trained.evaluation)
-  )
-  own_file.write(folder, _own_file(folder, variant, tokenizer))
+  # Read back from the folder, the weights are held once more, in float32.
+  stored = parity.load(folder, variant.body)
+  write_json(folder / parity.FILE, parity.items(stored, variant, tokenizer, prompts["query"]))
+  ranges_file = stored_ranges.write(folder, variant, stored, trained.sample)
+  text = card(variant, tokenizer.pooled_token, prompts, trained.evaluation, ranges_file)
+  write_text(folder / "README.md", text)
+  own_file.write(folder, _own_file(folder, variant, tokenizer, ranges_file))
 
 
 def _check(folder: pathlib.Path) -> None:
@@ -289,12 +291,12 @@ def _stored(params: Mapping[str, Any], t: param_mapping.Tensor, dtype: np.dtype)
 
 
 def _write_small(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
-  path.parent.mkdir(exist_ok=True)
-  arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-  safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+  write_safetensors(path, {name: np.asarray(a, np.float32) for name, a in tensors.items()})
 
 
-def _own_file(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> OwnFile:
+def _own_file(
+  folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer, ranges_file: str | None
+) -> OwnFile:
   """Returns the content of mlembed.json, with digests of all other files, which must be there."""
   config, axes = variant.run.config, variant.axes
   return OwnFile(
@@ -309,6 +311,7 @@ def _own_file(folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer) -> O
     prompt_template=PREFIX.format(instruction="{task}") + QUERY,
     training=_training(variant),
     files=_digests(folder),
+    ranges_file=ranges_file,
   )
 
 

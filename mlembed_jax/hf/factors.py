@@ -11,9 +11,9 @@ import time
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from mlembed_jax.errors import LoadError
+from mlembed_jax.files import write_safetensors
 from mlembed_jax.hf import torch_file
 from mlembed_jax.hf.folder import Folder, open_file
 from mlembed_jax.matryoshka import default_ranks, factorize
@@ -23,6 +23,7 @@ RELEASED = ("U.pth", "V.pth")  # of the released ML-Embed folders, the same pair
 # Product of the trained factors against the stored table, which may be rounded to bfloat16 (2^-9);
 # the second is for sums in another order, relative to the largest value.
 RTOL, ATOL = 2**-8, 1e-5
+FORMAT = 2  # of kept factors; those of the first may be permuted, and are not read
 ROWS = 1024  # so many rows of the table are compared
 
 Factors = tuple[np.ndarray, np.ndarray]
@@ -99,7 +100,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def _kept(table: np.ndarray, rank: int) -> Factors:
-  digest = hashlib.sha256(f"{table.dtype} {table.shape} {rank} ".encode())
+  digest = hashlib.sha256(f"{FORMAT} {table.dtype} {table.shape} {rank} ".encode())
   digest.update(np.ascontiguousarray(table).view(np.uint8).data)
   file = cache_folder() / f"factors-{digest.hexdigest()[:32]}.safetensors"
   if file.is_file():
@@ -107,12 +108,7 @@ def _kept(table: np.ndarray, rank: int) -> Factors:
     stored = open_file(file)
     return stored["U"].read(), stored["V"].read()
   u, v = _factorised(table, rank)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  temporary = file.with_suffix(f".{os.getpid()}")
-  # Of other layouts safetensors 0.8 writes wrong numbers without a word (its issue 825).
-  factors = {"U": np.ascontiguousarray(u), "V": np.ascontiguousarray(v)}
-  safetensors.numpy.save_file(factors, temporary)
-  temporary.rename(file)
+  write_safetensors(file, {"U": u, "V": v})
   return u, v
 
 

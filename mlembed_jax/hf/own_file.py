@@ -106,6 +106,7 @@ class OwnFile:
   prompt_template: str
   training: Training
   files: dict[str, Digest]  # all others of the folder
+  ranges_file: str | None = None  # of the ranges of int8 vectors; folders of 0.1.0 have none
 
 
 def write(folder: pathlib.Path, content: OwnFile) -> None:
@@ -155,7 +156,7 @@ def _json_object(path: pathlib.Path) -> dict[str, Any]:
 
 def _object(cls: Any, value: dict[str, Any], prefix: str) -> Any:
   """Returns a JSON object as a dataclass; keys without a field are ignored."""
-  fields = dataclasses.fields(cls)
+  fields = [f for f in dataclasses.fields(cls) if f.name in value or f.default is f.default_factory]
   if missing := [field.name for field in fields if field.name not in value]:
     raise LoadError(f"{prefix}{missing[0]} is missing")
   return cls(**{f.name: _typed(f.type, value[f.name], prefix + f.name) for f in fields})

@@ -13,7 +13,7 @@ from mlembed_jax import matryoshka
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.config_files import Variant
-from mlembed_jax.hf.load import load_params, on_device
+from mlembed_jax.hf.load import Params, load_params, on_device
 from mlembed_jax.models.batched import Batching, encode_batched
 
 FILE = "parity.json"
@@ -45,16 +45,15 @@ TOLERANCE = {
 
 
 def items(
-  folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer, query_prompt: str
+  params: Params, variant: Variant, tokenizer: Tokenizer, query_prompt: str
 ) -> dict[str, Any]:
-  """Returns parity.json.
+  """Returns parity.json, by weights that `load` read back from the folder.
 
-  The weights are read back from the folder, so a file that differs from what was meant stops the
-  export here. So the process holds them once more, in float32.
+  So a file that differs from what was meant stops the export here.
   """
   found = _items(tokenizer, variant.run.config.export.max_seq_length, query_prompt)
   ids = [item["input_ids"] for item in found]
-  for item, vector in zip(found, vectors(folder, variant.body, ids, variant.dim), strict=True):
+  for item, vector in zip(found, _vectors(params, variant.body, ids, variant.dim), strict=True):
     item["embedding"] = base64.b64encode(vector.tobytes()).decode()
   return {
     "format_version": 1,
@@ -70,12 +69,29 @@ def vectors(
   folder: pathlib.Path, model: ModelConfig, ids: Sequence[Sequence[int]], dim: int
 ) -> Float[np.ndarray, "N M"]:
   """Returns the unit vectors of token ids by the weights of a folder, in little-endian float32."""
-  device = _exact_device()
-  params = load_params(folder, model, on_device(model, device))
-  with jax.default_device(device), jax.default_matmul_precision("highest"):
+  return _vectors(load(folder, model), model, ids, dim)
+
+
+def load(folder: pathlib.Path, model: ModelConfig) -> Params:
+  """Returns the weights of a folder, in float32 on a CPU where there is one."""
+  return load_params(folder, model, on_device(model, _exact_device()))
+
+
+def states(
+  params: Params, model: ModelConfig, ids: Sequence[Sequence[int]], exits: Sequence[int]
+) -> Float[np.ndarray, "E N D"]:
+  """Returns the final-norm states of token ids at each exit, in float32, not normalised."""
+  with jax.default_device(_exact_device()), jax.default_matmul_precision("highest"):
     batching = Batching(lengths=[*BUCKETS, max(map(len, ids))], rows=lambda _: 2)
-    states = encode_batched(model, params, ids, [model.layers], batching)[0]
-    return np.asarray(matryoshka.truncate(states, dim), "<f4")
+    return encode_batched(model, params, ids, exits, batching)
+
+
+def _vectors(
+  params: Params, model: ModelConfig, ids: Sequence[Sequence[int]], dim: int
+) -> Float[np.ndarray, "N M"]:
+  found = states(params, model, ids, [model.layers])[0]
+  with jax.default_device(_exact_device()):
+    return np.ascontiguousarray(matryoshka.truncate(found, dim), "<f4")
 
 
 def embedding(item: Mapping[str, Any]) -> Float[np.ndarray, " M"]:

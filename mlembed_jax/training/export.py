@@ -1,10 +1,17 @@
 """Hugging Face folders from a workdir, without flags."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from mlembed_jax.data import catalog
+from mlembed_jax.data.records import TRAIN
+from mlembed_jax.data.sample import sample_ids
+from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.errors import DataError
+from mlembed_jax.hf import stored_ranges
 from mlembed_jax.hf.export import (
   TrainedModel,
   check_target,
@@ -52,7 +59,8 @@ def export_model(
     check_target(out.with_name(out.name + suffix))
   step, params = load_newest_params(workdir, run.config.model)
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
-  trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step))
+  sample = _sample(run, workdir, tokenizer)
+  trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step), sample)
   folders = []
   for suffix, (size, factors) in wanted.items():
     folder = export_folder(
@@ -66,3 +74,20 @@ def export_model(
     print(f"exported step {step} to {folder}", flush=True)
     folders.append(folder)
   return folders
+
+
+def _sample(run: Run, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[list[int]]:
+  """Returns training texts to measure ranges of int8 vectors on; says so where there are none."""
+  built = str(workdir / "data" / "dataset")
+  folder = pathlib.Path(built if run.config.data.builder else run.config.data.dataset)
+  try:
+    opened = catalog.load_catalog(folder)
+    if opened.fingerprint != run.plan.get("dataset"):
+      raise DataError(f"data.dataset: {folder} holds other rows than the run was trained on")
+    entries = run.datasets.items()  # with the instructions of the run
+    files = {name: dataclasses.replace(opened.files[name], entry=entry) for name, entry in entries}
+    split = open_split(dataclasses.replace(opened, files=opened.files | files), TRAIN, list(files))
+    return sample_ids(split, tokenizer, *stored_ranges.texts(run.config.model))
+  except DataError as error:
+    print(f"training texts cannot be read: {error}", flush=True)
+    return []

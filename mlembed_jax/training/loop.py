@@ -22,10 +22,12 @@ from mlembed_jax import __version__
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
+from mlembed_jax.data.sample import sample_ids
 from mlembed_jax.devices import compiler
 from mlembed_jax.errors import ConfigError, TrainingError
 from mlembed_jax.eval import grid, summary
 from mlembed_jax.files import copy_file, make_writable_folder
+from mlembed_jax.hf import stored_ranges
 from mlembed_jax.hf.export import TrainedModel, check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
@@ -176,7 +178,8 @@ def _report(training: Training, step: int, params: Any) -> None:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
     print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
   if training.config.export.at_end:
-    trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, after)
+    sample = sample_ids(read.split, read.tokenizer, *stored_ranges.texts(training.config.model))
+    trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, after, sample)
     folder = export_folder(export_path(training.config, workdir), trained, Slice())
     print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
 
