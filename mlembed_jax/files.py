@@ -1,7 +1,9 @@
 """Writing files and folders so that none is ever half written. No jax."""
 
+import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +15,8 @@ import numpy as np
 import safetensors.numpy
 
 from mlembed_jax.errors import ConfigError, MlembedError
+
+MOST_NESTED = 100  # levels of JSON; ours have 6, Python's own functions fail at about 1,000
 
 
 def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
@@ -53,6 +57,61 @@ def check_format(
   )
 
 
+def read_json(path: pathlib.Path, where: Any, error: type[MlembedError] = ConfigError) -> Any:
+  """Returns the value that a JSON file holds; raises `error` as `parse_json`, or without a file."""
+  try:
+    if not path.is_file():  # a pipe would be waited for
+      raise FileNotFoundError("there is no such file")
+    text = path.read_bytes()
+  except OSError as cause:
+    raise error(f"{where}: {cause}") from cause
+  return parse_json(text, where, error)
+
+
+def parse_json(text: str | bytes, where: Any, error: type[MlembedError] = ConfigError) -> Any:
+  """Returns the value of a JSON text, which may come from a stranger.
+
+  Args:
+    text: the JSON; bytes are UTF-8.
+    where: begins the message: the file, and what else says where the text stands.
+    error: the class of the errors, that of the reader.
+
+  Raises:
+    error: it is no JSON, is nested deeper than 100 levels, has a name twice in an object, or half a
+      surrogate pair, which no text holds.
+  """
+  try:
+    text = text.decode() if isinstance(text, bytes) else text
+    value = json.loads(text, object_pairs_hook=_once)
+    if "\\ud" in text.lower():  # all but valid pairs fail
+      json.dumps(value, ensure_ascii=False).encode()
+  except RecursionError as cause:
+    raise error(f"{where}: nested without end") from cause
+  except ValueError as cause:
+    raise error(f"{where}: {cause}") from cause
+  if _is_deep(value):
+    raise error(f"{where}: nested deeper than {MOST_NESTED} levels")
+  return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns the pairs of a JSON object, which would else lose one of two equal names."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = collections.Counter(name for name, _ in pairs)
+    raise ValueError(f"{names.most_common(1)[0][0]!r} stands there twice; keep one")
+  return found
+
+
+def _is_deep(value: Any) -> bool:
+  """Returns whether a value is nested so deep that those who walk through it may not come back."""
+  level = [value]
+  for _ in range(MOST_NESTED):
+    inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+    level = list(itertools.chain.from_iterable(inner))
+  return bool(level)
+
+
 def read_object(
   path: pathlib.Path, newest: int, error: type[MlembedError] = ConfigError
 ) -> dict[str, Any]:
@@ -66,10 +125,7 @@ def read_object(
   Raises:
     error: it is no JSON object, or of a format that this code does not know.
   """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as cause:
-    raise error(f"{path}: {cause}") from cause
+  value = read_json(path, path, error)
   if not isinstance(value, dict):
     raise error(f"{path}: no JSON object")
   check_format(path, value.get("format_version"), newest, error)

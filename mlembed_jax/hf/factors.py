@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -73,15 +74,26 @@ def _trained(folder: Folder) -> tuple[pathlib.Path, np.ndarray, np.ndarray] | No
   if folder.rank:
     return path, *_stored(folder)
   if (file := path / FACTORS).is_file():
-    u, v = (open_file(file)[name].read().astype(np.float32) for name in ("U", "V"))
+    opened = open_file(file)
+    if opened.keys() != {"U", "V"}:
+      raise LoadError(f"E108 factors: {file} has {sorted(opened)}, expected U and V")
+    u, v = _matrices(file, (opened["U"].read(), opened["V"].read()))
     return file, u, v
   if all((path / name).is_file() for name in RELEASED):
-    u, v = (torch_file.read_tensor(path / name).astype(np.float32) for name in RELEASED)
+    u, v = _matrices(path, [torch_file.read_tensor(path / name) for name in RELEASED])
     # Which of them is stored transposed is not said: the rank is what they have in common.
     if u.shape[0] < u.shape[1]:
       u = u.T
     return path / RELEASED[0], u, v if v.shape[0] == u.shape[1] else v.T
   return None
+
+
+def _matrices(path: pathlib.Path, found: Sequence[np.ndarray]) -> Factors:
+  """Returns a pair of factors in float32; raises LoadError where one is no matrix."""
+  if shapes := [list(factor.shape) for factor in found if factor.ndim != 2 or not factor.size]:
+    raise LoadError(f"E108 factors: {path} has a factor of shape {shapes[0]}, expected a matrix")
+  u, v = (factor.astype(np.float32) for factor in found)
+  return u, v
 
 
 def multiply_to(u: np.ndarray, v: np.ndarray, table: np.ndarray) -> bool:

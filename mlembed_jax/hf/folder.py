@@ -5,7 +5,6 @@ fit.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
@@ -14,6 +13,7 @@ import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensor
 import numpy as np
 import safetensors
 
+from mlembed_jax import files
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES
@@ -38,8 +38,16 @@ OTHER_TYPES = {
   "rope_scaling": dict,
   "max_position_embeddings": int,
   param_mapping.RANK_KEY: int,
+  "layer_types": list,
 }
-ALLOWED = {int: (int,), float: (float, int), dict: (dict,)}  # True is no int here
+ALLOWED = {int: (int,), float: (float, int), dict: (dict,), list: (list,)}  # True is no int here
+# Whole numbers are sizes. Layers: a folder of a wrong one has its tensors listed.
+RANGES: dict[str, tuple[float, float]] = {
+  key: (1, 10_000 if field == "layers" else 2**31 - 1)
+  for field, key in (*param_mapping.CONFIG_KEYS.items(), ("rank", param_mapping.RANK_KEY))
+}
+RANGES |= {"rms_norm_eps": (0, 1), "max_position_embeddings": (1, 2**31 - 1)}
+RANGES |= dict.fromkeys(("rope_theta", "rope_parameters.rope_theta"), (1, 1e30))
 NAMES_SHOWN = 3  # each kind of problem lists so many names
 
 HUB = "hf:"  # begins the name of a model of the Hugging Face Hub
@@ -135,10 +143,7 @@ def raise_all(path: pathlib.Path, problems: Sequence[str]) -> None:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise LoadError(f"E104 file: {path} cannot be read as JSON: {error}") from error
+  found = files.read_json(path, f"E104 file: {path} cannot be read as JSON", LoadError)
   if not isinstance(found, dict):
     raise LoadError(f"E104 file: {path} holds no JSON object")
   return found
@@ -147,7 +152,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   """Returns config.json, in which all that is stated has its type."""
   config = _read_json(path / "config.json")
-  raise_all(path, _type_problems(config))
+  raise_all(path, _type_problems(config) or _range_problems(config))
   return config
 
 
@@ -165,6 +170,12 @@ def read_model(path: pathlib.Path) -> ModelConfig:
   if absent := [field for field, value in shape.items() if value is None]:
     key = param_mapping.CONFIG_KEYS.get(absent[0], absent[0])
     raise LoadError(f"E105 config: {path}/config.json has no {key}")
+  if shape["heads"] % shape["kv_heads"] or shape["head_dim"] % 2:
+    raise LoadError(
+      f"E105 config: {path}/config.json has {shape['heads']} heads of {shape['head_dim']} "
+      f"coordinates and {shape['kv_heads']} key-value heads; the first must be a multiple of the "
+      "last, and coordinates come in pairs"
+    )
   numerics: dict[str, Any] = {"dtype": "float32", "attention": "auto", "remat": "none"}
   return ModelConfig(**(shape | numerics), family=family, rank=rank)
 
@@ -208,10 +219,22 @@ def _type_problems(config: Mapping[str, Any]) -> list[str]:
   types = {key: hints[field] for field, key in param_mapping.CONFIG_KEYS.items()} | OTHER_TYPES
   stated = {**config, **_thetas(config)}
   return [
-    f"E105 config: config.json: {key} is {stated[key]!r}, which is not of type {wanted.__name__}."
+    f"E105 config: config.json: {key} is {_shown(stated[key])}, which is not of type "
+    f"{wanted.__name__}."
     for key, wanted in types.items()
     if stated.get(key) is not None and type(stated[key]) not in ALLOWED[wanted]
   ]
+
+
+def _range_problems(config: Mapping[str, Any]) -> list[str]:
+  """Returns what no model has; types are right. A size decides what is listed and allocated."""
+  stated = {**config, **_thetas(config)}
+  lines = [
+    f"{key} is {_shown(stated[key])}, which is out of range"
+    for key, (least, most) in RANGES.items()
+    if stated.get(key) is not None and not least <= stated[key] <= most
+  ]
+  return [f"E105 config: config.json: {line}." for line in lines]
 
 
 def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
@@ -228,7 +251,7 @@ def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]
   for key, wanted in FIXED.items():
     if config.get(key, wanted) != wanted:
       lines.append(f"{key} is {config[key]!r}; only {wanted!r} can be imported")
-  if others := set(config.get("layer_types") or ()) - {"full_attention"}:
+  if others := {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention"}:
     lines.append(f"layer_types has {sorted(others)}; only 'full_attention' can be imported")
   return _family_problems(config) + [f"E105 config: config.json: {line}." for line in lines]
 
@@ -264,7 +287,13 @@ def _open(path: pathlib.Path) -> dict[str, Stored]:
     return open_file(path / WEIGHTS)
   if not (path / INDEX).is_file():
     raise LoadError(f"E104 file: {path} has neither {WEIGHTS} nor {INDEX}")
-  placed = _read_json(path / INDEX).get("weight_map", {})
+  placed = _read_json(path / INDEX).get("weight_map")
+  if not isinstance(placed, dict) or not placed:
+    raise LoadError(f"E104 index: {path / INDEX} has no weight_map, tensor by file")
+  if outside := sorted(repr(f) for f in placed.values() if not _is_inside(f)):
+    raise LoadError(
+      f"E104 index: {path / INDEX} names {outside[0][:80]}, which is no file of the folder"
+    )
   absent = {f for f in placed.values() if not (path / f).is_file()}
   opened = {f: open_file(path / f) for f in sorted(set(placed.values()) - absent)}
   problems = [f"{f} is named in the index but not in the folder" for f in sorted(absent)]
@@ -283,9 +312,21 @@ def _open(path: pathlib.Path) -> dict[str, Stored]:
   return {name: opened[file][name] for name, file in placed.items()}
 
 
+def _is_inside(name: Any) -> bool:
+  """Returns whether a name is that of a file of a folder. The file itself may be a link, as in the
+  cache of the Hub, where all are.
+  """
+  if not isinstance(name, str) or "\\" in name or "\0" in name:
+    return False
+  parts = pathlib.PurePosixPath(name)
+  return not parts.is_absolute() and ".." not in parts.parts and parts.suffix == ".safetensors"
+
+
 def open_file(path: pathlib.Path) -> dict[str, Stored]:
   """Returns the tensors of one file; LoadError where it is not whole."""
   try:
+    if not path.is_file():  # a pipe would be waited for
+      raise FileNotFoundError("there is no such file")
     file = safetensors.safe_open(path, "np")
   except (OSError, safetensors.SafetensorError) as error:
     raise LoadError(f"E104 file: {path} is not a whole safetensors file: {error}") from error
@@ -342,6 +383,11 @@ def _tensor_problems(
     if tensor.dtype not in DTYPES:
       problems.append(f"E105 dtype: {name} is {tensor.dtype}, expected {', '.join(DTYPES)}.")
   return problems
+
+
+def _shown(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _some(found: Sequence[str]) -> str:

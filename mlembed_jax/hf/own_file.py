@@ -4,14 +4,13 @@ The only place that knows the keys of the file: they are the fields of `OwnFile`
 """
 
 import dataclasses
-import json
 import pathlib
-import types
-import typing
 from typing import Any
 
+from mlembed_jax import typed
 from mlembed_jax.errors import LoadError
-from mlembed_jax.files import check_format, write_json
+from mlembed_jax.files import read_object, write_json
+from mlembed_jax.typed import Count, Size
 
 NAME = "mlembed.json"  # marks a folder as written here
 FORMAT = 1
@@ -37,18 +36,18 @@ class Body:
   """The stored encoder."""
 
   family: str  # model_type
-  hidden: int
-  layers_trained: int
-  layers: int
-  parameters: int
+  hidden: Size
+  layers_trained: Size
+  layers: Size
+  parameters: Size
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisSizes:
   """The trained and the exported sizes of one axis, dimensions or layers."""
 
-  trained: tuple[int, ...]
-  exported: int
+  trained: tuple[Size, ...]
+  exported: Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +55,9 @@ class Table:
   """The token table."""
 
   form: str  # see FORMS in config_files
-  rank_trained: int | None  # None: it was never factorised
-  ranks: tuple[int, ...]  # trained
-  rank_exported: int | None
+  rank_trained: Size | None  # None: it was never factorised
+  ranks: tuple[Size, ...]  # trained
+  rank_exported: Size | None
   uv_file: str | None  # of the trained factors of a merged table
 
 
@@ -68,9 +67,9 @@ class Pooling:
 
   kind: str
   token: str  # ends every text
-  token_id: int
-  trained_length: int
-  max_seq_length: int
+  token_id: Count
+  trained_length: Size
+  max_seq_length: Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Training:
   """The run that the weights come from."""
 
   recipe: str
-  step: int
+  step: Count
   config_sha256: str
   manifest_sha256: str
   switches: dict[str, Any]  # values of the fields in which the recipes differ
@@ -121,11 +120,36 @@ def read(folder: pathlib.Path) -> OwnFile | None:
     LoadError: it is damaged, or a newer version of the package wrote it; the message names the
       field.
   """
-  path, value = folder / NAME, _json_object(folder / NAME)
+  if not (value := _json_object(folder / NAME)):
+    return None
+  value.pop("format_version", None)
   try:
-    return _object(OwnFile, value, "") if value else None
-  except LoadError as error:
-    raise LoadError(f"{path}: {error}; export the folder again") from error
+    own = typed.from_json(OwnFile, value)
+    _check_sizes(own)
+  except ValueError as error:
+    raise LoadError(f"{folder / NAME}: {error}; export the folder again") from error
+  return own
+
+
+def _check_sizes(own: OwnFile) -> None:
+  """Raises ValueError where a size is beyond that of the model, or sizes do not ascend."""
+  body, table = own.body, own.table
+  _check_ascending("dims.trained", own.dims.trained, body.hidden)
+  _check_ascending("exits.trained", own.exits.trained, body.layers_trained)
+  _check_ascending("table.ranks", table.ranks, table.rank_trained or 0)
+  for name, size, most in (
+    ("dims.exported", own.dims.exported, body.hidden),
+    ("exits.exported", own.exits.exported, body.layers),
+    ("body.layers", body.layers, body.layers_trained),
+    ("table.rank_exported", table.rank_exported or 0, table.rank_trained or 0),
+  ):
+    if size > most:
+      raise ValueError(f"{name} is {size}, but the model has {most}")
+
+
+def _check_ascending(name: str, sizes: tuple[int, ...], most: int) -> None:
+  if list(sizes) != sorted(set(sizes)) or any(size > most for size in sizes):
+    raise ValueError(f"{name} is {list(sizes)}, expected ascending sizes of up to {most}")
 
 
 def listed_files(folder: pathlib.Path) -> set[str]:
@@ -142,41 +166,9 @@ def listed_files(folder: pathlib.Path) -> set[str]:
 
 def _json_object(path: pathlib.Path) -> dict[str, Any]:
   """Returns the content of a JSON file, nothing where there is none."""
-  if not path.is_file():
+  if not path.exists():
     return {}
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise LoadError(f"{path}: {error}; export the folder again") from error
-  if not isinstance(value, dict):
-    raise LoadError(f"{path} is no JSON object; export the folder again")
-  check_format(path, value.get("format_version"), FORMAT, LoadError)
-  return value
-
-
-def _object(cls: Any, value: dict[str, Any], prefix: str) -> Any:
-  """Returns a JSON object as a dataclass; keys without a field are ignored."""
-  fields = [f for f in dataclasses.fields(cls) if f.name in value or f.default is f.default_factory]
-  if missing := [field.name for field in fields if field.name not in value]:
-    raise LoadError(f"{prefix}{missing[0]} is missing")
-  return cls(**{f.name: _typed(f.type, value[f.name], prefix + f.name) for f in fields})
-
-
-def _typed(hint: Any, value: Any, name: str) -> Any:
-  """Returns the JSON value of a field as its type `hint`, which may end in `| None`."""
-  if isinstance(hint, types.UnionType):
-    return None if value is None else _typed(typing.get_args(hint)[0], value, name)
-  if hint is Any:
-    return value
-  container = dict if dataclasses.is_dataclass(hint) else typing.get_origin(hint)
-  wanted: Any = list if container is tuple else container or hint
-  if type(value) is not wanted:  # True is no int here
-    raise LoadError(f"{name} is {value!r}, expected {wanted.__name__}")
-  if dataclasses.is_dataclass(hint):
-    return _object(hint, value, f"{name}.")
-  items = typing.get_args(hint)
-  if container is tuple:
-    return tuple(_typed(items[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-  if container is dict:
-    return {key: _typed(items[1], item, f"{name}.{key}") for key, item in value.items()}
-  return value
+    return read_object(path, FORMAT, LoadError)
+  except LoadError as error:
+    raise LoadError(f"{error}; export the folder again") from error

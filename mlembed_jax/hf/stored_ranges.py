@@ -66,12 +66,16 @@ def read(folder: pathlib.Path) -> dict[tuple[int, int], Ranges]:
   """Returns the ranges [2, dim] by depth and dim, none where the folder has none.
 
   Raises:
-    LoadError: the file that mlembed.json names is absent or damaged.
+    LoadError: the file that mlembed.json names is absent, damaged or another one.
   """
   own = own_file.read(folder)
   if own is None or own.ranges_file is None:
     return {}
   path = folder / FILE
+  if own.ranges_file != FILE:
+    raise LoadError(
+      f"{folder / own_file.NAME}: ranges_file is {own.ranges_file!r}, expected {FILE}"
+    )
   found = {name: stored.read() for name, stored in open_file(path).items()}
   try:
     for name, ranges_2D in found.items():
