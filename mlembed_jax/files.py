@@ -105,6 +105,8 @@ def parse_json(text: str | bytes, where: Any, error: type[MlembedError] = Config
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError as cause:
     raise error(f"{where}: nested without end") from cause
+  except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+    raise error(f"{where} is not JSON: {cause}") from cause
   except ValueError as cause:
     raise error(f"{where}: {cause}") from cause
   if _is_deep(value):

@@ -1,11 +1,13 @@
 """The score of one slice of a model in one task, and how it stands in JSON files.
 
-Training, the `evaluate` command and the model card share it, so this module knows no other.
+Training, the `evaluate` command and the model card share it.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
+
+from mlembed_jax import typed
 
 
 class Size(NamedTuple):
@@ -23,9 +25,9 @@ class SliceScore:
 
   task: str
   metric: str
-  rank: int
-  depth: int
-  dim: int
+  rank: typed.Count
+  depth: typed.Size
+  dim: typed.Size
   precision: str
   score: float  # mean over languages
   by_language: dict[str, float]
@@ -41,11 +43,16 @@ class SliceScore:
     """Returns the score of a JSON object, which `dataclasses.asdict` makes.
 
     Raises:
-      TypeError: fields are missing, or unknown.
+      ValueError: a field is missing, unknown, of another type or out of range.
     """
-    return cls(**with_depth(value))
+    return typed.from_json(cls, with_depth(value))
 
 
-def with_depth(value: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a JSON object in which the depth has its name; version 0.1.0 wrote it as `exit`."""
+def with_depth(value: Any) -> Any:
+  """Returns a JSON object in which the depth has its name; version 0.1.0 wrote it as `exit`.
+
+  Anything else is returned as it is.
+  """
+  if not isinstance(value, Mapping):
+    return value
   return {"depth" if name == "exit" else name: content for name, content in value.items()}

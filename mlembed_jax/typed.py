@@ -37,6 +37,13 @@ def from_json(cls: type[T], value: Any, name: str = "") -> T:
   return cls(**{key: _typed(fields[key].type, found, prefix + key) for key, found in value.items()})
 
 
+def listed(value: Mapping[str, Any], name: str) -> list[Any]:
+  """Returns a field that is a list; raises ValueError where it is none."""
+  if not isinstance(found := value.get(name), list):
+    raise ValueError(f"{name} is {_short(found)}, expected list")
+  return found
+
+
 def _typed(hint: Any, value: Any, name: str) -> Any:
   """Returns the JSON value of a field as its type `hint`."""
   if hint is Any:
@@ -61,9 +68,9 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
 
 def _number(kind: type, least: int = -MOST, *, value: Any, name: str) -> Any:
   """Returns a number; True is none."""
-  if type(value) not in ((int,) if kind is int else (int, float)):
+  if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
     raise ValueError(f"{name} is {_short(value)}, expected {kind.__name__}")
-  if math.isinf(value) if type(value) is float else not least <= value <= MOST:
+  if math.isinf(value) if isinstance(value, float) else not least <= value <= MOST:
     raise ValueError(f"{name} is {_short(value)}, which is out of range")
   return value
 

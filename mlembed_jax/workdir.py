@@ -23,11 +23,11 @@ import json
 import pathlib
 from typing import Any
 
-from mlembed_jax import files
+from mlembed_jax import files, typed
 from mlembed_jax.config import from_mapping, with_older_values
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.slice_scores import SliceScore, with_depth
 
 FORMAT = 1  # of run.json
 SCORES_FORMAT = 1  # of eval/step_N.json
@@ -81,23 +81,30 @@ class Run:
       raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
     run = files.read_object(path, FORMAT)
     try:
-      config = from_mapping(with_older_values(run["config"]))
-      history, tokenizer = list(run.get("history", ())), run.get("tokenizer", "")
-      return cls(config, run["datasets"], run["plan"], history, tokenizer)
-    except (
-      ValueError,
-      KeyError,
-      TypeError,
-      AttributeError,
-    ) as error:  # ConfigErrors are ValueErrors
+      run.pop("format_version", None)
+      config = from_mapping(with_older_values(run.pop("config")))
+      loaded = cls(config, **vars(typed.from_json(_BesideConfig, run)))
+      _ = loaded.skipped_steps  # what is no list of steps is noticed now
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # also ConfigErrors
       raise ConfigError(f"{path}: {error}") from error
+    return loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class _BesideConfig:
+  """The content of run.json but for the configuration."""
+
+  datasets: dict[str, dict[str, Any]]
+  plan: dict[str, Any]
+  history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  tokenizer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepScores:
   """The held-out scores of one step, content of eval/step_N.json."""
 
-  step: int
+  step: typed.Count
   tasks: dict[str, str]  # the digest of each held-out task that was scored
   scores: list[SliceScore]
 
@@ -121,10 +128,11 @@ class StepScores:
     if not path.exists():
       return cls(step, {}, [])
     value = files.read_object(path, SCORES_FORMAT)
+    value.pop("format_version", None)
     try:
-      scores = [SliceScore.from_json(score) for score in value["scores"]]
-      return cls(value["step"], value.get("tasks", {}), scores)
-    except (KeyError, TypeError, AttributeError) as error:
+      scores = [with_depth(score) for score in typed.listed(value, "scores")]
+      return typed.from_json(cls, {"tasks": {}} | value | {"scores": scores})
+    except ValueError as error:
       raise ConfigError(f"{path}: {error}") from error
 
 

@@ -9,14 +9,13 @@ bitext), teacher_vectors (.npy files with a teacher's vectors of every row).
 import dataclasses
 import difflib
 import fnmatch
-import functools
 import itertools
-import json
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import fsspec
 
+from mlembed_jax import files
 from mlembed_jax.errors import DataError
 
 SCORED = "scored_pairs"  # a query, a passage and how alike they are; no negatives
@@ -109,21 +108,10 @@ def read_manifest(path: str) -> dict[str, dict[str, Any]]:
   """
   with open_input(path) as file:
     text = file.read()
-  try:
-    manifest = json.loads(text, object_pairs_hook=functools.partial(_once, path))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise DataError(f"{path} is not JSON: {error}") from error
+  manifest = files.parse_json(text, path, DataError)
   if not isinstance(manifest, dict):
     raise DataError(f"{path} must be an object: file -> entry")
   return manifest
-
-
-def _once(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns the pairs of a JSON object, which would else lose one of two equal names."""
-  names = [name for name, _ in pairs]
-  if twice := [name for name in names if names.count(name) > 1]:
-    raise DataError(f"{path}: {twice[0]!r} stands there twice; keep one")
-  return dict(pairs)
 
 
 def select(manifest_path: str, patterns: Iterable[str], field: str) -> list[File]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
+from mlembed_jax import typed
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import read_object, write_object
 from mlembed_jax.slice_scores import SliceScore, with_depth
+from mlembed_jax.typed import Count, Size
 
 FORMAT = 1  # of scores.json
 
@@ -19,17 +20,17 @@ class TaskSummary:
   name: str
   type: str
   metric: str
-  texts: int | None  # None: not known, as of tasks of MTEB
-  languages: int
+  texts: Count | None  # None: not known, as of tasks of MTEB
+  languages: Count
 
 
 @dataclasses.dataclass(frozen=True)
 class BodyCost:
   """The size of the model cut to a rank and a depth."""
 
-  rank: int  # 0: one full table
-  depth: int
-  count: int  # parameters
+  rank: Count  # 0: one full table
+  depth: Size
+  count: Count  # parameters
   flops_per_token: float
 
 
@@ -37,9 +38,9 @@ class BodyCost:
 class Latency:
   """The time to encode one text at a depth."""
 
-  depth: int
+  depth: Size
   ms: float
-  tokens: int  # of the text
+  tokens: Count  # of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +50,6 @@ class Costs:
   parameters: list[BodyCost] = dataclasses.field(default_factory=list)
   latency_ms: list[Latency] = dataclasses.field(default_factory=list)
   device: str = "one device"  # on which the latency was measured
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> Self:
-    """Returns the costs of a JSON object.
-
-    Raises:
-      KeyError, TypeError: fields are missing, or unknown.
-    """
-    parameters = [BodyCost(**with_depth(cost)) for cost in value["parameters"]]
-    latency_ms = [Latency(**with_depth(cost)) for cost in value["latency_ms"]]
-    return cls(parameters, latency_ms, value["device"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Evaluation:
   tasks: list[TaskSummary]
   scores: list[SliceScore]
   costs: Costs
-  skipped: dict[str, int]  # how many of what was not scored as it is
+  skipped: dict[str, Count]  # how many of what was not scored as it is
 
   def save(self, path: pathlib.Path) -> None:
     """Writes scores.json."""
@@ -87,8 +77,10 @@ class Evaluation:
     value = read_object(path, FORMAT, DataError)
     value.pop("format_version", None)
     try:
-      tasks = [TaskSummary(**task) for task in value.pop("tasks")]
-      scores = [SliceScore.from_json(score) for score in value.pop("scores")]
-      return cls(tasks=tasks, scores=scores, costs=Costs.from_json(value.pop("costs")), **value)
-    except (KeyError, TypeError, AttributeError) as error:
+      value["scores"] = [with_depth(score) for score in typed.listed(value, "scores")]
+      costs = value.get("costs")
+      for name in ("parameters", "latency_ms") if isinstance(costs, dict) else ():
+        costs[name] = [with_depth(cost) for cost in typed.listed(costs, name)]
+      return typed.from_json(cls, value)
+    except ValueError as error:
       raise DataError(f"{path}: {error}") from error

@@ -15,19 +15,20 @@ from typing import Any, Self
 import jax
 from tqdm import tqdm
 
-from mlembed_jax import __version__
+from mlembed_jax import __version__, typed
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid, report
 from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
 from mlembed_jax.eval.grid import Axes
 from mlembed_jax.eval.tasks import HeldoutTask, load_folder
-from mlembed_jax.files import make_writable_folder, write_json
+from mlembed_jax.files import make_writable_folder, read_object, write_json
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models import flops
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.slice_scores import SliceScore, with_depth
 
+FORMAT = 1  # of a file of a finished task, which states none yet
 GRID_PRECISIONS = ("float32", "int8", "binary")
 TIMED_TOKENS, TIMED_RUNS = 32, 9  # of the text whose latency is measured
 
@@ -54,14 +55,23 @@ class TaskScores:
   """The scores of a finished task, kept in a file until all tasks are finished."""
 
   scores: list[SliceScore]
-  truncated: int  # of its texts were cut
+  truncated: typed.Count  # of its texts were cut
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self:
-    """Returns the content of a file, also of one that version 0.1.0 wrote."""
-    value = json.loads(path.read_text(encoding="utf-8"))
-    scores = value["records" if "records" in value else "scores"]  # version 0.1.0 wrote `records`
-    return cls([SliceScore.from_json(score) for score in scores], value["truncated"])
+    """Returns the content of a file, also of one that version 0.1.0 wrote.
+
+    Raises:
+      DataError: it is damaged.
+    """
+    value = read_object(path, FORMAT, DataError)
+    scores = value.pop("records", None)  # version 0.1.0 wrote `records`
+    value |= {} if scores is None else {"scores": scores}
+    try:
+      value["scores"] = [with_depth(score) for score in typed.listed(value, "scores")]
+      return typed.from_json(cls, value)
+    except ValueError as error:
+      raise DataError(f"{path}: {error}; delete it, and the task is scored again") from error
 
 
 def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:

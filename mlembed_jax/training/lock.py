@@ -153,7 +153,7 @@ def _read(path: pathlib.Path) -> Record | None:
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}
 

@@ -192,7 +192,7 @@ def _lines(path: pathlib.Path) -> list[tuple[int | None, str]]:
 def _step(line: str) -> int | None:
   try:
     step = json.loads(line)["step"]
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     return None
   return step if type(step) is int else None
 

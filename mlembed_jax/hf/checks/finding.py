@@ -3,7 +3,6 @@
 import dataclasses
 import enum
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import safetensors
 
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES, Family
+from mlembed_jax.files import read_json
 from mlembed_jax.hf import own_file, param_mapping
 from mlembed_jax.hf.own_file import OwnFile
 
@@ -69,11 +69,11 @@ class Subject:
     self._parsed = functools.cache(self._parse)
 
   def parse(self, file: str) -> Any:
-    """Returns the content of a JSON file; raises OSError or ValueError where there is none."""
+    """Returns the content of a JSON file; raises LoadError where there is none."""
     return self._parsed(file)
 
   def _parse(self, file: str) -> Any:
-    return json.loads((self.path / file).read_text(encoding="utf-8"))
+    return read_json(self.path / file, file, LoadError)
 
   def json(self, file: str) -> dict[str, Any]:
     """Returns the object of a JSON file."""
