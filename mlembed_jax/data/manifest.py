@@ -10,13 +10,14 @@ import dataclasses
 import difflib
 import fnmatch
 import itertools
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import fsspec
 
-from mlembed_jax import files
 from mlembed_jax.errors import DataError
+from mlembed_jax.files import parse_json
 
 SCORED = "scored_pairs"  # a query, a passage and how alike they are; no negatives
 TASK_TYPES = ("retrieval", "bitext", "clustering", "classification", SCORED)
@@ -29,6 +30,7 @@ OPTIONAL = {
   "symmetric": bool,
   "teacher_vectors": dict,
 }
+MOST_COLUMNS = 10_000  # of positives or negatives; a wrong number has its columns listed
 VECTORS = ("query", "passage", "negatives")  # keys of teacher_vectors; the last one is optional
 
 
@@ -107,8 +109,11 @@ def read_manifest(path: str) -> dict[str, dict[str, Any]]:
     DataError: the file is missing or no JSON object, or names a file twice.
   """
   with open_input(path) as file:
-    text = file.read()
-  manifest = files.parse_json(text, path, DataError)
+    try:
+      text = file.read()
+    except (OSError, EOFError, zlib.error) as error:  # also of what it is packed by
+      raise DataError(f"{path} cannot be read: {error}") from error
+  manifest = parse_json(text, path, DataError)
   if not isinstance(manifest, dict):
     raise DataError(f"{path} must be an object: file -> entry")
   return manifest
@@ -188,6 +193,8 @@ def _value_problems(entry: dict[str, Any]) -> Iterator[str]:
     yield "negatives: must not be negative"
   if positives < 1:
     yield f"positives: must be at least 1, found {positives}"
+  if max(negatives, positives) > MOST_COLUMNS:
+    yield f"positives and negatives: at most {MOST_COLUMNS:,} of each, found {negatives} negatives"
   if task == SCORED and negatives:
     yield f"negatives: must be 0 for {task} (query, passage, score), found {negatives}"
   if task == SCORED and positives > 1:

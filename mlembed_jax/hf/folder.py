@@ -143,7 +143,7 @@ def raise_all(path: pathlib.Path, problems: Sequence[str]) -> None:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  found = files.read_json(path, f"E104 file: {path} cannot be read as JSON", LoadError)
+  found = files.read_json(path, f"E104 file: {path}", LoadError)
   if not isinstance(found, dict):
     raise LoadError(f"E104 file: {path} holds no JSON object")
   return found
