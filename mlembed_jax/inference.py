@@ -26,7 +26,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file, stored_ranges
-from mlembed_jax.hf.folder import open_model_folder, read_model, read_positions, resolve
+from mlembed_jax.hf.folder import open_model_folder, read_json, read_model, read_positions, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
@@ -97,7 +97,6 @@ class Encoder:
     _keep_programs()
     own = own_file.read(folder)
     token = pooled_token or (own and own.pooling.token) or _appended(folder)
-    st = _json(folder / "config_sentence_transformers.json")
     bert = _json(folder / "sentence_bert_config.json")
     positions = read_positions(folder) or WIDTHS[-1]
     return cls(
@@ -106,8 +105,8 @@ class Encoder:
       Tokenizer(folder / "tokenizer.json", token),
       _sizes(own, model),
       dim=own.dims.exported if own else model.width,
-      prompts={name: text for name, text in st.get("prompts", {}).items() if text is not None},
-      max_seq_length=min(bert.get("max_seq_length") or positions, WIDTHS[-1]),
+      prompts=_prompts(folder / "config_sentence_transformers.json"),
+      max_seq_length=min(_length(folder, bert) or positions, WIDTHS[-1]),
     )
 
   def encode(
@@ -298,7 +297,22 @@ def _keep_programs() -> None:
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  return read_json(path) if path.is_file() else {}
+
+
+def _prompts(path: pathlib.Path) -> dict[str, str]:
+  found = _json(path).get("prompts")
+  listed = {} if found is None else found
+  if not isinstance(listed, dict) or not all(isinstance(t, str | None) for t in listed.values()):
+    raise LoadError(f"{path}: prompts are no texts by name")
+  return {name: text for name, text in listed.items() if text is not None}
+
+
+def _length(folder: pathlib.Path, bert: dict[str, Any]) -> int | None:
+  found = bert.get("max_seq_length")
+  if found is not None and (type(found) is not int or found < 1):
+    raise LoadError(f"{folder}/sentence_bert_config.json: max_seq_length is no count of tokens")
+  return found
 
 
 def _appended(folder: pathlib.Path) -> str:

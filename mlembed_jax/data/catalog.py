@@ -17,11 +17,13 @@ import pathlib
 import tempfile
 from typing import Any
 
+from mlembed_jax import typed
 from mlembed_jax.data import records
 from mlembed_jax.data.manifest import File, check_entry
-from mlembed_jax.data.transforms import LanguageRun, RowShard, Written, suffixes
+from mlembed_jax.data.records import TRAIN, VALIDATION
+from mlembed_jax.data.transforms import RowShard, Written, suffixes
 from mlembed_jax.errors import DataError
-from mlembed_jax.files import write_json, write_text
+from mlembed_jax.files import read_json, write_json, write_text
 
 VERSION = 1  # raise it when the same input would give other files
 FILE = "catalog.json"
@@ -142,11 +144,11 @@ def read_catalog(folder: pathlib.Path) -> dict[str, Any] | None:
   path = folder / FILE
   if not path.is_file():
     return None
+  value = read_json(path, path, DataError)
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
     version = value["plan"]["version"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise DataError(f"{path} is damaged: {error}; prepare the dataset again") from error
+  except (KeyError, TypeError) as error:
+    raise _damaged(path, error) from error
   if version != VERSION:
     raise DataError(
       f"{folder} was prepared by another version ({version}, this is {VERSION}); prepare it again"
@@ -165,23 +167,42 @@ def load_catalog(folder: pathlib.Path) -> Catalog:
       f"data.dataset: {folder} is no prepared dataset; write one with "
       "python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE --out DIR"
     )
-  shards = {
-    split: [_row_shard(s) for s in split_shards] for split, split_shards in value["shards"].items()
-  }
-  path = str(folder / FILE)
-  files = {
-    name: File(name, check_entry(path, name, entry), "")
-    for name, entry in value["plan"]["files"].items()
-  }
-  tokens, documents = value["plan"]["max_tokens"], value["documents"]
-  catalog = Catalog(folder, files, shards, documents, tokens, value["fingerprint"])
+  try:
+    catalog = _opened(folder, value)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise _damaged(folder / FILE, error) from error
   _check_files(catalog)
   return catalog
 
 
-def _row_shard(value: dict[str, Any]) -> RowShard:
-  runs = [LanguageRun(**run) for run in value["runs"]]
-  return RowShard(value["file"], Written(**value["written"]), value["longest"], runs)
+def _damaged(path: pathlib.Path, reason: Any) -> DataError:
+  return DataError(f"{path} is damaged: {reason}; prepare the dataset again")
+
+
+def _opened(folder: pathlib.Path, value: dict[str, Any]) -> Catalog:
+  path, content = str(folder / FILE), typed.from_json(_Content, value)
+  files = {
+    name: File(name, check_entry(path, name, entry), "")
+    for name, entry in content.plan["files"].items()
+  }
+  if unknown := {s.file for of in content.shards.values() for s in of} - files.keys():
+    raise ValueError(f"a shard is of {sorted(unknown)[0]}, which is none of its files")
+  if {TRAIN, VALIDATION} - content.shards.keys():
+    raise ValueError("a split is missing")
+  tokens = content.plan["max_tokens"]
+  if type(tokens) is not int or tokens < 1:
+    raise ValueError("plan.max_tokens is no count")
+  return Catalog(folder, files, content.shards, content.documents, tokens, content.fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Content:
+  """The content of catalog.json."""
+
+  plan: dict[str, Any]
+  shards: dict[str, list[RowShard]]  # by split
+  documents: list[typed.Count]
+  fingerprint: str
 
 
 def _check_files(catalog: Catalog) -> None:

@@ -21,6 +21,7 @@ from mlembed_jax.data.manifest import File
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
+from mlembed_jax.typed import Count, Size
 
 BATCH = 8192  # the tokenizer is given so many texts at a time
 VALIDATION_OF = 100  # one query in so many is held out, by its text: equal ones stay together
@@ -39,8 +40,8 @@ class DocumentPart:
 class Written:
   """A shard that was written."""
 
-  records: int
-  size: int  # bytes of its messages
+  records: Count
+  size: Count  # bytes of its messages
   digest: str  # of its messages
 
 
@@ -143,10 +144,10 @@ class LanguageRun:
   """Successive rows of one language in a shard, and the tokens of their texts."""
 
   language: str
-  rows: int
-  query_tokens: int
-  positive_tokens: int
-  negative_tokens: int  # of all stored
+  rows: Size
+  query_tokens: Count
+  positive_tokens: Count
+  negative_tokens: Count  # of all stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,7 @@ class RowShard:
 
   file: str
   written: Written
-  longest: int  # tokens of its longest text
+  longest: Count  # tokens of its longest text
   runs: list[LanguageRun]
 
 

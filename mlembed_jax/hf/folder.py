@@ -142,7 +142,8 @@ def raise_all(path: pathlib.Path, problems: Sequence[str]) -> None:
     raise LoadError(f"{path}: this folder cannot be imported\n" + "\n".join(problems))
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object that a JSON file holds; LoadError where it cannot be read."""
   found = files.read_json(path, f"E104 file: {path}", LoadError)
   if not isinstance(found, dict):
     raise LoadError(f"E104 file: {path} holds no JSON object")
@@ -151,7 +152,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   """Returns config.json, in which all that is stated has its type."""
-  config = _read_json(path / "config.json")
+  config = read_json(path / "config.json")
   raise_all(path, _type_problems(config) or _range_problems(config))
   return config
 
@@ -287,7 +288,7 @@ def _open(path: pathlib.Path) -> dict[str, Stored]:
     return open_file(path / WEIGHTS)
   if not (path / INDEX).is_file():
     raise LoadError(f"E104 file: {path} has neither {WEIGHTS} nor {INDEX}")
-  placed = _read_json(path / INDEX).get("weight_map")
+  placed = read_json(path / INDEX).get("weight_map")
   if not isinstance(placed, dict) or not placed:
     raise LoadError(f"E104 index: {path / INDEX} has no weight_map, tensor by file")
   if outside := sorted(repr(f) for f in placed.values() if not _is_inside(f)):
