@@ -1,7 +1,7 @@
 """JSON objects as dataclasses, whose fields say what is allowed. Knows no other module."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -53,8 +53,12 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     return None if value is None else _typed(arguments[0], value, name)
   if dataclasses.is_dataclass(hint):
     return from_json(typing.cast(Any, hint), value, name)
-  if container is Annotated or hint in (int, float):
-    return _number(*arguments or (hint,), value=value, name=name)
+  if container is Annotated:
+    return _whole(value, name, arguments[1])
+  if hint is int:
+    return _whole(value, name, -MOST)
+  if hint is float:
+    return _float(value, name)
   wanted = list if container is tuple else container or hint
   if type(value) is not wanted:
     raise ValueError(f"{name} is {_short(value)}, expected {wanted.__name__}")
@@ -66,11 +70,18 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
   return value
 
 
-def _number(kind: type, least: int = -MOST, *, value: Any, name: str) -> Any:
-  """Returns a number; True is none."""
-  if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-    raise ValueError(f"{name} is {_short(value)}, expected {kind.__name__}")
-  if math.isinf(value) if isinstance(value, float) else not least <= value <= MOST:
+def _whole(value: Any, name: str, least: int) -> int:
+  if not isinstance(value, int) or isinstance(value, bool):
+    raise ValueError(f"{name} is {_short(value)}, expected int")
+  if not least <= value <= MOST:
+    raise ValueError(f"{name} is {_short(value)}, which is out of range")
+  return value
+
+
+def _float(value: Any, name: str) -> float:
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    raise ValueError(f"{name} is {_short(value)}, expected float")
+  if not (value != value or abs(value) <= sys.float_info.max):  # NaN is none but itself
     raise ValueError(f"{name} is {_short(value)}, which is out of range")
   return value
 

@@ -78,9 +78,9 @@ class Evaluation:
     value.pop("format_version", None)
     try:
       value["scores"] = [with_depth(score) for score in typed.listed(value, "scores")]
-      costs = value.get("costs")
-      for name in ("parameters", "latency_ms") if isinstance(costs, dict) else ():
-        costs[name] = [with_depth(cost) for cost in typed.listed(costs, name)]
+      if isinstance(costs := value.get("costs"), dict):
+        for name in ("parameters", "latency_ms"):
+          costs[name] = [with_depth(cost) for cost in typed.listed(costs, name)]
       return typed.from_json(cls, value)
     except ValueError as error:
       raise DataError(f"{path}: {error}") from error
