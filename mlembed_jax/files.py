@@ -82,7 +82,7 @@ def read_json(path: pathlib.Path, where: Any, error: type[MlembedError] = Config
       raise FileNotFoundError("there is no such file")
     text = path.read_bytes()
   except OSError as cause:
-    raise error(f"{where}: {cause}") from cause
+    raise error(f"{where} cannot be read: {cause}") from cause
   return parse_json(text, where, error)
 
 

@@ -39,7 +39,9 @@ def from_json(cls: type[T], value: Any, name: str = "") -> T:
 
 def listed(value: Mapping[str, Any], name: str) -> list[Any]:
   """Returns a field that is a list; raises ValueError where it is none."""
-  if not isinstance(found := value.get(name), list):
+  if name not in value:
+    raise ValueError(f"{name} is missing")
+  if not isinstance(found := value[name], list):
     raise ValueError(f"{name} is {_short(found)}, expected list")
   return found
 
