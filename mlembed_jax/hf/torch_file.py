@@ -67,8 +67,12 @@ def _read(path: pathlib.Path) -> Any:
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
   """Returns a file of an archive; torch compresses none, so none is larger than the archive."""
-  if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+  stated = archive.getinfo(name)
+  if stated.compress_type != zipfile.ZIP_STORED:
     raise ValueError(f"{name} is compressed")
+  # zipfile allocates what is stated before it reads; the files stand before the directory.
+  if max(stated.file_size, stated.compress_size) > archive.start_dir:
+    raise ValueError(f"{name} is said to be larger than the archive")
   return archive.read(name)
 
 
