@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import struct
 import time
 import tracemalloc
 
@@ -193,6 +194,18 @@ def test_a_tensor_of_torch_lies_in_its_storage(offset, size, stride, count, tmp_
   path.write_bytes(fuzz_torch_file.file(fuzz_torch_file.pickled(offset, size, stride, count)))
   tracemalloc.start()
   with pytest.raises(LoadError, match=r"E104 file: .*U\.pth is no tensor that torch.save wrote"):
+    read_tensor(path)
+  assert tracemalloc.get_traced_memory()[1] < 10_000_000
+  tracemalloc.stop()
+
+
+def test_a_file_of_an_archive_is_no_larger_than_the_archive(tmp_path):
+  path, content = tmp_path / "U.pth", bytearray(fuzz_torch_file.file(fuzz_torch_file.RIGHT))
+  sizes = content.index(b"PK\x01\x02") + 20  # of the first file in the directory
+  content[sizes : sizes + 8] = struct.pack("<II", 200_000_000, 200_000_000)
+  path.write_bytes(content)
+  tracemalloc.start()
+  with pytest.raises(LoadError, match="is said to be larger than the archive"):
     read_tensor(path)
   assert tracemalloc.get_traced_memory()[1] < 10_000_000
   tracemalloc.stop()
