@@ -69,7 +69,9 @@ def test_the_plan_is_printed_and_written(data, twenty, tmp_path):
   assert {f["name"]: f["rows"] for f in written["files"]} == {
     name: counts["train"] for name, counts in train.items()
   }
-  assert {f["name"] for f in written["languages"]} == {"de", "ru", "hi", "zh"}
+  assert {f["name"] for f in written["languages"]} == {
+    *("deu-Latn", "rus-Cyrl", "hin-Deva", "zho-Hans")
+  }
   for line in (*written["files"], *written["languages"]):
     assert line["repeats"] == pytest.approx(20 / per_epoch * line["per_epoch"] / line["rows"])
     assert re.search(rf"^{line['name']} +{line['rows']} +{line['per_epoch']} ", result.stdout, re.M)
