@@ -188,7 +188,7 @@ def test_tasks_that_cannot_be_meant_are_refused_before_the_model_is_loaded(data,
 
 def test_languages_have_keys_or_their_tags(exported, data, tmp_path):
   folder, heldout, cut = str(exported["full"]), [data / "heldout"], Slice(dim=16)
-  with pytest.raises(ConfigError, match="^language_key: 'script' is not one of"):
+  with pytest.raises(ConfigError, match=r"^language_key: 'script' is not one of"):
     evaluate_model(folder, heldout, tmp_path, cut, language_key="script")
   keys = evaluate_model(folder, heldout, tmp_path, cut)
   tags = evaluate_model(folder, heldout, tmp_path, cut, language_key="as-written")
