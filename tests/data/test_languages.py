@@ -94,7 +94,7 @@ def test_keys_are_those_of_cldr(tag, key):
 
 
 def test_the_script_of_every_language_is_that_of_cldr():
-  """None of the 7,283 languages differs in babel 2.19; a later release may have other scripts for a few."""
+  """None of 7,283 differs in babel 2.19; a later release may have other scripts for a few."""
   known = {code: language_key(code) for code in LIKELY if "_" not in code and code != "und"}
   wrong = {code for code, key in known.items() if key != code and by_cldr(code)[1] != key[-4:]}
   assert len(wrong) <= 6, wrong
