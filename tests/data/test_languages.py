@@ -28,6 +28,7 @@ KEYS = {
   "ful-Latn": "ff ful fuv fuv_Latn",
   "azb-Arab": "azb azb_Arab",
   "acm-Arab": "acm acm_Arab",
+  "acm-Latn": "acm_Latn",  # a script that is written goes before a likely one
   "acq-Arab": "acq acq_Arab",
   "apc-Arab": "apc ajp ajp_Arab",
   "fas-Arab": "fa fas pes pes_Arab fa-IR prs",
