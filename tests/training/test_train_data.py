@@ -50,13 +50,13 @@ def test_other_data_can_be_accepted_but_no_other_model(other_data, twenty, tmp_p
   assert "topics.parquet" not in result.stderr
   result = run(other_data, tmp_path, more=accept)
   assert result.returncode == 0, result.stderr
-  said = result.stdout.partition("going on with other data:\n")[2]
+  said = result.stdout.partition("going on with what was changed:\n")[2]
   assert "  dataset: " in said and "  train/topics.parquet zho-Hans: " in said
   assert [line["step"] for line in lines(tmp_path)] == list(range(1, 21))
   plans = [Run.load(workdir).plan["dataset"] for workdir in (twenty, tmp_path)]
   assert plans[0] != plans[1]
   again = run(other_data, tmp_path)  # the workdir now holds a run of the other data
-  assert again.returncode == 0 and "going on with other data" not in again.stdout
+  assert again.returncode == 0 and "going on with what was changed" not in again.stdout
 
 
 def test_the_plan_is_printed_and_written(data, twenty, tmp_path):
