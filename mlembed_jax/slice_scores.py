@@ -29,7 +29,7 @@ class SliceScore:
   depth: typed.Size
   dim: typed.Size
   precision: str
-  score: float  # mean over languages
+  score: float  # mean over languages; of a task of MTEB, over its subsets
   by_language: dict[str, float]
   others: dict[str, float] = dataclasses.field(default_factory=dict)  # means of other metrics
 
