@@ -7,24 +7,36 @@
   mlembed-{train,validation,documents}.array_record-*   the records
   mlembed-*.lengths.npy, mlembed-*.vectors.npy          token counts and a teacher's vectors, by row
 
-catalog.json is written last: a folder that has it is complete.
+catalog.json is written last: a folder that has it is complete. It holds size and digest of all
+other files, and a digest of itself.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from mlembed_jax.data import records
+from mlembed_jax.data.file_states import FileState, problem, problems, state_of
 from mlembed_jax.data.manifest import File, check_entry
-from mlembed_jax.data.transforms import LanguageRun, RowShard, Written, suffixes
+from mlembed_jax.data.names import (
+  CATALOG,
+  DATASET,
+  METADATA,
+  TOKENIZER,
+  names_of_rows,
+  shard_name,
+)
+from mlembed_jax.data.transforms import LanguageRun, RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json, write_text
 
 VERSION = 1  # raise it when the same input would give other files
-FILE = "catalog.json"
+FIRST_KEYS = {"plan", "shards", "documents", "fingerprint"}  # all that 0.1.0 wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +66,12 @@ class Catalog:
   documents: list[int]  # how many each shard has
   max_tokens: int  # that are stored of a text
   fingerprint: str  # of all records
+  states: dict[str, FileState]  # of all files; {} where an earlier version prepared the folder
 
   @property
   def tokenizer(self) -> pathlib.Path:
     """The file of the tokenizer that made the ids."""
-    return self.folder / "tokenizer.json"
+    return self.folder / TOKENIZER
 
   def records(self, split: str) -> records.Records:
     """Returns random access to a split."""
@@ -72,8 +85,9 @@ def save(
   recipe: Recipe,
   shards: dict[str, list[RowShard]],
   documents: list[Written],
+  states: Mapping[str, FileState],
 ) -> None:
-  """Writes what TensorFlow Datasets reads, then catalog.json."""
+  """Writes what TensorFlow Datasets reads, then catalog.json; `states`: of all other files."""
   _write_metadata(
     folder,
     {split: [shard.written for shard in split_shards] for split, split_shards in shards.items()}
@@ -81,16 +95,22 @@ def save(
   )
   digests = [shard.written.digest for split_shards in shards.values() for shard in split_shards]
   digests += [written.digest for written in documents]
-  value = {
+  states = {**states, **{name: state_of(folder / name) for name in METADATA}}
+  value: dict[str, Any] = {
     "plan": recipe.as_json(),
     "shards": {
       split: [dataclasses.asdict(s) for s in split_shards] for split, split_shards in shards.items()
     },
     "documents": [written.records for written in documents],
+    "files": {name: dataclasses.asdict(states[name]) for name in sorted(states)},
   }
   decides = recipe.as_json() | {"inputs": digests}  # what was in the files, not when
-  value["fingerprint"] = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-  write_json(folder / FILE, value)
+  value["fingerprint"] = _digest(decides)
+  write_json(folder / CATALOG, value | {"digest": _digest(value)})
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> None:
@@ -106,7 +126,7 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
       if any(shard.records for shard in split_shards)
     }
     for split, shards in filled.items():
-      (temporary / records.file_name(split, 0, len(shards))).touch()  # it looks for such names
+      (temporary / shard_name(split, 0, len(shards))).touch()  # it looks for such names
     infos = [
       tfds.core.SplitInfo(
         name=split,
@@ -114,7 +134,7 @@ def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> N
         num_bytes=sum(shard.size for shard in shards),
         filename_template=tfds.core.ShardedFileTemplate(
           data_dir=temporary,
-          dataset_name=records.NAME,
+          dataset_name=DATASET,
           split=split,
           filetype_suffix="array_record",
           template=template,
@@ -139,62 +159,121 @@ def read_catalog(folder: pathlib.Path) -> dict[str, Any] | None:
   Raises:
     DataError: it is not what this version writes.
   """
-  path = folder / FILE
+  path = folder / CATALOG
   if not path.is_file():
     return None
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
     version = value["plan"]["version"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise DataError(f"{path} is damaged: {error}; prepare the dataset again") from error
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise _damaged(path, error) from error
   if version != VERSION:
     raise DataError(
       f"{folder} was prepared by another version ({version}, this is {VERSION}); prepare it again"
     )
+  _check_digest(path, value)
   return value
+
+
+def _check_digest(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Raises DataError where a catalog is not as it was written; those of 0.1.0 have no digest."""
+  if value.keys() != FIRST_KEYS and value.pop("digest", None) != _digest(value):
+    raise _damaged(path, "its content is not what was written")
+
+
+def _damaged(path: pathlib.Path, reason: Any) -> DataError:
+  return DataError(
+    f"{path} is damaged: {reason}; restore it, or delete the folder and prepare the dataset again"
+  )
+
+
+def states_of(value: dict[str, Any]) -> dict[str, FileState]:
+  """Returns the states of the files of a catalog.json; {} where an earlier version wrote it."""
+  return {name: FileState(**state) for name, state in value.get("files", {}).items()}
 
 
 def load_catalog(folder: pathlib.Path) -> Catalog:
   """Returns the opened folder.
 
   Raises:
-    DataError: it is no finished dataset of this version, or one of its files is missing.
+    DataError: it is no finished dataset of this version, or one of its files is missing, of another
+      size than was written or, in the case of the tokenizer, damaged.
   """
   if (value := read_catalog(folder)) is None:
     raise DataError(
       f"data.dataset: {folder} is no prepared dataset; write one with "
       "python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE --out DIR"
     )
-  shards = {
-    split: [_row_shard(s) for s in split_shards] for split, split_shards in value["shards"].items()
-  }
-  path = str(folder / FILE)
-  files = {
-    name: File(name, check_entry(path, name, entry), "")
-    for name, entry in value["plan"]["files"].items()
-  }
-  tokens, documents = value["plan"]["max_tokens"], value["documents"]
-  catalog = Catalog(folder, files, shards, documents, tokens, value["fingerprint"])
+  catalog = opened(folder, value)
   _check_files(catalog)
   return catalog
 
 
-def _row_shard(value: dict[str, Any]) -> RowShard:
+def opened(folder: pathlib.Path, value: dict[str, Any]) -> Catalog:
+  """Returns the folder with what its catalog.json says, without looking at its other files."""
+  path = folder / CATALOG
+  try:
+    return Catalog(
+      folder,
+      {
+        name: File(name, check_entry(str(path), name, entry), "")
+        for name, entry in value["plan"]["files"].items()
+      },
+      {split: list(map(row_shard, shards)) for split, shards in value["shards"].items()},
+      value["documents"],
+      value["plan"]["max_tokens"],
+      value["fingerprint"],
+      states_of(value),
+    )
+  except (KeyError, TypeError, AttributeError) as error:
+    raise _damaged(path, error) from error
+
+
+def row_shard(value: dict[str, Any]) -> RowShard:
+  """Returns a shard of rows as catalog.json describes it."""
   runs = [LanguageRun(**run) for run in value["runs"]]
   return RowShard(value["file"], Written(**value["written"]), value["longest"], runs)
 
 
+def expected_names(
+  files: Mapping[str, File], shards: Mapping[str, list[RowShard]], documents: int
+) -> list[str]:
+  """Returns the names of all files that training reads."""
+  names = [TOKENIZER, *(shard_name(records.DOCUMENTS, i, documents) for i in range(documents))]
+  for split, split_shards in shards.items():
+    for i, shard in enumerate(split_shards):
+      names += names_of_rows(files[shard.file], split, i, len(split_shards))
+  return names
+
+
 def _check_files(catalog: Catalog) -> None:
-  counts = {split: len(split_shards) for split, split_shards in catalog.shards.items()}
-  counts[records.DOCUMENTS] = len(catalog.documents)
   there = {path.name for path in catalog.folder.iterdir()}
-  names = [records.file_name(split, i, n) for split, n in counts.items() for i in range(n)]
-  for split, shards in catalog.shards.items():
-    for i, shard in enumerate(shards):
-      beside = suffixes(catalog.files[shard.file])[1:]
-      names += [records.file_name(split, i, len(shards)) + suffix for suffix in beside]
-  if missing := [name for name in ["tokenizer.json", *names] if name not in there]:
+  names = expected_names(catalog.files, catalog.shards, len(catalog.documents))
+  wrong = {name: "is missing" for name in names if name not in there}
+  if catalog.states:
+    if unknown := sorted(set(names) - set(catalog.states)):
+      raise _damaged(catalog.folder / CATALOG, f"it does not list {unknown[0]}")
+    wrong |= problems(catalog.folder, {name: catalog.states[name] for name in names}, quick=True)
+    if damaged := problem(catalog.tokenizer, catalog.states[TOKENIZER]):
+      wrong[TOKENIZER] = damaged
+  elif not wrong:
+    print(f"note: {unchecked(catalog.folder)}", file=sys.stderr)
+  if wrong:
     raise DataError(
-      f"{catalog.folder}: {missing[0]} is missing ({len(missing)} files in all); copy the whole "
-      "folder, or delete it and prepare the dataset again"
+      f"{catalog.folder}: {described(wrong)}; copy the whole folder again, or run the command that "
+      "prepared it: it writes what is missing or damaged"
     )
+
+
+def described(wrong: Mapping[str, str]) -> str:
+  """Returns what is wrong with the first file, and how many there are."""
+  name, what = next(iter(wrong.items()))
+  return f"{name} {what}" + (f" ({len(wrong)} files in all)" if len(wrong) > 1 else "")
+
+
+def unchecked(folder: pathlib.Path) -> str:
+  """Returns what is to be said of a folder that an earlier version prepared."""
+  return (
+    f"{folder} was prepared by an earlier version, which kept no digests; damaged bytes of its "
+    "files may not be noticed"
+  )

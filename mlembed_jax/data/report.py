@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mlembed_jax.data.names import REPORT
 from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
 from mlembed_jax.data.transforms import RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json
-
-FILE = "prepare_report.json"
 
 
 @dataclasses.dataclass
@@ -52,7 +51,7 @@ class FileCount:
 
 def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Path) -> None:
   """Writes the report as far as it goes; raises DataError where too many rows are unusable."""
-  write_json(out / FILE, {"files": {count.name: count.as_json() for count in counts}})
+  write_json(out / REPORT, {"files": {count.name: count.as_json() for count in counts}})
   for count in counts:
     if count.lost > max_dropped_share * count.read or count.lost == count.read:
       reasons = "; ".join(
@@ -93,7 +92,7 @@ def write_report(
     "positive_tokens": _tokens(shards, "positive_tokens"),
     "negative_tokens": _tokens(shards, "negative_tokens"),
   }
-  write_json(out / FILE, {"totals": totals, "files": files})
+  write_json(out / REPORT, {"totals": totals, "files": files})
 
 
 def _tokens(shards: dict[str, list[RowShard]], field: str) -> int:

@@ -11,13 +11,15 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from mlembed_jax.data import records, vectors
+from mlembed_jax.data.file_states import NewFile
 from mlembed_jax.data.manifest import File
+from mlembed_jax.data.names import LENGTHS, VECTORS, shard_name, suffixes
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
@@ -87,6 +89,23 @@ def write_documents(
       yield records.encode_record(text)
 
   return _write(path, DOCUMENTS, messages()), Documents(unique, lengths)
+
+
+def read_documents(messages: Iterable[bytes]) -> tuple[Written, Documents]:
+  """Returns what `write_documents` returned for a partition, from the records that it wrote."""
+  digest, size = hashlib.sha256(), 0
+  hashes: list[np.ndarray] = []
+  lengths: list[int] = []
+  for message in messages:
+    digest.update(message)
+    size += len(message)
+    text = records.decode_text(message)
+    hashes.append(text.hash)
+    lengths.append(text.longest)
+  found = Documents(
+    np.array(hashes, np.uint32).view(np.uint64).reshape(-1), np.array(lengths, np.uint16)
+  )
+  return Written(len(lengths), size, digest.hexdigest()), found
 
 
 def _write(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> Written:
@@ -159,17 +178,6 @@ class RowShard:
   runs: list[LanguageRun]
 
 
-LENGTHS, VECTORS = ".lengths.npy", ".vectors.npy"  # files beside a shard of rows
-
-
-def suffixes(file: File) -> list[str]:
-  """Returns what follows the name of a shard of rows in the names of its files."""
-  return ["", LENGTHS, *([VECTORS] if file.vectors else [])]
-
-
-NewFile = Callable[[str], contextlib.AbstractContextManager[pathlib.Path]]
-
-
 @contextlib.contextmanager
 def row_files(
   file: File, number: int, shards: int, new_file: NewFile
@@ -178,7 +186,7 @@ def row_files(
   with contextlib.ExitStack() as stack:
     yield {
       split: {
-        suffix: stack.enter_context(new_file(records.file_name(split, number, shards) + suffix))
+        suffix: stack.enter_context(new_file(shard_name(split, number, shards) + suffix))
         for suffix in suffixes(file)
       }
       for split in (TRAIN, VALIDATION)

@@ -138,7 +138,7 @@ def test_a_command_that_was_killed_three_times_writes_the_same_bytes(many):
     process.wait()
     assert not (many / "killed/catalog.json").exists()
     wait_until(lambda pids=below: not any(map(alive, pids)), 5)
-  assert len(list(work.rglob("*.done"))) >= 4 + 8 + 1
+  assert len(list(work.rglob("*.made"))) >= 4 + 8 + 1
   prepare_dataset(many, out="killed")
   assert content(many / "killed") == content(many / "dataset")
 
