@@ -23,6 +23,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.data.text_files import check_text
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file
@@ -130,11 +131,14 @@ class Encoder:
     are cut, with a warning that counts them.
 
     Raises:
+      DataError: one of the texts is no string, or has half a surrogate pair.
       ValueError: an unknown prompt or precision; a size that the model lacks, or that was not
         trained (allowed with `untrained`); a vector that is not finite.
     """
     self.check(depth, rank, dim, untrained)
     listed = [texts] if isinstance(texts, str) else texts
+    for i, text in enumerate(listed):
+      check_text(text, f"texts[{i}] is no text")
     ids = self.ids(listed, self._prompt(prompt_name) if prompt is None else prompt)
     size = depth or self._model.layers
     vectors = self.states(ids, (size,), depth, rank, show_progress_bar)[0, :, : dim or self.dim]

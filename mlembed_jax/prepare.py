@@ -12,7 +12,7 @@ import time
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.data import manifest, prepare
+from mlembed_jax.data import manifest, prepare, rows
 from mlembed_jax.data.catalog import Recipe
 from mlembed_jax.data.names import REPORT
 from mlembed_jax.data.tokenizer import Tokenizer
@@ -57,6 +57,8 @@ def main() -> None:
   """Reads the flags and prepares the dataset."""
   start = time.perf_counter()
   files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
+  for sentence in (sentence for file in files for sentence in rows.unused(file)):
+    print(f"note: {sentence}", flush=True)
   tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
   recipe = prepare.make_recipe(files, tokenizer, MAX_TOKENS.value)
   if BEAM_OPTIONS.value is None:

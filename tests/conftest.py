@@ -39,6 +39,8 @@ NEED_TORCH = (
 def pytest_addoption(parser: pytest.Parser) -> None:
   text = "Leave out the tests that need torch, and say which they are."
   parser.addoption("--without-torch", action="store_true", help=text)
+  text = "long: the tests of tests/faults make all their damage and kills; short: a few of each."
+  parser.addoption("--faults", choices=("short", "long"), default="short", help=text)
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:

@@ -25,12 +25,13 @@ from apache_beam.pvalue import AsDict, AsList, AsSingleton, TaggedOutput
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
 from mlembed_jax.data.catalog import Recipe
 from mlembed_jax.data.file_states import FileState, recorded, state_of
+from mlembed_jax.data.manifest import File
 from mlembed_jax.data.names import CATALOG, REPORT, TOKENIZER, shard_name
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.rows import Chunk
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
+from mlembed_jax.data.transforms import DocumentPart
 from mlembed_jax.errors import DataError
 
 States = dict[str, FileState]  # of files by name
@@ -123,14 +124,18 @@ def _read(number: int, job: BeamJob) -> Iterator[TaggedOutput]:
 
 def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: BeamJob) -> tuple[int, FileCount]:
   number, chunks = item
-  count = FileCount(job.recipe.files[number].name)
+  count = _new_count(job.recipe.files[number])
   for _, chunk in sorted(chunks, key=lambda item: item[0]):
     count.add(chunk)
   return number, count
 
 
+def _new_count(file: File) -> FileCount:
+  return FileCount(file.name, file.entry["query_has_instruction"])
+
+
 def _counts(job: BeamJob, counts: dict[int, FileCount]) -> list[FileCount]:
-  return [counts.get(i, FileCount(file.name)) for i, file in enumerate(job.recipe.files)]
+  return [counts.get(i, _new_count(file)) for i, file in enumerate(job.recipe.files)]
 
 
 def _check(_: None, job: BeamJob, counts: dict[int, FileCount]) -> bool:
@@ -165,7 +170,7 @@ def _write_documents(
     written, documents = transforms.write_documents(
       new, [part for _, part in ordered], tokenizer, job.recipe.max_tokens
     )
-  yield TaggedOutput("written", (number, (written, states)))
+  yield TaggedOutput("written", (number, Made(written, states, documents.cut)))
   for chunk, part in ordered:
     places = np.searchsorted(documents.hashes, part.hashes)
     yield TaggedOutput("found", (chunk, (number, places, documents.lengths[places])))
@@ -175,11 +180,11 @@ def _write_rows(
   item: tuple[ChunkId, dict[str, Iterable[Any]]],
   job: BeamJob,
   chunks: list[ChunkId],
-  documents: dict[int, tuple[Written, States]],
-) -> tuple[ChunkId, tuple[dict[str, RowShard], States]]:
+  documents: dict[int, Made],
+) -> tuple[ChunkId, Made]:
   chunk, parts = item
   (table,), found = parts["rows"], sorted(parts["found"], key=lambda item: item[0])
-  sizes = [documents[p][0].records for p in range(job.recipe.partitions)]
+  sizes = [documents[p].value.records for p in range(job.recipe.partitions)]
   starts = np.concatenate([[0], np.cumsum(sizes)])
   places = np.concatenate([starts[p] + place for p, place, _ in found])
   lengths = np.concatenate([length for _, _, length in found])
@@ -189,32 +194,34 @@ def _write_rows(
   with transforms.row_files(file, number, len(chunks), new) as paths:
     texts = transforms.document_places(table)
     tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
-    made = transforms.write_rows(
+    made, cut = transforms.write_rows(
       paths, file, table, places[texts], lengths[texts], tokenizer, job.recipe.max_tokens
     )
-  return chunk, (made, states)
+  return chunk, Made(made, states, cut)
 
 
 def _finish(
   _: None,
   job: BeamJob,
   counts: dict[int, FileCount],
-  made: dict[ChunkId, tuple[dict[str, RowShard], States]],
-  documents: dict[int, tuple[Written, States]],
+  made: dict[ChunkId, Made],
+  documents: dict[int, Made],
 ) -> None:
   """Writes what describes the records; catalog.json, which makes the folder complete, last."""
-  ordered = [made[chunk][0] for chunk in sorted(made)]
-  shards = {split: [shards[split] for shards in ordered] for split in (TRAIN, VALIDATION)}
-  written = [documents[p][0] for p in sorted(documents)]
+  ordered = [made[chunk] for chunk in sorted(made)]
+  shards = {split: [part.value[split] for part in ordered] for split in (TRAIN, VALIDATION)}
+  partitions = [documents[p] for p in sorted(documents)]
+  written = [part.value for part in partitions]
   states: States = {}
-  for part in (*[part for _, part in made.values()], *[part for _, part in documents.values()]):
-    states |= part
+  cut = catalog.cut_of(partitions, ordered)
+  for part in (*partitions, *ordered):
+    states |= part.files
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     (folder / TOKENIZER).write_text(job.tokenizer, encoding="utf-8")
-    report.write_report(folder, _counts(job, counts), shards, written)
+    report.write_report(folder, _counts(job, counts), shards, written, sum(cut.values()))
     states |= {name: state_of(folder / name) for name in (TOKENIZER, REPORT)}
-    catalog.save(folder, job.recipe, shards, written, states)
+    catalog.save(folder, job.recipe, shards, written, states, cut)
     names = sorted(path.name for path in folder.iterdir() if path.name != CATALOG)
     for file in (*names, CATALOG):
       _copy(job, folder / file)

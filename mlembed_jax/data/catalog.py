@@ -17,7 +17,7 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlembed_jax.data import records
@@ -31,7 +31,7 @@ from mlembed_jax.data.names import (
   names_of_rows,
   shard_name,
 )
-from mlembed_jax.data.transforms import LanguageRun, RowShard, Written
+from mlembed_jax.data.transforms import LanguageRun, Made, RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json, write_text
 
@@ -86,8 +86,18 @@ def save(
   shards: dict[str, list[RowShard]],
   documents: list[Written],
   states: Mapping[str, FileState],
+  cut: Mapping[str, int],
 ) -> None:
-  """Writes what TensorFlow Datasets reads, then catalog.json; `states`: of all other files."""
+  """Writes what TensorFlow Datasets reads, then catalog.json.
+
+  Args:
+    folder: of the dataset.
+    recipe: what decides it.
+    shards: of rows, by split.
+    documents: the shards of documents.
+    states: of all files that are there already.
+    cut: how many texts of a shard are not stored whole, by its name; others have none.
+  """
   _write_metadata(
     folder,
     {split: [shard.written for shard in split_shards] for split, split_shards in shards.items()}
@@ -103,10 +113,21 @@ def save(
     },
     "documents": [written.records for written in documents],
     "files": {name: dataclasses.asdict(states[name]) for name in sorted(states)},
+    "cut_texts": dict(sorted(cut.items())),
   }
   decides = recipe.as_json() | {"inputs": digests}  # what was in the files, not when
   value["fingerprint"] = _digest(decides)
   write_json(folder / CATALOG, value | {"digest": _digest(value)})
+
+
+def cut_of(documents: Sequence[Made], rows: Sequence[Made]) -> dict[str, int]:
+  """Returns how many texts of each shard are not stored whole, by its name; without zeros."""
+  return {
+    shard_name(split, i, len(parts)): made.cut
+    for split, parts in ((records.DOCUMENTS, documents), (records.TRAIN, rows))
+    for i, made in enumerate(parts)
+    if made.cut
+  }
 
 
 def _digest(value: Any) -> str:

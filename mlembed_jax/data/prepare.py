@@ -35,7 +35,7 @@ from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, read_shard
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import DocumentPart
+from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import copy_file, new_file, write_json
 
@@ -68,14 +68,6 @@ class Job:
   def tokenizer(self) -> Tokenizer:
     """The tokenizer, opened once per process."""
     return Tokenizer(self.tokenizer_path, self.pooled_token)
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-  """What a part returned, and the files that it wrote, by their path in the folder."""
-
-  value: Any
-  files: dict[str, FileState]
 
 
 def make_dataset_folder(path: str) -> pathlib.Path:
@@ -173,14 +165,17 @@ class _Finished:
     known = all(name in self._states and name not in self.wrong for name in names)
     return {name: self._states[name] for name in names} if known else None
 
+  def cut(self, name: str) -> int:
+    """Returns how many texts of a shard are not stored whole."""
+    return self._value["cut_texts"].get(name, 0) if self._value and self._states else 0
+
   def rows(self, file: File, number: int, shards: int) -> Made | None:
     """Returns the shards of a chunk, None where they must be written."""
     names = [n for s in (TRAIN, VALIDATION) for n in names_of_rows(file, s, number, shards)]
     if (states := self.states(names)) is None or self._value is None:
       return None
-    return Made(
-      {s: row_shard(self._value["shards"][s][number]) for s in (TRAIN, VALIDATION)}, states
-    )
+    made = {s: row_shard(self._value["shards"][s][number]) for s in (TRAIN, VALIDATION)}
+    return Made(made, states, self.cut(shard_name(TRAIN, number, shards)))
 
 
 def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float) -> None:
@@ -188,8 +183,12 @@ def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float
   read = each("reading", _read_file, items=range(len(job.recipe.files)))
   counts = [made.value for made in read]
   report.check_dropped(counts, max_dropped_share, job.out)
+  for sentence in filter(None, (count.contradiction for count in counts)):
+    print(f"note: {sentence}", flush=True)
   names = [shard_name(DOCUMENTS, i, job.recipe.partitions) for i in range(job.recipe.partitions)]
-  partitions = [(number, finished.states([name])) for number, name in enumerate(names)]
+  partitions = [
+    (number, finished.states([name]), finished.cut(name)) for number, name in enumerate(names)
+  ]
   documents = each("documents", _write_documents, items=partitions)
   chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
   numbered = [
@@ -205,12 +204,15 @@ def _finish(
   """Writes what describes the records; catalog.json, which makes the folder complete, last."""
   shards = {split: [made.value[split] for made in rows_] for split in (TRAIN, VALIDATION)}
   written = [made.value for made in documents]
-  report.write_report(job.out, counts, shards, written)
+  cut = catalog.cut_of(documents, rows_)
+  if cut:
+    print(f"note: {report.cut_texts(sum(cut.values()), job.recipe.max_tokens)}", flush=True)
+  report.write_report(job.out, counts, shards, written, sum(cut.values()))
   copy_file(job.tokenizer_path, job.out / TOKENIZER)
   states = {name: state_of(job.out / name) for name in (REPORT, TOKENIZER)}
   for made in (*documents, *rows_):
     states |= {name: state for name, state in made.files.items() if "/" not in name}
-  catalog.save(job.out, job.recipe, shards, written, states)
+  catalog.save(job.out, job.recipe, shards, written, states, cut)
   _clear(job)
 
 
@@ -331,7 +333,7 @@ def _chunk(file: int, chunk: int, table: str) -> str:
 def _read_file(job: Job, number: int) -> Made:
   """Writes rows and texts of every chunk; returns what there was."""
   file, (create, states) = job.recipe.files[number], _new_files(job)
-  count = FileCount(file.name)
+  count = FileCount(file.name, file.entry["query_has_instruction"])
   for k, chunk in enumerate(rows.read_chunks(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
     for name in ("rows", "texts"):
@@ -360,13 +362,13 @@ def _index(number: int, name: str) -> str:
   return f"{WORK}/index/{number:05d}.{name}.npy"
 
 
-def _write_documents(job: Job, item: tuple[int, dict[str, FileState] | None]) -> Made:
+def _write_documents(job: Job, item: tuple[int, dict[str, FileState] | None, int]) -> Made:
   """Writes a partition, unless its file is whole, and the index of it."""
-  (number, whole), (create, states) = item, _new_files(job)
+  (number, whole, cut), (create, states) = item, _new_files(job)
   name = shard_name(DOCUMENTS, number, job.recipe.partitions)
   if whole:
     states |= whole
-    written, documents = transforms.read_documents(read_shard(job.out / name))
+    written, documents = transforms.read_documents(read_shard(job.out / name), cut)
   else:
     with create(name) as new:
       written, documents = transforms.write_documents(
@@ -375,7 +377,7 @@ def _write_documents(job: Job, item: tuple[int, dict[str, FileState] | None]) ->
   for kind in ("hashes", "lengths"):
     with create(_index(number, kind)) as new, new.open("wb") as file:
       np.save(file, getattr(documents, kind))
-  return Made(written, states)
+  return Made(written, states, documents.cut)
 
 
 def _document_parts(job: Job, number: int) -> list[DocumentPart]:
@@ -396,7 +398,7 @@ def _write_rows(job: Job, item: tuple[int, int, int, int, Made | None]) -> Made:
   texts = transforms.document_places(table)
   source = job.recipe.files[file]
   with transforms.row_files(source, number, shards, create) as paths:
-    made = transforms.write_rows(
+    made, cut = transforms.write_rows(
       paths,
       source,
       table,
@@ -405,7 +407,7 @@ def _write_rows(job: Job, item: tuple[int, int, int, int, Made | None]) -> Made:
       job.tokenizer,
       job.recipe.max_tokens,
     )
-  return Made(made, states)
+  return Made(made, states, cut)
 
 
 def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

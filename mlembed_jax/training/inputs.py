@@ -141,7 +141,7 @@ def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
   """Returns how often the rows of each file and language come.
 
   Raises:
-    DataError: a file has fewer rows than one batch.
+    DataError: a file has fewer rows than one batch, and batches are not completed.
   """
   data = config.data
   per_epoch = mixture.per_epoch(
@@ -152,12 +152,18 @@ def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
     max_repeats=data.max_repeats,
   )
   made = Plan(
-    split.files, split.units, per_epoch, data.global_batch, config.train.seed, fingerprint
+    split.files,
+    split.units,
+    per_epoch,
+    data.global_batch,
+    config.train.seed,
+    fingerprint,
+    data.complete_batches,
   )
   if small := made.small_files():
     raise DataError(
       f"{small[0]}: an epoch has fewer of its rows than data.global_batch = {data.global_batch}; "
-      "lower it, or leave the file out of data.train"
+      "lower it, set data.complete_batches, or leave the file out of data.train"
     )
   return made
 

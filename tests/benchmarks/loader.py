@@ -95,7 +95,7 @@ def synthesize(folder, rows, documents):
   recipe = catalog.Recipe(files, {}, "", 2047, 8)
   written = [Written(documents // 8, 0, str(i)) for i in range(8)]
   states = {path.name: file_states.state_of(path) for path in folder.iterdir()}
-  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written, states)
+  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written, states, {})
 
 
 def open_batches(folder, args) -> loader.Batches:
