@@ -8,6 +8,7 @@ unless their bytes are damaged.
 """
 
 import hashlib
+import io
 import itertools
 import json
 import pathlib
@@ -15,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,9 @@ def _is_parquet(name: str) -> bool:
 
 
 def _records(name: str) -> Iterator[Record]:
-  return read_pipe(sys.stdin.buffer, name) if name == "-" else read_records(name)  # pyright: ignore
+  if name != "-":
+    return read_records(name)
+  return read_pipe(cast("io.BufferedReader", sys.stdin.buffer), name)
 
 
 def _parquet(name: str, column: str) -> Iterator[Record]:

@@ -24,7 +24,7 @@ from apache_beam.pvalue import AsDict, AsList, AsSingleton, TaggedOutput
 
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
 from mlembed_jax.data.catalog import Recipe
-from mlembed_jax.data.file_states import FileState, recorded, state_of
+from mlembed_jax.data.file_digests import FileDigest, digest_of, recorded
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.names import CATALOG, REPORT, TOKENIZER, shard_name
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION
@@ -34,7 +34,7 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.transforms import DocumentPart
 from mlembed_jax.errors import DataError
 
-States = dict[str, FileState]  # of files by name
+Digests = dict[str, FileDigest]  # of files by name
 ChunkId = tuple[int, int]  # file, chunk of it
 # Of one partition's documents that a chunk refers to: partition, places in it, tokens.
 Found = tuple[int, np.ndarray, np.ndarray]
@@ -164,13 +164,13 @@ def _write_documents(
   number, parts = item
   ordered = sorted(parts, key=lambda item: item[0])
   tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
-  states: States = {}
-  new_file = recorded(functools.partial(_new_file, job), states)
+  digests: Digests = {}
+  new_file = recorded(functools.partial(_new_file, job), digests)
   with new_file(shard_name(DOCUMENTS, number, job.recipe.partitions)) as new:
     written, documents = transforms.write_documents(
       new, [part for _, part in ordered], tokenizer, job.recipe.max_tokens
     )
-  yield TaggedOutput("written", (number, Made(written, states, documents.cut)))
+  yield TaggedOutput("written", (number, Made(written, digests, documents.cut)))
   for chunk, part in ordered:
     places = np.searchsorted(documents.hashes, part.hashes)
     yield TaggedOutput("found", (chunk, (number, places, documents.lengths[places])))
@@ -189,15 +189,15 @@ def _write_rows(
   places = np.concatenate([starts[p] + place for p, place, _ in found])
   lengths = np.concatenate([length for _, _, length in found])
   file, number = job.recipe.files[chunk[0]], sorted(chunks).index(chunk)
-  states: States = {}
-  new = recorded(functools.partial(_new_file, job), states)
+  digests: Digests = {}
+  new = recorded(functools.partial(_new_file, job), digests)
   with transforms.row_files(file, number, len(chunks), new) as paths:
     texts = transforms.document_places(table)
     tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
     made, cut = transforms.write_rows(
       paths, file, table, places[texts], lengths[texts], tokenizer, job.recipe.max_tokens
     )
-  return chunk, Made(made, states, cut)
+  return chunk, Made(made, digests, cut)
 
 
 def _finish(
@@ -212,16 +212,16 @@ def _finish(
   shards = {split: [part.value[split] for part in ordered] for split in (TRAIN, VALIDATION)}
   partitions = [documents[p] for p in sorted(documents)]
   written = [part.value for part in partitions]
-  states: States = {}
+  digests: Digests = {}
   cut = catalog.cut_of(partitions, ordered)
   for part in (*partitions, *ordered):
-    states |= part.files
+    digests |= part.files
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     (folder / TOKENIZER).write_text(job.tokenizer, encoding="utf-8")
     report.write_report(folder, _counts(job, counts), shards, written, sum(cut.values()))
-    states |= {name: state_of(folder / name) for name in (TOKENIZER, REPORT)}
-    catalog.save(folder, job.recipe, shards, written, states, cut)
+    digests |= {name: digest_of(folder / name) for name in (TOKENIZER, REPORT)}
+    catalog.save(folder, job.recipe, shards, written, digests, cut)
     names = sorted(path.name for path in folder.iterdir() if path.name != CATALOG)
     for file in (*names, CATALOG):
       _copy(job, folder / file)

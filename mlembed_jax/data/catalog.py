@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlembed_jax.data import records
-from mlembed_jax.data.file_states import FileState, problem, problems, state_of
+from mlembed_jax.data.file_digests import FileDigest, digest_of, problem, problems
 from mlembed_jax.data.manifest import File, check_entry
 from mlembed_jax.data.names import (
   CATALOG,
@@ -66,7 +66,7 @@ class Catalog:
   documents: list[int]  # how many each shard has
   max_tokens: int  # that are stored of a text
   fingerprint: str  # of all records
-  states: dict[str, FileState]  # of all files; {} where an earlier version prepared the folder
+  digests: dict[str, FileDigest]  # of all files; {} where an earlier version prepared the folder
 
   @property
   def tokenizer(self) -> pathlib.Path:
@@ -85,7 +85,7 @@ def save(
   recipe: Recipe,
   shards: dict[str, list[RowShard]],
   documents: list[Written],
-  states: Mapping[str, FileState],
+  digests: Mapping[str, FileDigest],
   cut: Mapping[str, int],
 ) -> None:
   """Writes what TensorFlow Datasets reads, then catalog.json.
@@ -95,7 +95,7 @@ def save(
     recipe: what decides it.
     shards: of rows, by split.
     documents: the shards of documents.
-    states: of all files that are there already.
+    digests: of all files that are there already.
     cut: how many texts of a shard are not stored whole, by its name; others have none.
   """
   _write_metadata(
@@ -103,19 +103,21 @@ def save(
     {split: [shard.written for shard in split_shards] for split, split_shards in shards.items()}
     | {records.DOCUMENTS: documents},
   )
-  digests = [shard.written.digest for split_shards in shards.values() for shard in split_shards]
-  digests += [written.digest for written in documents]
-  states = {**states, **{name: state_of(folder / name) for name in METADATA}}
+  record_digests = [
+    shard.written.digest for split_shards in shards.values() for shard in split_shards
+  ]
+  record_digests += [written.digest for written in documents]
+  digests = {**digests, **{name: digest_of(folder / name) for name in METADATA}}
   value: dict[str, Any] = {
     "plan": recipe.as_json(),
     "shards": {
       split: [dataclasses.asdict(s) for s in split_shards] for split, split_shards in shards.items()
     },
     "documents": [written.records for written in documents],
-    "files": {name: dataclasses.asdict(states[name]) for name in sorted(states)},
+    "files": {name: dataclasses.asdict(digests[name]) for name in sorted(digests)},
     "cut_texts": dict(sorted(cut.items())),
   }
-  decides = recipe.as_json() | {"inputs": digests}  # what was in the files, not when
+  decides = recipe.as_json() | {"inputs": record_digests}  # what was in the files, not when
   value["fingerprint"] = _digest(decides)
   write_json(folder / CATALOG, value | {"digest": _digest(value)})
 
@@ -208,9 +210,9 @@ def _damaged(path: pathlib.Path, reason: Any) -> DataError:
   )
 
 
-def states_of(value: dict[str, Any]) -> dict[str, FileState]:
-  """Returns the states of the files of a catalog.json; {} where an earlier version wrote it."""
-  return {name: FileState(**state) for name, state in value.get("files", {}).items()}
+def digests_of(value: dict[str, Any]) -> dict[str, FileDigest]:
+  """Returns the digests of the files of a catalog.json; {} where an earlier version wrote it."""
+  return {name: FileDigest(**digest) for name, digest in value.get("files", {}).items()}
 
 
 def load_catalog(folder: pathlib.Path) -> Catalog:
@@ -244,7 +246,7 @@ def opened(folder: pathlib.Path, value: dict[str, Any]) -> Catalog:
       value["documents"],
       value["plan"]["max_tokens"],
       value["fingerprint"],
-      states_of(value),
+      digests_of(value),
     )
   except (KeyError, TypeError, AttributeError) as error:
     raise _damaged(path, error) from error
@@ -271,11 +273,11 @@ def _check_files(catalog: Catalog) -> None:
   there = {path.name for path in catalog.folder.iterdir()}
   names = expected_names(catalog.files, catalog.shards, len(catalog.documents))
   wrong = {name: "is missing" for name in names if name not in there}
-  if catalog.states:
-    if unknown := sorted(set(names) - set(catalog.states)):
+  if catalog.digests:
+    if unknown := sorted(set(names) - set(catalog.digests)):
       raise _damaged(catalog.folder / CATALOG, f"it does not list {unknown[0]}")
-    wrong |= problems(catalog.folder, {name: catalog.states[name] for name in names}, quick=True)
-    if damaged := problem(catalog.tokenizer, catalog.states[TOKENIZER]):
+    wrong |= problems(catalog.folder, {name: catalog.digests[name] for name in names}, quick=True)
+    if damaged := problem(catalog.tokenizer, catalog.digests[TOKENIZER]):
       wrong[TOKENIZER] = damaged
   elif not wrong:
     print(f"note: {unchecked(catalog.folder)}", file=sys.stderr)

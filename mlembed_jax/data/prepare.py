@@ -28,7 +28,7 @@ import tqdm
 
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
 from mlembed_jax.data.catalog import Recipe, row_shard
-from mlembed_jax.data.file_states import FileState, NewFile, problems, recorded, state_of
+from mlembed_jax.data.file_digests import FileDigest, NewFile, digest_of, problems, recorded
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.names import CATALOG, DATASET, REPORT, TOKENIZER, names_of_rows, shard_name
 from mlembed_jax.data.processes import end_with_parent
@@ -139,13 +139,13 @@ class _Finished:
     self._value = catalog.read_catalog(job.out)
     self.exists = self._value is not None
     self.wrong: dict[str, str] = {}
-    self._states: dict[str, FileState] = {}
+    self._digests: dict[str, FileDigest] = {}
     if self._value is None:
       return
     _check_same(job, self._value["plan"], job.out)
-    self._states = catalog.states_of(self._value)
-    if self._states:
-      self.wrong = problems(job.out, self._states, quick=quick, threads=processes)
+    self._digests = catalog.digests_of(self._value)
+    if self._digests:
+      self.wrong = problems(job.out, self._digests, quick=quick, threads=processes)
     else:
       print(f"note: {catalog.unchecked(job.out)}", flush=True)
       self.wrong = self._missing(job)
@@ -160,22 +160,22 @@ class _Finished:
     names = catalog.expected_names(opened.files, opened.shards, len(opened.documents))
     return {name: "is missing" for name in names if not (job.out / name).is_file()}
 
-  def states(self, names: Sequence[str]) -> dict[str, FileState] | None:
-    """Returns the states of these files, None where one is not whole or of unknown state."""
-    known = all(name in self._states and name not in self.wrong for name in names)
-    return {name: self._states[name] for name in names} if known else None
+  def digests(self, names: Sequence[str]) -> dict[str, FileDigest] | None:
+    """Returns the digests of these files, None where one is not whole or has no known digest."""
+    known = all(name in self._digests and name not in self.wrong for name in names)
+    return {name: self._digests[name] for name in names} if known else None
 
   def cut(self, name: str) -> int:
     """Returns how many texts of a shard are not stored whole."""
-    return self._value["cut_texts"].get(name, 0) if self._value and self._states else 0
+    return self._value["cut_texts"].get(name, 0) if self._value and self._digests else 0
 
   def rows(self, file: File, number: int, shards: int) -> Made | None:
     """Returns the shards of a chunk, None where they must be written."""
     names = [n for s in (TRAIN, VALIDATION) for n in names_of_rows(file, s, number, shards)]
-    if (states := self.states(names)) is None or self._value is None:
+    if (digests := self.digests(names)) is None or self._value is None:
       return None
     made = {s: row_shard(self._value["shards"][s][number]) for s in (TRAIN, VALIDATION)}
-    return Made(made, states, self.cut(shard_name(TRAIN, number, shards)))
+    return Made(made, digests, self.cut(shard_name(TRAIN, number, shards)))
 
 
 def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float) -> None:
@@ -187,7 +187,7 @@ def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float
     print(f"note: {sentence}", flush=True)
   names = [shard_name(DOCUMENTS, i, job.recipe.partitions) for i in range(job.recipe.partitions)]
   partitions = [
-    (number, finished.states([name]), finished.cut(name)) for number, name in enumerate(names)
+    (number, finished.digests([name]), finished.cut(name)) for number, name in enumerate(names)
   ]
   documents = each("documents", _write_documents, items=partitions)
   chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
@@ -209,10 +209,10 @@ def _finish(
     print(f"note: {report.cut_texts(sum(cut.values()), job.recipe.max_tokens)}", flush=True)
   report.write_report(job.out, counts, shards, written, sum(cut.values()))
   copy_file(job.tokenizer_path, job.out / TOKENIZER)
-  states = {name: state_of(job.out / name) for name in (REPORT, TOKENIZER)}
+  digests = {name: digest_of(job.out / name) for name in (REPORT, TOKENIZER)}
   for made in (*documents, *rows_):
-    states |= {name: state for name, state in made.files.items() if "/" not in name}
-  catalog.save(job.out, job.recipe, shards, written, states, cut)
+    digests |= {name: digest for name, digest in made.files.items() if "/" not in name}
+  catalog.save(job.out, job.recipe, shards, written, digests, cut)
   _clear(job)
 
 
@@ -317,10 +317,10 @@ def _unpickled(path: pathlib.Path) -> Made | None:
     return None
 
 
-def _new_files(job: Job) -> tuple[NewFile, dict[str, FileState]]:
-  """Returns what opens new files by their path in the folder, and the states of those written."""
-  states: dict[str, FileState] = {}
-  return recorded(lambda name: new_file(job.out / name), states), states
+def _new_files(job: Job) -> tuple[NewFile, dict[str, FileDigest]]:
+  """Returns what opens new files by their path in the folder, and the digests of those written."""
+  digests: dict[str, FileDigest] = {}
+  return recorded(lambda name: new_file(job.out / name), digests), digests
 
 
 # Steps, each run in one of the processes.
@@ -332,7 +332,7 @@ def _chunk(file: int, chunk: int, table: str) -> str:
 
 def _read_file(job: Job, number: int) -> Made:
   """Writes rows and texts of every chunk; returns what there was."""
-  file, (create, states) = job.recipe.files[number], _new_files(job)
+  file, (create, digests) = job.recipe.files[number], _new_files(job)
   count = FileCount(file.name, file.entry["query_has_instruction"])
   for k, chunk in enumerate(rows.read_chunks(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
@@ -344,7 +344,7 @@ def _read_file(job: Job, number: int) -> Made:
         writer.close()
     count.add(chunk)
   vectors.check_shapes(file, count.read)
-  return Made(count, states)
+  return Made(count, digests)
 
 
 def _read_table(job: Job, file: int, chunk: int, name: str) -> pa.Table:
@@ -362,12 +362,12 @@ def _index(number: int, name: str) -> str:
   return f"{WORK}/index/{number:05d}.{name}.npy"
 
 
-def _write_documents(job: Job, item: tuple[int, dict[str, FileState] | None, int]) -> Made:
+def _write_documents(job: Job, item: tuple[int, dict[str, FileDigest] | None, int]) -> Made:
   """Writes a partition, unless its file is whole, and the index of it."""
-  (number, whole, cut), (create, states) = item, _new_files(job)
+  (number, whole, cut), (create, digests) = item, _new_files(job)
   name = shard_name(DOCUMENTS, number, job.recipe.partitions)
   if whole:
-    states |= whole
+    digests |= whole
     written, documents = transforms.read_documents(read_shard(job.out / name), cut)
   else:
     with create(name) as new:
@@ -377,7 +377,7 @@ def _write_documents(job: Job, item: tuple[int, dict[str, FileState] | None, int
   for kind in ("hashes", "lengths"):
     with create(_index(number, kind)) as new, new.open("wb") as file:
       np.save(file, getattr(documents, kind))
-  return Made(written, states, documents.cut)
+  return Made(written, digests, documents.cut)
 
 
 def _document_parts(job: Job, number: int) -> list[DocumentPart]:
@@ -392,7 +392,7 @@ def _write_rows(job: Job, item: tuple[int, int, int, int, Made | None]) -> Made:
   number, shards, file, chunk, whole = item
   if whole:
     return whole
-  create, states = _new_files(job)
+  create, digests = _new_files(job)
   table = _read_table(job, file, chunk, "rows")
   places, lengths = _look_up(job, _read_table(job, file, chunk, "texts")["hash"].to_numpy())
   texts = transforms.document_places(table)
@@ -407,7 +407,7 @@ def _write_rows(job: Job, item: tuple[int, int, int, int, Made | None]) -> Made:
       job.tokenizer,
       job.recipe.max_tokens,
     )
-  return Made(made, states, cut)
+  return Made(made, digests, cut)
 
 
 def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

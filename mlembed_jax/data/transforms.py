@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlembed_jax.data import records, vectors
-from mlembed_jax.data.file_states import FileState, NewFile
+from mlembed_jax.data.file_digests import FileDigest, NewFile
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.names import LENGTHS, VECTORS, shard_name, suffixes
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
@@ -52,7 +52,7 @@ class Made:
   """What a part of the work returned, and the files that it wrote, by their path in the folder."""
 
   value: Any
-  files: dict[str, FileState]
+  files: dict[str, FileDigest]
   cut: int = 0  # texts that are not stored whole
 
 

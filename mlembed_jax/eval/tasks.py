@@ -24,6 +24,7 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from mlembed_jax.data.manifest import SCORED, File, read_manifest, select
+from mlembed_jax.data.names import MANIFEST
 from mlembed_jax.data.parquet_files import Columns
 from mlembed_jax.data.rows import CHUNK, has_text
 from mlembed_jax.data.tables import read_tables
@@ -100,8 +101,8 @@ def load_folder(folder: pathlib.Path) -> list[HeldoutTask]:
     raise DataError(f"tasks: {folder} is no folder; give the one that holds the files")
   folder = folder.absolute()
   for place, below in ((folder, ""), (folder.parent, folder.name)):
-    manifest = str(place / "manifest.json")
-    if (place / "manifest.json").is_file():
+    manifest = str(place / MANIFEST)
+    if (place / MANIFEST).is_file():
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
         raise DataError(f"tasks: {manifest} lists no file of {folder}")

@@ -10,6 +10,7 @@ from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import STORED, Config, DataConfig
 from mlembed_jax.data import catalog, loader, manifest, mixture, plan_report, prepare, quickstart
 from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.names import MANIFEST, TOKENIZER
 from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.store import Split, open_split
@@ -94,7 +95,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
 def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
   """Returns where the data lies that the builder wrote."""
   folder = workdir / "data"
-  text = folder / "text" / "manifest.json"
+  text = folder / "text" / MANIFEST
   processes.on_first(lambda: _build(config, folder))
   return dataclasses.replace(config.data, dataset=str(folder / "dataset"), manifest=str(text))
 
@@ -102,9 +103,9 @@ def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
 def _build(config: Config, folder: pathlib.Path) -> None:
   print(f"collecting the text of installed packages in {folder}", flush=True)
   quickstart.build(folder / "text", vocab_size=config.model.vocab, seed=config.train.seed)
-  text = folder / "text" / "manifest.json"
+  text = folder / "text" / MANIFEST
   files = manifest.select(str(text), ("train/*",), "data.train")
-  tokenizer = Tokenizer(folder / "text" / "tokenizer.json", config.data.pooled_token)
+  tokenizer = Tokenizer(folder / "text" / TOKENIZER, config.data.pooled_token)
   job = prepare.Job(
     prepare.make_recipe(files, tokenizer, max_tokens=config.data.lengths[-1]),
     folder / "dataset",

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from mlembed_jax.data import catalog, file_states, loader, names, read_ahead, records
+from mlembed_jax.data import catalog, file_digests, loader, names, read_ahead, records
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.mixture import per_epoch
 from mlembed_jax.data.plan import Plan
@@ -94,8 +94,8 @@ def synthesize(folder, rows, documents):
   files = [File(f"file_{i:02d}", ENTRY, "") for i in range(min(FILES, shards))]
   recipe = catalog.Recipe(files, {}, "", 2047, 8)
   written = [Written(documents // 8, 0, str(i)) for i in range(8)]
-  states = {path.name: file_states.state_of(path) for path in folder.iterdir()}
-  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written, states, {})
+  digests = {path.name: file_digests.digest_of(path) for path in folder.iterdir()}
+  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written, digests, {})
 
 
 def open_batches(folder, args) -> loader.Batches:

@@ -12,31 +12,31 @@ NewFile = Callable[[str], contextlib.AbstractContextManager[pathlib.Path]]
 
 
 @dataclasses.dataclass(frozen=True)
-class FileState:
+class FileDigest:
   """What a file held when it was written."""
 
   size: int  # in bytes
   sha256: str
 
 
-def state_of(path: pathlib.Path) -> FileState:
-  """Returns the state of a file as it is now."""
-  return FileState(path.stat().st_size, digest(path))
+def digest_of(path: pathlib.Path) -> FileDigest:
+  """Returns size and digest of a file as it is now."""
+  return FileDigest(path.stat().st_size, digest(path))
 
 
-def recorded(new_file: NewFile, states: dict[str, FileState]) -> NewFile:
-  """Returns what opens new files as `new_file` does and puts their states into `states`."""
+def recorded(new_file: NewFile, digests: dict[str, FileDigest]) -> NewFile:
+  """Returns what opens new files as `new_file` does and puts their digests into `digests`."""
 
   @contextlib.contextmanager
   def opened(name: str) -> Iterator[pathlib.Path]:
     with new_file(name) as path:
       yield path
-      states[name] = state_of(path)
+      digests[name] = digest_of(path)
 
   return opened
 
 
-def problem(path: pathlib.Path, expected: FileState, *, quick: bool = False) -> str:
+def problem(path: pathlib.Path, expected: FileDigest, *, quick: bool = False) -> str:
   """Returns what is wrong with a file, empty where nothing is; `quick`: without reading it."""
   if not path.is_file():
     return "is missing"
@@ -48,9 +48,9 @@ def problem(path: pathlib.Path, expected: FileState, *, quick: bool = False) -> 
 
 
 def problems(
-  folder: pathlib.Path, states: Mapping[str, FileState], *, quick: bool = False, threads: int = 1
+  folder: pathlib.Path, digests: Mapping[str, FileDigest], *, quick: bool = False, threads: int = 1
 ) -> dict[str, str]:
   """Returns {name: what is wrong} of the files of a folder that are not as they were written."""
   with ThreadPoolExecutor(threads) as pool:  # digests are computed without Python's lock
-    found = pool.map(lambda name: problem(folder / name, states[name], quick=quick), states)
-    return {name: wrong for name, wrong in zip(states, found, strict=True) if wrong}
+    found = pool.map(lambda name: problem(folder / name, digests[name], quick=quick), digests)
+    return {name: wrong for name, wrong in zip(digests, found, strict=True) if wrong}
