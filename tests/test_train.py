@@ -22,8 +22,8 @@ from mlembed_jax.errors import ConfigError
 from mlembed_jax.eval.evaluation import Evaluation
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.slice_scores import Size
-from mlembed_jax.training.checkpoint import load_newest_params
 from mlembed_jax.training.metrics import Writer
+from mlembed_jax.training.saved import load_newest_params
 from mlembed_jax.workdir import Run
 from tests.material import FAST_COMPILE, config_dict
 
@@ -99,7 +99,7 @@ def twenty(data, tmp_path_factory):
 
 
 TIMES = ("tokens_per_second", "tokens_per_second_per_chip", "sequences_per_second")
-TIMES += ("model_flops_per_second", "data_wait_share")
+TIMES += ("model_flops_per_second", "data_wait_share", "goodput")
 
 
 def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(data, twenty, tmp_path):
