@@ -31,7 +31,7 @@ from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.rows import Chunk
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import DocumentPart
+from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
 
 Digests = dict[str, FileDigest]  # of files by name
