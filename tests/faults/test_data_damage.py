@@ -234,6 +234,18 @@ def test_an_encoding_that_is_killed_at_any_operation_ends_right(tmp_path):
   assert [rest for _, _, *rest in outcomes] == [["whole", "right"]] * len(outcomes), found.stdout
 
 
+def test_parts_that_were_rounded_by_other_ranges_are_not_taken(tmp_path):
+  out, other = tmp_path / "v.npy", tmp_path / "other/v.npy"
+  other.parent.mkdir()
+  encode_run.run(other)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(encode_run.encode, "finish", lambda *_: None)  # as if killed before the end
+    encode_run.run(out, np.array([[-9.0] * encode_run.DIM, [9.0] * encode_run.DIM], np.float32))
+  assert len(list((tmp_path / "v.npy.parts").iterdir())) == encode_run.PARTS
+  encode_run.run(out)
+  assert encode_run.same(encode_run.content(out), encode_run.content(other))
+
+
 def test_ranges_of_a_file_are_used_for_every_part(tmp_path):
   ranges = np.array([[-9.0] * encode_run.DIM, [9.0] * encode_run.DIM], np.float32)
   out = tmp_path / "v.npy"
