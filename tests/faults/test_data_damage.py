@@ -7,6 +7,7 @@ import collections
 import contextlib
 import io
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_a_quick_check_notices_all_but_flips(folder, whole, content, table, kind
     table[kind, way, "prepare --quick", outcome] += 1
     assert outcome == DETECTED, way
     restore(whole, content)
+
+
+def test_a_digit_of_the_catalog_that_is_another_is_noticed(folder, whole, content, expected):
+  """It is JSON as before, and most of its numbers decide which rows a step has."""
+  path = whole / "catalog.json"
+  text = path.read_text()
+  digits = [match.start() for match in re.finditer(r"[0-9]", text)]
+  for place in digits[:: len(digits) // 12]:
+    path.write_text(text[:place] + str(9 - int(text[place])) + text[place + 1 :])
+    assert trained(whole, expected) == prepared(folder, content, quick=True) == DETECTED
 
 
 def test_only_what_is_damaged_is_written_again(folder, whole, content):
