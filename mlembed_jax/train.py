@@ -37,8 +37,7 @@ ACCEPT_CHANGED_LEARNING_RATE = flags.DEFINE_bool(
 STRICT_RESTORE = flags.DEFINE_bool(
   "strict_restore",
   False,
-  "End where the newest checkpoint is damaged. Otherwise it is set aside and the one before is "
-  "taken.",
+  "End where the newest checkpoint is damaged.",
 )
 FROM_STEP = flags.DEFINE_integer(
   "from_step", None, "Go on from this checkpoint; later ones are set aside.", lower_bound=0

@@ -18,7 +18,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mlembed_jax import files
-from mlembed_jax.config_fields import TrainConfig
 from mlembed_jax.errors import ConfigError, StorageError
 from mlembed_jax.parallel import processes
 from mlembed_jax.training.saved import (
@@ -91,18 +90,17 @@ def mean_score(workdir: pathlib.Path, step: int) -> float:
 class Checkpoints:
   """The checkpoints of one workdir."""
 
-  def __init__(self, workdir: pathlib.Path, train: TrainConfig):
+  def __init__(self, retention: Retention):
     """Opens WORKDIR/checkpoints; removes what killed saves left there."""
-    self._workdir = workdir
+    self._workdir = workdir = retention.workdir
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handler = Digested()
     registry.add(ITEM, ocp.args.StandardSave, handler)
     registry.add(ITEM, ocp.args.StandardRestore, handler)
-    kept = (train.keep_checkpoints, train.keep_every, train.keep_best)
     self._manager = ocp.CheckpointManager(
       workdir / "checkpoints",
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=Retention(workdir, *kept),
+        preservation_policy=retention,
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
       ),
@@ -120,8 +118,27 @@ class Checkpoints:
       StorageError: this or the save before cannot be written.
     """
     if self._manager.latest_step() != step:
+      processes.on_first(lambda: self._check_room(state))
       with self._saving(), jax.transfer_guard("allow"):  # orbax copies to the host
         self._manager.save(step, args=ocp.args.StandardSave(state))
+
+  def _check_room(self, state: TrainState) -> None:
+    """Raises StorageError where a save would fail: orbax may wait for minutes before it says so."""
+    folder = pathlib.Path(self._manager.directory)
+    with files.storage_errors(folder):
+      probe = folder / ".write_test"
+      probe.touch()
+      probe.unlink()
+      free = shutil.disk_usage(folder).free
+    if (need := sum(x.nbytes for x in jax.tree.leaves(state))) > free:
+      raise StorageError(
+        f"{folder}: a checkpoint needs {need / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free. Free "
+        f"space; the same command then {self._goes_on()}"
+      )
+
+  def _goes_on(self) -> str:
+    saved = steps_of(self._workdir)
+    return f"goes on from step {saved[-1]}" if saved else "starts again"
 
   @contextlib.contextmanager
   def _saving(self) -> Iterator[None]:
@@ -130,14 +147,9 @@ class Checkpoints:
       yield
     except Exception as error:
       folder = self._manager.directory
-      there = next(path for path in [folder, *folder.parents] if path.exists())
-      free = shutil.disk_usage(there).free / 1e9
-      saved = steps_of(self._workdir)
-      goes_on = f"goes on from step {saved[-1]}" if saved else "starts again"
       raise StorageError(
-        f"{folder}: a checkpoint could not be saved ({free:,.2f} GB are free): "
-        f"{first_line(error)}. Free space or bring the folder back; the same command then "
-        f"{goes_on}"
+        f"{folder}: a checkpoint could not be saved: {first_line(error)}. Free space or bring the "
+        f"folder back; the same command then {self._goes_on()}"
       ) from error
 
   def restore(self, abstract: TrainState, *, strict: bool = False) -> TrainState:

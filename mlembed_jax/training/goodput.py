@@ -100,7 +100,9 @@ class Goodput:
     starts = [*self._before, self._now]
     whole = datetime.timedelta(seconds=round(self._now.end - starts[0].begin))
     parts = ", ".join(
-      f"{name.replace('_', ' ')} {share:.1%}" for name, share in self.shares().items() if share
+      f"{name.replace('_', ' ')} {share:.1%}"
+      for name, share in self.shares().items()
+      if share >= 5e-4
     )
     return f"{len(starts)} start{'s'[: len(starts) > 1]}, {whole} of wall time: {parts}"
 

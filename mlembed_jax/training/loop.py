@@ -45,7 +45,7 @@ from mlembed_jax.training import (
   train_state,
   train_step,
 )
-from mlembed_jax.training.checkpoint import Checkpoints
+from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.goodput import COMPILING, TRAINING, Goodput
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.lock import WorkdirLock
@@ -349,7 +349,8 @@ def _train_locked(
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
-  checkpoints = Checkpoints(workdir, config.train)
+  kept = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
+  checkpoints = Checkpoints(Retention(workdir, *kept))
   stored = stored_run(run, workdir, checkpoints, resume)
   if resume.from_step is not None:
     checkpoints.go_back(resume.from_step)
