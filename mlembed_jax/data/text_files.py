@@ -38,13 +38,12 @@ MARK = b"\xef\xbb\xbf"
 OTHERS = {
   b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
   b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
-  b"PAR1": "a parquet file; name it .parquet",
+  b"PAR1\x15": "a parquet file; name it .parquet",
   b"\x1f\x8b": "compressed by gzip; add .gz to its name",
-  b"BZh": "compressed by bzip2; add .bz2 to its name",
   b"\xfd7zXZ": "compressed by xz; add .xz to its name",
   b"\x28\xb5\x2f\xfd": "compressed by zstd; add .zst to its name",
   b"PK\x03\x04": "a zip archive; unpack it",
-}
+} | {b"BZh%d1AY&SY" % i: "compressed by bzip2; add .bz2 to its name" for i in range(1, 10)}
 UNPACKED: dict[str, Callable[[Any], Any]] = {
   "gzip": lambda raw: gzip.GzipFile(fileobj=raw),
   "bz2": bz2.BZ2File,
@@ -132,7 +131,7 @@ def _decompressed(raw: Any, compression: str | None) -> io.BufferedReader:
 
 def _checked_start(path: str, file: io.BufferedReader) -> io.BufferedReader:
   """Returns the file after its mark; raises DataError where it begins as one of another kind."""
-  start = file.peek(8)[:8]
+  start = file.peek(16)[:16]
   for magic, what in OTHERS.items():
     if start.startswith(magic):
       raise DataError(f"{path}: begins as {what}")

@@ -28,6 +28,15 @@ LINES = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]
 MARK = b"\xef\xbb\xbf"
 
 
+def parquet():
+  sink = io.BytesIO()
+  pq.write_table(pa.table({"text": ["a"]}), sink)
+  return sink.getvalue()
+
+
+PARQUET = parquet()
+
+
 def table(separator):
   """Returns the rows as Python's own writer has them, from outside of the code under test."""
   text = io.StringIO(newline="")
@@ -68,7 +77,7 @@ def test_every_form_holds_the_same_rows(tmp_path, name):
 
 
 def test_each_line_of_a_text_file_is_a_text_blank_ones_too(tmp_path):
-  texts = ["one", "", "two\rthree", " ", "  four"]
+  texts = ["PAR1 and BZh are one", "", "two\rthree", " ", "  four"]
   for name, pack in (("a.txt", bytes), ("a.TXT.gz", gzip.compress)):
     (tmp_path / name).write_bytes(pack(MARK + "\r\n".join(texts).encode()))
     found = list(text_files.read_records(str(tmp_path / name)))
@@ -101,6 +110,10 @@ def test_places_are_lines_of_the_file(tmp_path):
     ("a.txt", "a".encode("utf-16"), "begins as UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
     ("a.csv", "a".encode("utf-16-be"), "begins with a zero byte; it is no text in UTF-8"),
     ("a.txt", gzip.compress(b"a"), "begins as compressed by gzip; add .gz to its name"),
+    ("a.txt", bz2.compress(b"a"), "begins as compressed by bzip2; add .bz2 to its name"),
+    ("a.jsonl", lzma.compress(b"a"), "begins as compressed by xz; add .xz to its name"),
+    ("a.csv", pa.compress(b"a", "zstd", asbytes=True), "begins as compressed by zstd; add .zst"),
+    ("a.txt", PARQUET, "begins as a parquet file; name it .parquet"),
     ("a.jsonl.gz", b"{}", "damaged file: Not a gzipped file"),
     ("a.jsonl.zst", b"{}" * 40, "damaged file: "),
     ("a.json", b'[{"text": "a"},', "is not JSON: "),
