@@ -33,10 +33,13 @@ from mlembed_jax.data.names import (
 )
 from mlembed_jax.data.transforms import LanguageRun, Made, RowShard, Written
 from mlembed_jax.errors import DataError
-from mlembed_jax.files import write_json, write_text
+from mlembed_jax.files import read_object, write_object, write_text
 
 VERSION = 1  # raise it when the same input would give other files
+FORMAT = 1  # of catalog.json
 FIRST_KEYS = {"plan", "shards", "documents", "fingerprint"}  # all that 0.1.0 wrote
+KEYS = FIRST_KEYS | {"files", "cut_texts"}
+REMEDY = "delete the folder and prepare the dataset again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +121,8 @@ def save(
     "cut_texts": dict(sorted(cut.items())),
   }
   decides = recipe.as_json() | {"inputs": record_digests}  # what was in the files, not when
-  value["fingerprint"] = _digest(decides)
-  write_json(folder / CATALOG, value | {"digest": _digest(value)})
+  value["fingerprint"] = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+  write_object(folder / CATALOG, value)
 
 
 def cut_of(documents: Sequence[Made], rows: Sequence[Made]) -> dict[str, int]:
@@ -130,10 +133,6 @@ def cut_of(documents: Sequence[Made], rows: Sequence[Made]) -> dict[str, int]:
     for i, made in enumerate(parts)
     if made.cut
   }
-
-
-def _digest(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _write_metadata(folder: pathlib.Path, splits: dict[str, list[Written]]) -> None:
@@ -186,28 +185,24 @@ def read_catalog(folder: pathlib.Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = read_object(path, FORMAT, DataError)
     version = value["plan"]["version"]
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
+  except DataError as error:
+    raise DataError(f"{error}. If it cannot be mended, {REMEDY}") from error
+  except (KeyError, TypeError, RecursionError) as error:
     raise _damaged(path, error) from error
   if version != VERSION:
     raise DataError(
       f"{folder} was prepared by another version ({version}, this is {VERSION}); prepare it again"
     )
-  _check_digest(path, value)
+  # With a damaged name, the digest of the content would be one field more, and not be compared.
+  if value.keys() not in (FIRST_KEYS, KEYS):
+    raise _damaged(path, f"its fields are {', '.join(value)}")
   return value
 
 
-def _check_digest(path: pathlib.Path, value: dict[str, Any]) -> None:
-  """Raises DataError where a catalog is not as it was written; those of 0.1.0 have no digest."""
-  if value.keys() != FIRST_KEYS and value.pop("digest", None) != _digest(value):
-    raise _damaged(path, "its content is not what was written")
-
-
 def _damaged(path: pathlib.Path, reason: Any) -> DataError:
-  return DataError(
-    f"{path} is damaged: {reason}; restore it, or delete the folder and prepare the dataset again"
-  )
+  return DataError(f"{path} is damaged: {reason}; restore it, or {REMEDY}")
 
 
 def digests_of(value: dict[str, Any]) -> dict[str, FileDigest]:
