@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mlembed_jax.data import languages
 from mlembed_jax.data.names import REPORT
 from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
 from mlembed_jax.data.transforms import RowShard, Written
@@ -95,16 +96,19 @@ def write_report(
   documents: Sequence[Written],
   cut: int,
 ) -> None:
-  """Writes the whole report; `cut`: texts that are not stored whole."""
+  """Writes the whole report, and prints which tags training will count as one language.
+
+  `cut`: texts that are not stored whole.
+  """
   files = {count.name: count.as_json() for count in counts}
   for split, split_shards in shards.items():
     for name, value in files.items():
       mine = [shard for shard in split_shards if shard.file == name]
       value[split] = sum(shard.written.records for shard in mine)
-      languages: Counter[str] = Counter()
+      tags: Counter[str] = Counter()
       for run in (run for shard in mine for run in shard.runs):
-        languages[run.language] += run.rows
-      value[f"{split}_languages"] = dict(sorted(languages.items()))
+        tags[run.language] += run.rows
+      value[f"{split}_languages"] = dict(sorted(tags.items()))
   totals = {
     "read": sum(count.read for count in counts),
     "dropped": sum(count.lost for count in counts),
@@ -118,7 +122,12 @@ def write_report(
     "positive_tokens": _tokens(shards, "positive_tokens"),
     "negative_tokens": _tokens(shards, "negative_tokens"),
   }
-  write_json(out / REPORT, {"totals": totals, "files": files})
+  merged = languages.merged(
+    run.language for split_shards in shards.values() for shard in split_shards for run in shard.runs
+  )
+  write_json(out / REPORT, {"totals": totals, "merged": merged, "files": files})
+  if merged:
+    print(languages.merges_text(merged), flush=True)
 
 
 def cut_texts(number: int, max_tokens: int) -> str:
