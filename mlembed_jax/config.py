@@ -360,6 +360,11 @@ def _check_data_and_length(config: Config) -> None:
       "data.document_instructions: documents have instructions only where queries do; set it to 0 "
       "or data.query_instructions to True"
     )
+  if data.complete_batches and not config.losses.mask_duplicates:
+    raise ConfigError(
+      "data.complete_batches: a batch may hold a row twice, whose query would meet its own positive"
+      " as a negative; set losses.mask_duplicates to True"
+    )
   if not data.train:
     raise ConfigError("data.train: name at least one pattern of training files")
   if bool(train.steps) == bool(train.epochs):

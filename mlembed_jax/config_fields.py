@@ -373,6 +373,14 @@ class DataConfig:
     published=0.3,
   )
   global_batch: int = setting(512, "Rows per step over all devices, all from one file.")
+  complete_batches: bool = setting(
+    False,
+    "Whether what is left of a file after its last whole batch is completed with rows from the "
+    "beginning of the file's epoch, as the official code does on several processes; then a file "
+    "may have fewer rows than data.global_batch, and rows come more often than data.max_repeats "
+    "says. False: it is left out, and such files are refused.",
+    older=False,
+  )
   micro_batch: int = setting(
     0,
     "Tokens encoded at a time over all devices (GradCache): memory against padding of the last "

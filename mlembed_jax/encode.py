@@ -2,19 +2,21 @@
 
   python -m mlembed_jax.encode --model DIR --input texts.jsonl --out vectors.npy
 
-A part is written at a time. The same command goes on after a stop: parts whose texts and settings
-are the same are not encoded again.
+A part is written at a time, under a name with digests of its texts, settings and bytes. The same
+command goes on after a stop: parts whose texts and settings are the same are not encoded again,
+unless their bytes are damaged.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,16 +25,27 @@ from absl import flags
 from tqdm import tqdm
 
 from mlembed_jax import cli
+from mlembed_jax.data.parquet_files import Columns, read_parquet
+from mlembed_jax.data.text_files import (
+  KNOWN,
+  PARQUET,
+  Record,
+  check_text,
+  form_of,
+  read_pipe,
+  read_records,
+)
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.quantize import LEAST_TEXTS, LEVELED, PRECISIONS, check_precision, quantize, ranges
+from mlembed_jax.files import digest, new_file
+from mlembed_jax.quantize import LEAST_TEXTS, LEVELED, PRECISIONS, quantize, ranges
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
 )
 INPUT = flags.DEFINE_string(
-  "input", None, "File .parquet, .jsonl or of one text per line; - reads such lines.", required=True
+  "input", None, f"File {KNOWN}; .txt and - (a pipe) have a text per line.", required=True
 )
-COLUMN = flags.DEFINE_string("column", "text", "Field of a .jsonl or .parquet file.")
+COLUMN = flags.DEFINE_string("column", "text", "Field or column that holds the texts.")
 OUT = flags.DEFINE_string("out", None, "File .npy or .parquet to write.", required=True)
 PROMPT_NAME = flags.DEFINE_string("prompt_name", None, "Prompt of the model before every text.")
 PROMPT = flags.DEFINE_string("prompt", None, "Another prompt.")
@@ -44,7 +57,16 @@ PRECISION = flags.DEFINE_enum("precision", "float32", PRECISIONS, "Of the vector
 POOLED_TOKEN = flags.DEFINE_string(
   "pooled_token", None, "Token that ends every text, of a folder that does not say which."
 )
+RANGES = flags.DEFINE_string(
+  "ranges",
+  None,
+  "File .npy [2, D] of the least and the largest value of each dimension, for int8 and uint8. "
+  "Without it, those of the folder of the model, or of the first part.",
+)
 PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
+
+DIGITS = 24  # of a digest in a name
+BATCH = 4096  # texts of a parquet file that are read at a time
 
 
 def read_texts(name: str, column: str) -> Iterator[str]:
@@ -53,50 +75,47 @@ def read_texts(name: str, column: str) -> Iterator[str]:
   Raises:
     DataError: the file cannot be read, or a row has no text; the message names it.
   """
+  records = _parquet(name, column) if name != "-" and _is_parquet(name) else _records(name)
+  while (record := _next(records)) is not None:
+    yield _text(record, f"{name}, {record.where}", column)
+
+
+def _is_parquet(name: str) -> bool:
   try:
-    if name == "-":
-      yield from _lines(io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"))
-    elif name.endswith(".parquet"):
-      yield from _parquet(name, column)
-    else:
-      with open(name, encoding="utf-8") as file:
-        yield from (_json(file, name, column) if name.endswith(".jsonl") else _lines(file))
-  except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-    raise DataError(f"--input: {name} cannot be read: {error}") from error
+    return form_of(name).kind == PARQUET
+  except DataError as error:
+    raise DataError(f"--input: {error}") from error
 
 
-def _lines(file: TextIO) -> Iterator[str]:
-  return (line.rstrip("\n") for line in file)
+def _records(name: str) -> Iterator[Record]:
+  if name != "-":
+    return read_records(name)
+  return read_pipe(cast("io.BufferedReader", sys.stdin.buffer), name)
 
 
-def _parquet(name: str, column: str) -> Iterator[str]:
-  file = pq.ParquetFile(name)
-  if column not in file.schema_arrow.names:
-    found = ", ".join(file.schema_arrow.names)
-    raise DataError(f"--column: {name} has no column {column!r}; it has {found}")
+def _parquet(name: str, column: str) -> Iterator[Record]:
   row = 0
-  for batch in file.iter_batches(columns=[column]):
-    for text in batch[column].to_pylist():
-      yield _checked(text, f"{name}, row {row}")
+  for table, invalid in read_parquet(name, Columns([column]), BATCH):
+    for text, wrong in zip(table[column].to_pylist(), invalid.tolist(), strict=True):
+      yield Record(f"row {row}", text, "bytes that are not UTF-8" if wrong else "")
       row += 1
 
 
-def _json(file: TextIO, name: str, column: str) -> Iterator[str]:
-  for number, line in enumerate(file, start=1):
-    where = f"{name}, line {number}"
-    try:
-      found = json.loads(line)
-    except ValueError as error:
-      raise DataError(f"{where}: {error}") from error
-    if isinstance(found, dict) and column not in found:
-      raise DataError(f"--column: {where} has no field {column!r}; it has {', '.join(found)}")
-    yield _checked(found[column] if isinstance(found, dict) else found, where)
+def _next(records: Iterator[Record]) -> Record | None:
+  """Returns the next record, None after the last; an error names the flag of the file."""
+  try:
+    return next(records, None)
+  except DataError as error:
+    raise DataError(f"--input: {error}") from error
 
 
-def _checked(text: Any, where: str) -> str:
-  if not isinstance(text, str):
-    raise DataError(f"{where}: a text is expected, found {type(text).__name__}")
-  return text
+def _text(record: Record, where: str, column: str) -> str:
+  if record.problem:
+    raise DataError(f"{where}: {record.problem}")
+  found = record.value
+  if isinstance(found, dict) and column not in found:
+    raise DataError(f"--column: {where} has no field {column!r}; it has {', '.join(found)}")
+  return check_text(found[column] if isinstance(found, dict) else found, where)
 
 
 def parts_of(texts: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -112,59 +131,151 @@ def parts_of(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 
 
 class Parts:
-  """The folder OUT.parts: a file of vectors for each part, named by its number and content."""
+  """The folder OUT.parts: arrays in files whose names have digests of their origin and bytes."""
 
-  def __init__(self, out: pathlib.Path, settings: dict[str, Any]):
+  def __init__(self, out: pathlib.Path):
     self.folder = out.with_name(out.name + ".parts")
-    self._settings = json.dumps(settings, sort_keys=True)
-    self.files: list[pathlib.Path] = []
-    self.ranges_file = self.folder / f"ranges-{_digest(self._settings)}.npy"
+    self._there = {path.stem.rpartition("-")[0]: path for path in self.folder.glob("*.npy")}
 
-  def next(self, texts: Sequence[str]) -> pathlib.Path:
-    """Returns the file of the next part; it exists where an earlier run wrote it."""
-    name = f"{len(self.files):08d}-{_digest(self._settings, *texts)}.npy"
-    self.files.append(self.folder / name)
-    return self.files[-1]
+  def find(self, name: str) -> pathlib.Path | None:
+    """Returns the file of an array that an earlier run wrote; a damaged one is removed."""
+    path = self._there.get(name)
+    if path is None:
+      return None
+    if digest(path).startswith(path.stem.rpartition("-")[2]):
+      return path
+    print(f"{path} is damaged; its texts are encoded again", file=sys.stderr, flush=True)
+    path.unlink()
+    return None
 
-  def ranges(self, vectors: np.ndarray, stored: np.ndarray | None) -> np.ndarray:
-    """Returns the ranges that all parts share: those of the model, else of the first part.
-
-    Raises:
-      ConfigError: the model has none, and the first part has fewer than 100 texts.
-    """
-    if not self.ranges_file.is_file():
-      if stored is None and len(vectors) < LEAST_TEXTS:
-        raise ConfigError(
-          f"--precision: the model has no ranges of int8 vectors, and the first part has "
-          f"{len(vectors)} texts; at least {LEAST_TEXTS} are needed (--part, --input)"
-        )
-      _save(self.ranges_file, ranges(vectors) if stored is None else stored)
-    return np.load(self.ranges_file)
+  def save(self, name: str, array: np.ndarray) -> pathlib.Path:
+    """Writes an array; returns its file."""
+    self.folder.mkdir(exist_ok=True)
+    temporary = self.folder / f"{name}.new"
+    with temporary.open("wb") as opened:
+      np.save(opened, array)
+    return temporary.rename(self.folder / f"{name}-{digest(temporary)[:DIGITS]}.npy")
 
 
 def _digest(*texts: str) -> str:
   found = hashlib.sha256()
   for text in texts:
     found.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
-  return found.hexdigest()[:24]
+  return found.hexdigest()[:DIGITS]
 
 
-def _save(file: pathlib.Path, array: np.ndarray) -> None:
-  file.parent.mkdir(exist_ok=True)
-  temporary = file.with_suffix(".new")
-  with temporary.open("wb") as opened:
-    np.save(opened, array)
-  temporary.rename(file)
+Encode = Callable[[Sequence[str]], np.ndarray]
+
+
+def encode_parts(
+  texts: Iterable[list[str]],
+  parts: Parts,
+  encode: Encode,
+  settings: dict[str, Any],
+  given: np.ndarray | None,
+) -> tuple[list[pathlib.Path], np.ndarray | None]:
+  """Returns the files of all parts, and the ranges that they are rounded by, if they are.
+
+  Args:
+    texts: of each part; there is one at least.
+    parts: the folder, which may have parts of an earlier run.
+    encode: returns vectors of texts.
+    settings: all that decides the vectors, and `precision`.
+    given: ranges of the user, if there are.
+
+  Raises:
+    ConfigError: there are no ranges, and too few texts to take them from.
+  """
+  texts = iter(texts)
+  first = next(texts)
+  precision, origin = settings["precision"], json.dumps(settings, sort_keys=True)
+  calibration, encoded = given, None
+  if precision in LEVELED and calibration is None:
+    calibration, encoded = find_ranges(parts, encode, first, settings)
+  if calibration is not None:
+    # Parts that were rounded by other ranges have other names, so that none is ever taken.
+    origin += hashlib.sha256(calibration.tobytes()).hexdigest()
+  files: list[pathlib.Path] = []
+  with tqdm(unit=" texts", disable=None) as bar:
+    for part in itertools.chain([first], texts):
+      name = f"{len(files):08d}-{_digest(origin, *part)}"
+      if (file := parts.find(name)) is None:
+        vectors = encoded if encoded is not None and not files else encode(part)
+        file = parts.save(name, quantize(vectors, precision, calibration))
+      files.append(file)
+      bar.update(len(part))
+  return files, calibration
+
+
+def find_ranges(
+  parts: Parts, encode: Encode, texts: Sequence[str], settings: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns the ranges of the first part, and its vectors where they had to be computed.
+
+  Raises:
+    ConfigError: the part has too few texts.
+  """
+  if len(texts) < LEAST_TEXTS:
+    raise ConfigError(
+      f"--precision: {settings['precision']} needs ranges of at least {LEAST_TEXTS} texts, and the "
+      f"first part has {len(texts)}; name a file by --ranges, or give more texts, and a larger "
+      "--part"
+    )
+  name = f"ranges-{_digest(json.dumps(settings, sort_keys=True), *texts)}"
+  if file := parts.find(name):
+    return np.load(file), None
+  vectors = encode(texts)
+  found = ranges(vectors).astype(np.float32)
+  parts.save(name, found)
+  return found, vectors
+
+
+def read_ranges(path: str, dim: int) -> np.ndarray:
+  """Returns the ranges of a file, [2, D] float32; raises ConfigError where they cannot be used."""
+  if PRECISION.value not in LEVELED:
+    raise ConfigError(f"--ranges: --precision {PRECISION.value} has none; drop one of the flags")
+  try:
+    found = np.load(path)
+  except (OSError, ValueError, EOFError) as error:
+    raise ConfigError(f"--ranges: {path} cannot be read: {error}") from error
+  if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.shape != (2, dim):
+    shape = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "an archive"
+    raise ConfigError(f"--ranges: {path} holds {shape}, expected float32 [2, {dim}]")
+  if not (np.isfinite(found).all() and (found[0] <= found[1]).all()):
+    raise ConfigError(
+      f"--ranges: {path} holds a number that is not finite, or a least value above the largest"
+    )
+  return found.astype(np.float32)
+
+
+def write_ranges(calibration: np.ndarray, out: pathlib.Path) -> None:
+  """Writes the ranges beside `out`, which is removed first where other ranges stand there."""
+  path = out.with_name(out.stem + ".ranges.npy")
+  with new_file(path) as new:
+    with new.open("wb") as file:
+      np.save(file, calibration)
+    if path.is_file() and digest(path) != digest(new):
+      out.unlink(missing_ok=True)  # vectors never stand beside ranges that are not theirs
 
 
 def join_parts(files: Sequence[pathlib.Path], out: pathlib.Path) -> int:
   """Writes the vectors of all parts to `out`, and returns their number."""
-  temporary = out.with_name(f".{out.name}.new")
   rows = [np.load(file, mmap_mode="r") for file in files]
   write = _join_parquet if out.suffix == ".parquet" else _join_npy
-  write(rows, temporary)
-  temporary.rename(out)
+  with new_file(out) as new:
+    write(rows, new)
   return sum(map(len, rows))
+
+
+def finish(
+  parts: Parts, files: Sequence[pathlib.Path], calibration: np.ndarray | None, out: pathlib.Path
+) -> int:
+  """Writes `out` and its ranges, removes the parts, and returns the number of vectors."""
+  if calibration is not None:
+    write_ranges(calibration, out)
+  count = join_parts(files, out)
+  shutil.rmtree(parts.folder)
+  return count
 
 
 def _join_npy(rows: Sequence[np.ndarray], path: pathlib.Path) -> None:
@@ -221,28 +332,27 @@ def main() -> None:
   options |= {"untrained": UNTRAINED.value}
   try:
     # What cannot be meant is refused before any work.
-    dim = encoder.encode(["a"], **options).shape[1]
-    check_precision(PRECISION.value, LEAST_TEXTS, dim)
+    probe = encoder.encode(["a"], **options)
+    quantize(probe, PRECISION.value, ranges(probe))
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
   settings = {"precision": PRECISION.value, "pooled_token": POOLED_TOKEN.value}
   settings |= {"model": encoder.fingerprint}
-  parts, leveled = Parts(out, options | settings), PRECISION.value in LEVELED
-  stored = encoder.ranges(DEPTH.value, DIM.value) if leveled else None
-  with tqdm(unit=" texts", disable=None) as bar:
-    for texts in parts_of(read_texts(INPUT.value, COLUMN.value), PART.value):
-      file = parts.next(texts)
-      if not file.is_file():
-        vectors = encoder.encode(texts, **options)
-        calibration = parts.ranges(vectors, stored) if leveled else None
-        _save(file, quantize(vectors, PRECISION.value, calibration))
-      bar.update(len(texts))
-  if not parts.files:
+  given = read_ranges(RANGES.value, probe.shape[1]) if RANGES.value else None
+  if given is None and PRECISION.value in LEVELED:
+    given = encoder.ranges(DEPTH.value, DIM.value)  # of the folder, if the export stored them
+  parts = Parts(out)
+  texts = parts_of(read_texts(INPUT.value, COLUMN.value), PART.value)
+  if (first := next(texts, None)) is None:
     raise DataError(f"--input: {INPUT.value} has no texts")
-  count = join_parts(parts.files, out)
-  if parts.ranges_file.is_file():
-    parts.ranges_file.replace(out.with_name(out.stem + ".ranges.npy"))
-  shutil.rmtree(parts.folder)
+  files, calibration = encode_parts(
+    itertools.chain([first], texts),
+    parts,
+    lambda part: encoder.encode(part, **options),
+    options | settings,
+    given,
+  )
+  count = finish(parts, files, calibration, out)
   cut = f", of which {encoder.truncated:,} were cut" if encoder.truncated else ""
   print(f"{count:,} vectors{cut}: {out}")
 

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.data.text_files import check_text
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file, stored_ranges
@@ -132,11 +133,14 @@ class Encoder:
     longer than `max_seq_length` are cut, with a warning that counts them.
 
     Raises:
+      DataError: one of the texts is no string, or has half a surrogate pair.
       ValueError: an unknown prompt or precision; a size that the model lacks, or that was not
         trained (allowed with `untrained`); no ranges; a vector that is not finite.
     """
     self.check(depth, rank, dim, untrained)
     listed = [texts] if isinstance(texts, str) else texts
+    for i, text in enumerate(listed):
+      check_text(text, f"texts[{i}] is no text")
     if precision not in LEVELED and ranges is not None:
       raise ValueError(f"ranges: vectors in {precision} have none; leave them out")
     if precision in LEVELED and ranges is None and normalize:

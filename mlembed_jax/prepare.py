@@ -1,7 +1,8 @@
 """Prepares text for training: python -m mlembed_jax.prepare --manifest FILE --tokenizer FILE ...
 
 Reads training files in the layout of the public release, checks every row, tokenises each document
-once, and writes a dataset of TensorFlow Datasets, which `data.dataset` of a training run names.
+once, and writes a dataset of TensorFlow Datasets, which `data.dataset` of a training run names. Run
+again, it goes on after a stop, and writes what is missing or damaged of a finished dataset.
 """
 
 import os
@@ -11,8 +12,9 @@ import time
 from absl import flags
 
 from mlembed_jax import cli
-from mlembed_jax.data import manifest, prepare, report
+from mlembed_jax.data import manifest, prepare, rows
 from mlembed_jax.data.catalog import Recipe
+from mlembed_jax.data.names import REPORT
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError
 
@@ -46,12 +48,17 @@ BEAM_OPTIONS = flags.DEFINE_string(
 PROCESSES = flags.DEFINE_integer(
   "processes", os.cpu_count() or 1, "Processes that work at a time.", lower_bound=1
 )
+QUICK = flags.DEFINE_bool(
+  "quick", False, "Check a finished dataset by names and sizes of its files alone, not by digests."
+)
 
 
 def main() -> None:
   """Reads the flags and prepares the dataset."""
   start = time.perf_counter()
   files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
+  for sentence in (sentence for file in files for sentence in rows.unused(file)):
+    print(f"note: {sentence}", flush=True)
   tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
   recipe = prepare.make_recipe(files, tokenizer, MAX_TOKENS.value)
   if BEAM_OPTIONS.value is None:
@@ -60,12 +67,15 @@ def main() -> None:
     out = prepare.make_dataset_folder(OUT.value)
     job = prepare.Job(recipe, out, tokenizer.path.absolute(), tokenizer.pooled_token)
     prepare.prepare_dataset(
-      job, processes=PROCESSES.value, max_dropped_share=MAX_DROPPED_SHARE.value
+      job,
+      processes=PROCESSES.value,
+      max_dropped_share=MAX_DROPPED_SHARE.value,
+      quick=QUICK.value,
     )
   else:
     _run_beam(recipe, tokenizer)
   seconds = time.perf_counter() - start
-  print(f"{OUT.value}: prepared in {seconds:.0f} s; see {report.FILE} there")
+  print(f"{OUT.value}: prepared in {seconds:.0f} s; see {REPORT} there")
 
 
 def _run_beam(recipe: Recipe, tokenizer: Tokenizer) -> None:

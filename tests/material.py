@@ -126,13 +126,16 @@ def prepare_dataset(
   max_tokens: int = 2047,
   processes: int = 1,
   max_dropped_share: float = 0.1,
+  quick: bool = False,
 ) -> pathlib.Path:
   """Prepares the files of FOLDER/manifest.json that match; returns FOLDER/OUT."""
   opened = Tokenizer(tokenizer or folder / "tokenizer.json", "<|endoftext|>")
   files = manifest.select(str(folder / "manifest.json"), [pattern], "--files")
   recipe = prepare.make_recipe(files, opened, max_tokens)
   job = prepare.Job(recipe, folder / out, opened.path, opened.pooled_token)
-  prepare.prepare_dataset(job, processes=processes, max_dropped_share=max_dropped_share)
+  prepare.prepare_dataset(
+    job, processes=processes, max_dropped_share=max_dropped_share, quick=quick
+  )
   return job.out
 
 

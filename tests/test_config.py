@@ -316,6 +316,12 @@ def test_wrong_types_are_refused_by_name(group, field, value, message):
   assert message in str(error.value)
 
 
+def test_completed_batches_need_the_mask_of_equal_texts():
+  fields = {"data.complete_batches": True, "losses.mask_duplicates": False}
+  with pytest.raises(ConfigError, match=r"data.complete_batches: a batch may hold a row twice, "):
+    from_mapping(config_dict(**fields))
+
+
 def test_learned_temperatures_have_no_schedule():
   fields = {"losses.learn_temperature": True, "losses.bitext.final_temperature": 0.02}
   with pytest.raises(ConfigError, match=r"losses.bitext.final_temperature: learned temperatures"):

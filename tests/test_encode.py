@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mlembed_jax.errors import DataError
 from mlembed_jax.inference import Encoder
 from mlembed_jax.quantize import quantize, ranges
 from tests.material import sentences
@@ -142,9 +143,19 @@ def test_lines_are_read_from_a_pipe(full, expected, tmp_path):
       ("--dim=20", "--untrained", "--precision=binary"),
       "--precision: binary needs dims in",
     ),
+    (
+      ['"a"'],
+      ("--precision=int8",),
+      "error: --precision: int8 needs ranges of at least 100 texts, and the first part has 1; name",
+    ),
+    (
+      ['"a"'],
+      (f"--ranges={__file__}", "--precision=int8"),
+      "error: --ranges: .*test_encode.py cannot be read: ",
+    ),
     (['"a"'], ("--out=x.txt",), "--out: .*x.txt ends neither in .npy nor in .parquet"),
     (['"a"'], ("--model=/absent",), "error: E104 file: /absent is no folder"),
-    (['"a"'], ("--input=absent.txt",), "--input: absent.txt cannot be read"),
+    (['"a"'], ("--input=absent.txt",), "--input: absent.txt does not exist"),
     (['"a"'], (f"--out={__file__}/v.npy",), "--out: .*v.npy cannot be written: File exists"),
   ],
 )
@@ -155,6 +166,12 @@ def test_bad_input_is_one_sentence(lines, flags, message, full, tmp_path):
   last = done.stderr.strip().splitlines()[-1]
   assert re.search(message, last), done.stderr
   assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+@pytest.mark.parametrize("text", [3, None, "cut emoji \ud83d"])
+def test_what_is_no_text_is_named_before_anything_is_encoded(full, text):
+  with pytest.raises(DataError, match=r"^texts\[3\] is no text: "):
+    Encoder.load(full).encode(["a", "b", "c", text])
 
 
 def test_what_vectors_would_replace_is_kept(full, tmp_path):

@@ -24,13 +24,17 @@ from apache_beam.pvalue import AsDict, AsList, AsSingleton, TaggedOutput
 
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
 from mlembed_jax.data.catalog import Recipe
-from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
+from mlembed_jax.data.file_digests import FileDigest, digest_of, recorded
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.names import CATALOG, REPORT, TOKENIZER, shard_name
+from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.rows import Chunk
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
+from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
 
+Digests = dict[str, FileDigest]  # of files by name
 ChunkId = tuple[int, int]  # file, chunk of it
 # Of one partition's documents that a chunk refers to: partition, places in it, tokens.
 Found = tuple[int, np.ndarray, np.ndarray]
@@ -55,7 +59,7 @@ def run_pipeline(job: BeamJob, options: Sequence[str]) -> None:
   """
   filesystem, path = fsspec.core.url_to_fs(job.out)
   there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
-  if any(name.rpartition("/")[2] != report.FILE for name in there):
+  if any(name.rpartition("/")[2] != REPORT for name in there):
     raise DataError(f"--out: {job.out} is not empty; name another folder")
   filesystem.makedirs(path, exist_ok=True)
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
@@ -120,14 +124,18 @@ def _read(number: int, job: BeamJob) -> Iterator[TaggedOutput]:
 
 def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: BeamJob) -> tuple[int, FileCount]:
   number, chunks = item
-  count = FileCount(job.recipe.files[number].name)
+  count = _new_count(job.recipe.files[number])
   for _, chunk in sorted(chunks, key=lambda item: item[0]):
     count.add(chunk)
   return number, count
 
 
+def _new_count(file: File) -> FileCount:
+  return FileCount(file.name, file.entry["query_has_instruction"])
+
+
 def _counts(job: BeamJob, counts: dict[int, FileCount]) -> list[FileCount]:
-  return [counts.get(i, FileCount(file.name)) for i, file in enumerate(job.recipe.files)]
+  return [counts.get(i, _new_count(file)) for i, file in enumerate(job.recipe.files)]
 
 
 def _check(_: None, job: BeamJob, counts: dict[int, FileCount]) -> bool:
@@ -139,7 +147,7 @@ def _check(_: None, job: BeamJob, counts: dict[int, FileCount]) -> bool:
     try:
       report.check_dropped(found, job.max_dropped_share, folder)
     finally:
-      _copy(job, folder / report.FILE)
+      _copy(job, folder / REPORT)
   return True
 
 
@@ -156,11 +164,13 @@ def _write_documents(
   number, parts = item
   ordered = sorted(parts, key=lambda item: item[0])
   tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
-  with _new_file(job, file_name(DOCUMENTS, number, job.recipe.partitions)) as new:
+  digests: Digests = {}
+  new_file = recorded(functools.partial(_new_file, job), digests)
+  with new_file(shard_name(DOCUMENTS, number, job.recipe.partitions)) as new:
     written, documents = transforms.write_documents(
       new, [part for _, part in ordered], tokenizer, job.recipe.max_tokens
     )
-  yield TaggedOutput("written", (number, written))
+  yield TaggedOutput("written", (number, Made(written, digests, documents.cut)))
   for chunk, part in ordered:
     places = np.searchsorted(documents.hashes, part.hashes)
     yield TaggedOutput("found", (chunk, (number, places, documents.lengths[places])))
@@ -170,40 +180,48 @@ def _write_rows(
   item: tuple[ChunkId, dict[str, Iterable[Any]]],
   job: BeamJob,
   chunks: list[ChunkId],
-  documents: dict[int, Written],
-) -> tuple[ChunkId, dict[str, RowShard]]:
+  documents: dict[int, Made],
+) -> tuple[ChunkId, Made]:
   chunk, parts = item
   (table,), found = parts["rows"], sorted(parts["found"], key=lambda item: item[0])
-  sizes = [documents[p].records for p in range(job.recipe.partitions)]
+  sizes = [documents[p].value.records for p in range(job.recipe.partitions)]
   starts = np.concatenate([[0], np.cumsum(sizes)])
   places = np.concatenate([starts[p] + place for p, place, _ in found])
   lengths = np.concatenate([length for _, _, length in found])
   file, number = job.recipe.files[chunk[0]], sorted(chunks).index(chunk)
-  new = functools.partial(_new_file, job)
+  digests: Digests = {}
+  new = recorded(functools.partial(_new_file, job), digests)
   with transforms.row_files(file, number, len(chunks), new) as paths:
     texts = transforms.document_places(table)
     tokenizer = _tokenizer(job.tokenizer, job.pooled_token)
-    return chunk, transforms.write_rows(
+    made, cut = transforms.write_rows(
       paths, file, table, places[texts], lengths[texts], tokenizer, job.recipe.max_tokens
     )
+  return chunk, Made(made, digests, cut)
 
 
 def _finish(
   _: None,
   job: BeamJob,
   counts: dict[int, FileCount],
-  made: dict[ChunkId, dict[str, RowShard]],
-  documents: dict[int, Written],
+  made: dict[ChunkId, Made],
+  documents: dict[int, Made],
 ) -> None:
   """Writes what describes the records; catalog.json, which makes the folder complete, last."""
   ordered = [made[chunk] for chunk in sorted(made)]
-  shards = {split: [shards[split] for shards in ordered] for split in (TRAIN, VALIDATION)}
-  written = [documents[p] for p in sorted(documents)]
+  shards = {split: [part.value[split] for part in ordered] for split in (TRAIN, VALIDATION)}
+  partitions = [documents[p] for p in sorted(documents)]
+  written = [part.value for part in partitions]
+  digests: Digests = {}
+  cut = catalog.cut_of(partitions, ordered)
+  for part in (*partitions, *ordered):
+    digests |= part.files
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    (folder / "tokenizer.json").write_text(job.tokenizer, encoding="utf-8")
-    report.write_report(folder, _counts(job, counts), shards, written)
-    catalog.save(folder, job.recipe, shards, written)
-    names = sorted(path.name for path in folder.iterdir() if path.name != catalog.FILE)
-    for file in (*names, catalog.FILE):
+    (folder / TOKENIZER).write_text(job.tokenizer, encoding="utf-8")
+    report.write_report(folder, _counts(job, counts), shards, written, sum(cut.values()))
+    digests |= {name: digest_of(folder / name) for name in (TOKENIZER, REPORT)}
+    catalog.save(folder, job.recipe, shards, written, digests, cut)
+    names = sorted(path.name for path in folder.iterdir() if path.name != CATALOG)
+    for file in (*names, CATALOG):
       _copy(job, folder / file)

@@ -82,14 +82,18 @@ def _folder(path: str) -> str:
   return (folder if slash else ".") + chain + outer
 
 
-def open_input(path: str) -> Any:
+def open_input(path: str, compression: str | None = "infer") -> Any:
   """Returns a readable binary file, of a local path or of any URL that fsspec knows.
+
+  Args:
+    path: the path or URL.
+    compression: what it is to be unpacked by; "infer": what its name says; None: nothing.
 
   Raises:
     DataError: there is none, or the package that reads such URLs is not installed.
   """
   try:
-    opened: Any = fsspec.open(path, "rb", compression="infer")
+    opened: Any = fsspec.open(path, "rb", compression=compression)
     file = opened.open()
     if "::" in path:
       file.opened = opened  # an archive is closed when nothing refers to its file system
@@ -144,8 +148,9 @@ def matching(names: Collection[str], patterns: Iterable[str], field: str, where:
   for pattern in patterns:
     found = fnmatch.filter(names, pattern)
     if not found:
+      hint = f"; several are written {tuple(pattern.split(','))}" if "," in pattern else ""
       raise DataError(
-        f"{field}: {pattern!r} matches no file of {where}; it lists {', '.join(names)}"
+        f"{field}: {pattern!r} matches no file of {where}; it lists {', '.join(names)}{hint}"
       )
     chosen |= set(found)
   return chosen

@@ -1,7 +1,8 @@
 """Which rows make up each step: a pure function of (rows per epoch, seed, step).
 
 All rows of a step come from one file. An epoch visits every batch of every file once, in an order
-of its own; what is left of a file after its last whole batch, other rows each time, is left out.
+of its own; what is left of a file after its last whole batch, other rows each time, is left out,
+or completed to a batch with rows from the beginning of the file's epoch.
 Within a file the rows of its languages are mixed at random. There is no iterator state: any step
 costs the same, on any number of processes. Shuffles are keyed permutations that are computed for
 one index at a time, so nothing of the size of the data is held in memory.
@@ -68,7 +69,13 @@ class Order:
   """Random access: `order[n]` is what step n reads."""
 
   def __init__(
-    self, files: np.ndarray, rows: np.ndarray, per_epoch: np.ndarray, batch_size: int, seed: int
+    self,
+    files: np.ndarray,
+    rows: np.ndarray,
+    per_epoch: np.ndarray,
+    batch_size: int,
+    seed: int,
+    complete: bool = False,
   ):
     """Lays out an epoch of U units, the rows of one language in one file each.
 
@@ -78,13 +85,15 @@ class Order:
       per_epoch: rows of each unit in an epoch, [U]; more than `rows` repeats some.
       batch_size: rows of a step over all processes.
       seed: of the run.
+      complete: whether what is left of a file is completed to a batch.
     """
     self._rows, self._per_epoch, self._seed = rows, per_epoch, seed
     self._batch_size = batch_size
     self._units = np.concatenate([[0], np.cumsum(per_epoch)])  # in the list of an epoch
     bounds = np.searchsorted(files, np.arange(files.max() + 2))
     self._files = self._units[bounds]
-    self._batches = np.concatenate([[0], np.cumsum(np.diff(self._files) // batch_size)])
+    in_epoch = np.diff(self._files) + (batch_size - 1 if complete else 0)
+    self._batches = np.concatenate([[0], np.cumsum(in_epoch // batch_size)])
 
   @property
   def steps_per_epoch(self) -> int:
@@ -102,11 +111,8 @@ class Order:
     file = int(np.searchsorted(self._batches, number, side="right")) - 1
     first = (number - int(self._batches[file])) * self._batch_size
     start, end = self._files[file], self._files[file + 1]
-    in_file = permute(
-      np.arange(first, first + self._batch_size),
-      end - start,
-      mix(self._seed, ROWS, epoch, file),
-    )
+    places = np.arange(first, first + self._batch_size) % (end - start)
+    in_file = permute(places, end - start, mix(self._seed, ROWS, epoch, file))
     units = np.searchsorted(self._units, start + in_file, side="right") - 1
     # Rows taken of the unit since the run began; each pass over them has its own shuffle.
     taken = epoch * self._per_epoch[units] + start + in_file - self._units[units]

@@ -24,22 +24,35 @@ class Plan:
   batch_size: int
   seed: int
   dataset: str  # fingerprint of the prepared records
+  complete: bool = False  # whether what is left of a file is completed to a batch
 
   def order(self) -> Order:
     """Returns the rows of every step."""
     names = [file.name for file in self.files]
     files = np.array([names.index(unit.file) for unit in self.units])
     rows = np.array([unit.rows for unit in self.units])
-    return Order(files, rows, self.per_epoch, self.batch_size, self.seed)
+    return Order(files, rows, self.per_epoch, self.batch_size, self.seed, self.complete)
 
   def small_files(self) -> list[str]:
-    """Returns the files that have less than one batch per epoch."""
+    """Returns the files that have not one batch per epoch."""
     batches = self.order().batches()
     return [file.name for file, n in zip(self.files, batches, strict=True) if not n]
 
+  def read_per_epoch(self) -> np.ndarray:
+    """Returns how many rows of each unit an epoch reads, on average where batches are completed."""
+    if not self.complete:
+      return self.per_epoch
+    names = np.array([unit.file for unit in self.units])
+    read = self.per_epoch.astype(np.float64)
+    for file, batches in zip(self.files, self.order().batches(), strict=True):
+      mine = names == file.name
+      read[mine] *= batches * self.batch_size / self.per_epoch[mine].sum()
+    return read
+
   def as_json(self) -> dict[str, Any]:
     """Returns all that decides which rows a step has."""
-    return {
+    completed = {"complete_batches": True} if self.complete else {}  # earlier plans lack it
+    return completed | {
       "dataset": self.dataset,
       "order": order.VERSION,
       "files": {file.name: _what_decides(file) for file in self.files},

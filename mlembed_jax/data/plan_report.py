@@ -35,13 +35,14 @@ def lines(
   `used_negatives`: share of the stored negatives that a step uses, by file.
   """
   sums: dict[str, np.ndarray] = {}
-  for unit, count in zip(plan.units, plan.per_epoch, strict=True):
+  read = plan.read_per_epoch()
+  for unit, count in zip(plan.units, read, strict=True):
     per_row = unit.tokens - unit.negative_tokens * (1 - used_negatives[unit.file])
     total = sums.setdefault(by(unit), np.zeros(3))
     total += unit.rows, count, count * epochs * per_row
-  whole = plan.per_epoch.sum()
+  whole = read.sum()
   made = [
-    Line(name, int(rows), int(count), count / whole, epochs * count / rows, tokens)
+    Line(name, int(rows), round(count), count / whole, epochs * count / rows, tokens)
     for name, (rows, count, tokens) in sums.items()
   ]
   return sorted(made, key=lambda line: (-line.per_epoch, line.name))

@@ -1,8 +1,9 @@
 """Prepares a dataset on one machine, a process per part of each step, safe to be killed.
 
-A part writes its files under temporary names, renames them, and marks itself done last. Run again,
-the command leaves out what is done; what was half written is written anew. The result does not
-depend on the number of processes, nor on how often it was stopped.
+A part writes its files under temporary names, renames them, and marks itself done last, with their
+digests. Run again, the command leaves out what is done; what was half written, or is not as it was
+written, is written anew, in a finished folder too. The result does not depend on the number of
+processes, nor on how often it was stopped.
 """
 
 import contextlib
@@ -26,16 +27,19 @@ import pyarrow as pa
 import tqdm
 
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
-from mlembed_jax.data.catalog import Recipe
+from mlembed_jax.data.catalog import Recipe, row_shard
+from mlembed_jax.data.file_digests import FileDigest, NewFile, digest_of, problems, recorded
 from mlembed_jax.data.manifest import File
+from mlembed_jax.data.names import CATALOG, DATASET, REPORT, TOKENIZER, names_of_rows, shard_name
 from mlembed_jax.data.processes import end_with_parent
-from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, file_name
+from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, read_shard
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.data.transforms import DocumentPart, RowShard, Written
+from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import copy_file, new_file, write_json
 
+SHOWN = 12  # of many files that are written again the first are printed
 WORK = ".work"  # names the folder of what is not part of the result
 # Compressed input per documents file: 1,000 files for 60 GB. A process holds one at a time, which
 # uncompressed and with each text once is about twice this.
@@ -105,32 +109,110 @@ def _state(path: str) -> tuple[int, str]:
   return int(info.get("size") or 0), versions[0] if versions else ""
 
 
-def prepare_dataset(job: Job, *, processes: int, max_dropped_share: float) -> None:
-  """Writes the dataset to `job.out`; nothing where it is there already.
+def prepare_dataset(
+  job: Job, *, processes: int, max_dropped_share: float, quick: bool = False
+) -> None:
+  """Writes the dataset to `job.out`; of one that is there already, what is missing or damaged.
+
+  Args:
+    job: what is to be written.
+    processes: that work at a time.
+    max_dropped_share: of the rows of a file that may be unusable.
+    quick: whether a finished dataset is checked by names and sizes alone.
 
   Raises:
     DataError: the folder holds something else, a file cannot be read, or more rows than
       `max_dropped_share` of a file cannot be used.
   """
-  if (done := catalog.read_catalog(job.out)) is not None:
-    _check_same(job, done["plan"], job.out)
+  finished = _Finished(job, processes, quick)
+  if finished.exists and not finished.wrong:
     return _clear(job)
-  with _open_work(job):
-    _run(job, processes, max_dropped_share)
+  with _open_work(job, finished):
+    _run(job, finished, processes, max_dropped_share)
 
 
-def _run(job: Job, processes: int, max_dropped_share: float) -> None:
+class _Finished:
+  """What an earlier run finished in the folder of a job: its catalog, and which files are whole."""
+
+  def __init__(self, job: Job, processes: int, quick: bool):
+    """Checks the files, and prints which are written again."""
+    self._value = catalog.read_catalog(job.out)
+    self.exists = self._value is not None
+    self.wrong: dict[str, str] = {}
+    self._digests: dict[str, FileDigest] = {}
+    if self._value is None:
+      return
+    _check_same(job, self._value["plan"], job.out)
+    self._digests = catalog.digests_of(self._value)
+    if self._digests:
+      self.wrong = problems(job.out, self._digests, quick=quick, threads=processes)
+    else:
+      print(f"note: {catalog.unchecked(job.out)}", flush=True)
+      self.wrong = self._missing(job)
+    for name, what in list(self.wrong.items())[:SHOWN]:
+      print(f"{job.out / name} {what}; it is written again", flush=True)
+    if len(self.wrong) > SHOWN:
+      print(f"... and {len(self.wrong) - SHOWN} more files", flush=True)
+
+  def _missing(self, job: Job) -> dict[str, str]:
+    """Returns what a folder without digests lacks."""
+    opened = catalog.opened(job.out, self._value or {})
+    names = catalog.expected_names(opened.files, opened.shards, len(opened.documents))
+    return {name: "is missing" for name in names if not (job.out / name).is_file()}
+
+  def digests(self, names: Sequence[str]) -> dict[str, FileDigest] | None:
+    """Returns the digests of these files, None where one is not whole or has no known digest."""
+    known = all(name in self._digests and name not in self.wrong for name in names)
+    return {name: self._digests[name] for name in names} if known else None
+
+  def cut(self, name: str) -> int:
+    """Returns how many texts of a shard are not stored whole."""
+    return self._value["cut_texts"].get(name, 0) if self._value and self._digests else 0
+
+  def rows(self, file: File, number: int, shards: int) -> Made | None:
+    """Returns the shards of a chunk, None where they must be written."""
+    names = [n for s in (TRAIN, VALIDATION) for n in names_of_rows(file, s, number, shards)]
+    if (digests := self.digests(names)) is None or self._value is None:
+      return None
+    made = {s: row_shard(self._value["shards"][s][number]) for s in (TRAIN, VALIDATION)}
+    return Made(made, digests, self.cut(shard_name(TRAIN, number, shards)))
+
+
+def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float) -> None:
   each = functools.partial(_each, job=job, processes=processes)
-  counts = each("reading", _read_file, items=range(len(job.recipe.files)))
+  read = each("reading", _read_file, items=range(len(job.recipe.files)))
+  counts = [made.value for made in read]
   report.check_dropped(counts, max_dropped_share, job.out)
-  documents = each("documents", _write_documents, items=range(job.recipe.partitions))
+  for sentence in filter(None, (count.contradiction for count in counts)):
+    print(f"note: {sentence}", flush=True)
+  names = [shard_name(DOCUMENTS, i, job.recipe.partitions) for i in range(job.recipe.partitions)]
+  partitions = [
+    (number, finished.digests([name]), finished.cut(name)) for number, name in enumerate(names)
+  ]
+  documents = each("documents", _write_documents, items=partitions)
   chunks = [(file, k) for file, count in enumerate(counts) for k in range(count.chunks)]
-  numbered = [(number, len(chunks), *chunk) for number, chunk in enumerate(chunks)]
-  made = each("rows", _write_rows, items=numbered)
-  shards = {split: [shards[split] for shards in made] for split in (TRAIN, VALIDATION)}
-  report.write_report(job.out, counts, shards, documents)
-  copy_file(job.tokenizer_path, job.out / "tokenizer.json")
-  catalog.save(job.out, job.recipe, shards, documents)
+  numbered = [
+    (number, len(chunks), *chunk, finished.rows(job.recipe.files[chunk[0]], number, len(chunks)))
+    for number, chunk in enumerate(chunks)
+  ]
+  _finish(job, counts, documents, each("rows", _write_rows, items=numbered))
+
+
+def _finish(
+  job: Job, counts: Sequence[FileCount], documents: Sequence[Made], rows_: Sequence[Made]
+) -> None:
+  """Writes what describes the records; catalog.json, which makes the folder complete, last."""
+  shards = {split: [made.value[split] for made in rows_] for split in (TRAIN, VALIDATION)}
+  written = [made.value for made in documents]
+  cut = catalog.cut_of(documents, rows_)
+  if cut:
+    print(f"note: {report.cut_texts(sum(cut.values()), job.recipe.max_tokens)}", flush=True)
+  report.write_report(job.out, counts, shards, written, sum(cut.values()))
+  copy_file(job.tokenizer_path, job.out / TOKENIZER)
+  digests = {name: digest_of(job.out / name) for name in (REPORT, TOKENIZER)}
+  for made in (*documents, *rows_):
+    digests |= {name: digest for name, digest in made.files.items() if "/" not in name}
+  catalog.save(job.out, job.recipe, shards, written, digests, cut)
   _clear(job)
 
 
@@ -152,13 +234,13 @@ def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_work(job: Job) -> Iterator[None]:
+def _open_work(job: Job, finished: _Finished) -> Iterator[None]:
   """Holds the folder of intermediate files, which no other command may use meanwhile."""
   path = job.work / "plan.json"
   if path.is_file():
     _check_same(job, json.loads(path.read_text(encoding="utf-8")), job.out)
-  elif job.out.exists() and any(inside.name != WORK for inside in job.out.iterdir()):
-    raise DataError(f"--out: {job.out} holds files that are no dataset; name another folder")
+  elif not finished.exists:
+    _check_empty(job.out)
   job.work.mkdir(parents=True, exist_ok=True)
   with (job.work / "lock").open("w") as lock:
     try:
@@ -167,6 +249,17 @@ def _open_work(job: Job) -> Iterator[None]:
       raise DataError(f"--out: another command is preparing {job.out}; wait for it") from error
     write_json(path, job.recipe.as_json())
     yield
+
+
+def _check_empty(folder: pathlib.Path) -> None:
+  names = {inside.name for inside in folder.iterdir()} if folder.exists() else set()
+  if REPORT in names and any(name.startswith(DATASET) for name in names):
+    raise DataError(
+      f"--out: {folder} holds a dataset without its {CATALOG}, which says what it was made of; "
+      "restore that file, or delete the folder"
+    )
+  if names - {WORK}:
+    raise DataError(f"--out: {folder} holds files that are no dataset; name another folder")
 
 
 # Processes.
@@ -202,44 +295,61 @@ def _begin(parent: int) -> None:
 
 
 def _once(
-  title: str, function: Callable[[Job, Any], Any], job: Job, numbered: tuple[int, Any]
-) -> Any:
+  title: str, function: Callable[[Job, Any], Made], job: Job, numbered: tuple[int, Any]
+) -> Made:
   n, item = numbered
-  path = job.work / title / f"{n:05d}.done"
+  path = job.work / title / f"{n:05d}.made"
   if path.is_file():
-    return pickle.loads(path.read_bytes())
-  value = function(job, item)
+    made = _unpickled(path)
+    if made and not problems(job.out, made.files):
+      return made
+  made = function(job, item)
   with new_file(path) as new:
-    new.write_bytes(pickle.dumps(value))
-  return value
+    new.write_bytes(pickle.dumps(made))
+  return made
+
+
+def _unpickled(path: pathlib.Path) -> Made | None:
+  """Returns what a part marked as made, None where a crash of the machine left no whole file."""
+  try:
+    return pickle.loads(path.read_bytes())
+  except Exception:  # damaged bytes raise errors of many kinds
+    return None
+
+
+def _new_files(job: Job) -> tuple[NewFile, dict[str, FileDigest]]:
+  """Returns what opens new files by their path in the folder, and the digests of those written."""
+  digests: dict[str, FileDigest] = {}
+  return recorded(lambda name: new_file(job.out / name), digests), digests
 
 
 # Steps, each run in one of the processes.
 
 
-def _chunk(job: Job, file: int, chunk: int, table: str) -> pathlib.Path:
-  return job.work / "chunks" / f"{file:05d}-{chunk:05d}.{table}.arrow"
+def _chunk(file: int, chunk: int, table: str) -> str:
+  return f"{WORK}/chunks/{file:05d}-{chunk:05d}.{table}.arrow"
 
 
-def _read_file(job: Job, number: int) -> FileCount:
+def _read_file(job: Job, number: int) -> Made:
   """Writes rows and texts of every chunk; returns what there was."""
-  file = job.recipe.files[number]
-  count = FileCount(file.name)
+  file, (create, digests) = job.recipe.files[number], _new_files(job)
+  count = FileCount(file.name, file.entry["query_has_instruction"])
   for k, chunk in enumerate(rows.read_chunks(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
     for name in ("rows", "texts"):
-      with new_file(_chunk(job, number, k, name)) as new, pa.OSFile(str(new), "wb") as sink:
-        table = getattr(chunk, name)
-        with pa.ipc.new_file(sink, table.schema) as writer:
-          writer.write_table(table)
+      table = getattr(chunk, name)
+      with create(_chunk(number, k, name)) as new, pa.OSFile(str(new), "wb") as sink:
+        writer = pa.ipc.new_file(sink, table.schema)
+        writer.write_table(table)
+        writer.close()
     count.add(chunk)
   vectors.check_shapes(file, count.read)
-  return count
+  return Made(count, digests)
 
 
 def _read_table(job: Job, file: int, chunk: int, name: str) -> pa.Table:
   """Returns a table of a chunk, left on disk."""
-  with pa.memory_map(str(_chunk(job, file, chunk, name))) as source:
+  with pa.memory_map(str(job.out / _chunk(file, chunk, name))) as source:
     return pa.ipc.open_file(source).read_all()
 
 
@@ -248,31 +358,47 @@ def _document_part(job: Job, file: int, chunk: int, number: int) -> DocumentPart
   return transforms.documents_of(texts, number, job.recipe.partitions, queried)
 
 
-def _index(job: Job, number: int, name: str) -> pathlib.Path:
-  return job.work / "index" / f"{number:05d}.{name}.npy"
+def _index(number: int, name: str) -> str:
+  return f"{WORK}/index/{number:05d}.{name}.npy"
 
 
-def _write_documents(job: Job, number: int) -> Written:
+def _write_documents(job: Job, item: tuple[int, dict[str, FileDigest] | None, int]) -> Made:
+  """Writes a partition, unless its file is whole, and the index of it."""
+  (number, whole, cut), (create, digests) = item, _new_files(job)
+  name = shard_name(DOCUMENTS, number, job.recipe.partitions)
+  if whole:
+    digests |= whole
+    written, documents = transforms.read_documents(read_shard(job.out / name), cut)
+  else:
+    with create(name) as new:
+      written, documents = transforms.write_documents(
+        new, _document_parts(job, number), job.tokenizer, job.recipe.max_tokens
+      )
+  for kind in ("hashes", "lengths"):
+    with create(_index(number, kind)) as new, new.open("wb") as file:
+      np.save(file, getattr(documents, kind))
+  return Made(written, digests, documents.cut)
+
+
+def _document_parts(job: Job, number: int) -> list[DocumentPart]:
+  """Returns the documents of a partition, chunk after chunk."""
   paths = sorted((job.work / "chunks").glob("*.texts.arrow"))
   chunks = [tuple(map(int, path.name.split(".")[0].split("-"))) for path in paths]
-  parts = [_document_part(job, file, chunk, number) for file, chunk in chunks]
-  recipe = job.recipe
-  with new_file(job.out / file_name(DOCUMENTS, number, recipe.partitions)) as new:
-    written, documents = transforms.write_documents(new, parts, job.tokenizer, recipe.max_tokens)
-  for name in ("hashes", "lengths"):
-    with new_file(_index(job, number, name)) as new, new.open("wb") as file:
-      np.save(file, getattr(documents, name))
-  return written
+  return [_document_part(job, file, chunk, number) for file, chunk in chunks]
 
 
-def _write_rows(job: Job, item: tuple[int, int, int, int]) -> dict[str, RowShard]:
-  number, shards, file, chunk = item
+def _write_rows(job: Job, item: tuple[int, int, int, int, Made | None]) -> Made:
+  """Writes the shards of a chunk, unless their files are whole."""
+  number, shards, file, chunk, whole = item
+  if whole:
+    return whole
+  create, digests = _new_files(job)
   table = _read_table(job, file, chunk, "rows")
   places, lengths = _look_up(job, _read_table(job, file, chunk, "texts")["hash"].to_numpy())
   texts = transforms.document_places(table)
   source = job.recipe.files[file]
-  with transforms.row_files(source, number, shards, lambda n: new_file(job.out / n)) as paths:
-    return transforms.write_rows(
+  with transforms.row_files(source, number, shards, create) as paths:
+    made, cut = transforms.write_rows(
       paths,
       source,
       table,
@@ -281,6 +407,7 @@ def _write_rows(job: Job, item: tuple[int, int, int, int]) -> dict[str, RowShard
       job.tokenizer,
       job.recipe.max_tokens,
     )
+  return Made(made, digests, cut)
 
 
 def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -290,7 +417,9 @@ def _look_up(job: Job, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   for number in range(job.recipe.partitions):
     part = transforms.partition(hashes, number, job.recipe.partitions)
     # The file is mapped, not read: few pages of a large partition are needed.
-    known, tokens = (np.load(_index(job, number, n), mmap_mode="r") for n in ("hashes", "lengths"))
+    known, tokens = (
+      np.load(job.out / _index(number, n), mmap_mode="r") for n in ("hashes", "lengths")
+    )
     found = np.searchsorted(known, hashes[part])
     places[part], lengths[part] = start + found, tokens[found]
     start += known.size

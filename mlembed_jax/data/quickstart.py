@@ -24,6 +24,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlembed_jax.data import intent_templates
 from mlembed_jax.data.intent_templates import ByLanguage
+from mlembed_jax.data.names import MANIFEST, TOKENIZER
 from mlembed_jax.data.quickstart_sources import (
   KINDS,
   Translations,
@@ -291,9 +292,9 @@ def _write(folder: pathlib.Path, files: dict[str, list[Row]], vocab_size: int) -
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, folder / name, compression="zstd")
     manifest[name] = _entry(name, rows)
-  (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
   texts = _texts({name: rows for name, rows in files.items() if name.startswith("train/")})
-  train_tokenizer(texts, vocab_size).save(str(folder / "tokenizer.json"))
+  train_tokenizer(texts, vocab_size).save(str(folder / TOKENIZER))
 
 
 def _entry(name: str, rows: list[Row]) -> dict[str, Any]:

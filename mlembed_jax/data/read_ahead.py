@@ -19,6 +19,11 @@ from mlembed_jax.errors import DataError
 
 PREFETCH = 2  # each worker has so many batches ready
 STALLED_S = 300.0  # a worker that gives no batch for so long is ended; another reads the step
+MEMORY = "Look for want of memory"
+GUARD = (
+  "Put what your script does behind `if __name__ == '__main__':`, as every data worker imports the "
+  "script (its own error stands above)"
+)
 TRIES = 3  # so many workers may die at one step
 
 
@@ -41,8 +46,8 @@ def iterate(batches: Batches, start: int, workers: int) -> Iterator[Batch]:
       failures += 1
       if failures == TRIES:
         raise DataError(
-          f"step {step + 1}: {TRIES} data workers in turn died; {error}. Look for "
-          "want of memory, or read in the main process with data.workers = 0"
+          f"step {step + 1}: {TRIES} data workers in turn died; {error}. {error.likely}, or read "
+          "in the main process with data.workers = 0"
         ) from error
       print(f"warning: {error}; reading step {step + 1} again", file=sys.stderr, flush=True)
     finally:
@@ -50,7 +55,14 @@ def iterate(batches: Batches, start: int, workers: int) -> Iterator[Batch]:
 
 
 class WorkerDied(RuntimeError):
-  """A process that read data ended or stalled; the message names it."""
+  """A process that read data ended or stalled; the message names it.
+
+  `likely`: what to do about the most likely cause, as the beginning of a sentence.
+  """
+
+  def __init__(self, message: str, likely: str):
+    super().__init__(message)
+    self.likely = likely
 
 
 class _Reader:
@@ -73,8 +85,9 @@ class _Reader:
     try:
       return self._workers[number].receive()
     except (EOFError, OSError, pickle.UnpicklingError) as error:
-      reason = self._workers[number].ended()
-      raise WorkerDied(f"{name}, which had to read step {step + 1}, {reason}") from error
+      worker = self._workers[number]
+      message = f"{name}, which had to read step {step + 1}, {worker.ended()}"
+      raise WorkerDied(message, GUARD if worker.never_began() else MEMORY) from error
 
   def close(self) -> None:
     """Ends the workers."""
@@ -98,7 +111,7 @@ class _Worker:
     self._process = context.Process(target=_work, args=arguments, daemon=True)
     self._process.start()
     theirs.close()
-    self._stalled = False
+    self._stalled = self._began = False
 
   def receive(self) -> Batch:
     """Returns the next batch; raises EOFError or OSError where the process died."""
@@ -109,6 +122,7 @@ class _Worker:
       found = self._pipe.recv()
     finally:
       watch.cancel()
+    self._began = True
     if isinstance(found, Exception):
       raise found
     return found
@@ -123,6 +137,10 @@ class _Worker:
     if self._stalled:
       return f"gave nothing for {STALLED_S:.0f} s and was ended"
     return f"ended with exit code {self._process.exitcode}"
+
+  def never_began(self) -> bool:
+    """Returns whether Python itself failed in the process before it read anything."""
+    return not self._began and self._process.exitcode == 1
 
   def end(self) -> None:
     """Ends the process."""

@@ -7,7 +7,7 @@ times as fast as through the library's feature classes.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int32, Int64, UInt32
 from tensorflow_datasets.proto import tf_example_pb2
 
+from mlembed_jax.data.names import shard_name
 from mlembed_jax.errors import DataError
 
 # Its classes are made at import, where type checkers do not see them.
 proto: Any = tf_example_pb2
 
-NAME = "mlembed"
 TRAIN, VALIDATION, DOCUMENTS = "train", "validation", "documents"
 # Records per compressed group. Rows: what TensorFlow Datasets and grain advise. A reader holds 8
 # bytes per group: for 400 million documents, each alone, that would be 3 GB in every process.
@@ -29,6 +29,7 @@ GROUP = {TRAIN: 1, VALIDATION: 1, DOCUMENTS: 16}
 # 1 MB that is 20 times as fast.
 READER = "readahead_buffer_size:0,max_parallelism:0"
 BUFFER = 4096
+READ = 4096  # records that are read at a time where all are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +143,6 @@ def _text(feature: Any) -> Text:
   )
 
 
-def file_name(split: str, shard: int, shards: int) -> str:
-  """Returns the name of a shard's file."""
-  return f"{NAME}-{split}.array_record-{shard:05d}-of-{shards:05d}"
-
-
 def write_shard(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> int:
   """Writes a shard of a split; returns the bytes of its messages."""
   writer, size = ArrayRecordWriter(str(path), f"group_size:{GROUP[split]}"), 0
@@ -157,12 +153,23 @@ def write_shard(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> in
   return size
 
 
+def read_shard(path: pathlib.Path) -> Iterator[bytes]:
+  """Yields all messages of a shard; raises DataError where one is damaged."""
+  reader = ArrayRecordReader(str(path))
+  try:
+    for start in range(0, reader.num_records(), READ):
+      yield from reader.read(start, min(start + READ, reader.num_records()))
+  except (ValueError, RuntimeError, IndexError) as error:
+    raise DataError(f"{path}: damaged: {error}; delete it and run the command again") from error
+
+
 class Records:
   """Random access to the records of one split; its files are opened when first read."""
 
   def __init__(self, folder: pathlib.Path, split: str, shards: list[int]):
     """Opens nothing yet; `shards` are the numbers of records of each shard."""
-    self._paths = [folder / file_name(split, i, len(shards)) for i in range(len(shards))]
+    self._paths = [folder / shard_name(split, i, len(shards)) for i in range(len(shards))]
+    self._sizes = shards
     self._starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
     self._readers: dict[int, Any] = {}
 
@@ -182,12 +189,20 @@ class Records:
     shard, place = self.place(index)
     try:
       if shard not in self._readers:
-        path = str(self._paths[shard])
-        self._readers[shard] = ArrayRecordReader(path, READER, file_reader_buffer_size=BUFFER)
+        self._readers[shard] = self._opened(shard)
       return self._readers[shard].read(place, place + 1)[0]
     except (ValueError, RuntimeError, IndexError, OSError) as error:
       self._readers.pop(shard, None)
       raise DataError(
-        f"{self._paths[shard]}: record {place} cannot be read: {error}; restore the file, or "
-        "prepare the dataset again (only its missing shards are written)"
+        f"{self._paths[shard]}: record {place} cannot be read: {error}; restore the file, or run "
+        "the command that prepared the dataset again: it writes what is missing or damaged"
       ) from error
+
+  def _opened(self, shard: int) -> Any:
+    path = self._paths[shard]
+    if not path.is_file():  # the library would find a file of no records
+      raise OSError("the file is missing")
+    reader = ArrayRecordReader(str(path), READER, file_reader_buffer_size=BUFFER)
+    if (found := reader.num_records()) != self._sizes[shard]:
+      raise OSError(f"the file has {found} records, {self._sizes[shard]} were written")
+    return reader

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlembed_jax.data import languages
+from mlembed_jax.data.names import REPORT
 from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
 from mlembed_jax.data.transforms import RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json
-
-FILE = "prepare_report.json"
 
 
 @dataclasses.dataclass
@@ -20,9 +19,11 @@ class FileCount:
   """How many rows of one file were read, and why others were dropped."""
 
   name: str
+  instructed: bool  # what its entry says of its queries, query_has_instruction
   chunks: int = 0
   read: int = 0
   other_instructions: int = 0
+  against_manifest: int = 0  # usable rows whose query is otherwise
   dropped: dict[str, Dropped] = dataclasses.field(default_factory=dict)
 
   def add(self, chunk: Chunk) -> None:
@@ -30,6 +31,7 @@ class FileCount:
     self.chunks += 1
     self.read += chunk.read
     self.other_instructions += chunk.other_instructions
+    self.against_manifest += chunk.against_manifest
     for reason, more in chunk.dropped.items():
       old = self.dropped.get(reason, Dropped(0, []))
       examples = (old.examples + more.examples)[:EXAMPLES]
@@ -40,20 +42,36 @@ class FileCount:
     """Rows that cannot be used."""
     return sum(dropped.rows for dropped in self.dropped.values())
 
+  @property
+  def contradiction(self) -> str:
+    """What is to be said where queries are not as the manifest says; empty where all are."""
+    if not self.against_manifest:
+      return ""
+    begin = "do not begin with an instruction" if self.instructed else "begin with an instruction"
+    return (
+      f"{self.name}: {self.against_manifest} of {self.read} queries {begin}, but the manifest says "
+      f"query_has_instruction: {str(self.instructed).lower()}"
+    )
+
   def as_json(self) -> dict[str, Any]:
     """Returns the counts."""
     reasons = {reason: dataclasses.asdict(drop) for reason, drop in sorted(self.dropped.items())}
     return {
       "read": self.read,
       "other_instructions": self.other_instructions,
+      "against_query_has_instruction": self.against_manifest,
       "dropped": self.lost,
       "dropped_by_reason": reasons,
     }
 
 
 def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Path) -> None:
-  """Writes the report as far as it goes; raises DataError where too many rows are unusable."""
-  write_json(out / FILE, {"files": {count.name: count.as_json() for count in counts}})
+  """Writes the report as far as it goes.
+
+  Raises:
+    DataError: too many rows of a file are unusable, or are not as the manifest says.
+  """
+  write_json(out / REPORT, {"files": {count.name: count.as_json() for count in counts}})
   for count in counts:
     if count.lost > max_dropped_share * count.read or count.lost == count.read:
       reasons = "; ".join(
@@ -64,6 +82,11 @@ def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pa
         f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
         f"--max_dropped_share={max_dropped_share} ({reasons}); mend the file or raise the share"
       )
+    if count.against_manifest > max_dropped_share * count.read:
+      raise DataError(
+        f"{count.contradiction}, which is more than --max_dropped_share={max_dropped_share}; "
+        "correct the manifest or the file, or raise the share"
+      )
 
 
 def write_report(
@@ -71,8 +94,12 @@ def write_report(
   counts: Sequence[FileCount],
   shards: dict[str, list[RowShard]],
   documents: Sequence[Written],
+  cut: int,
 ) -> None:
-  """Writes the whole report, and prints which tags training will count as one language."""
+  """Writes the whole report, and prints which tags training will count as one language.
+
+  `cut`: texts that are not stored whole.
+  """
   files = {count.name: count.as_json() for count in counts}
   for split, split_shards in shards.items():
     for name, value in files.items():
@@ -90,6 +117,7 @@ def write_report(
       for split, split_shards in shards.items()
     },
     "documents": sum(written.records for written in documents),
+    "cut_texts": cut,
     "query_tokens": _tokens(shards, "query_tokens"),
     "positive_tokens": _tokens(shards, "positive_tokens"),
     "negative_tokens": _tokens(shards, "negative_tokens"),
@@ -97,9 +125,14 @@ def write_report(
   merged = languages.merged(
     run.language for split_shards in shards.values() for shard in split_shards for run in shard.runs
   )
-  write_json(out / FILE, {"totals": totals, "merged": merged, "files": files})
+  write_json(out / REPORT, {"totals": totals, "merged": merged, "files": files})
   if merged:
     print(languages.merges_text(merged), flush=True)
+
+
+def cut_texts(number: int, max_tokens: int) -> str:
+  """Returns what is to be said of texts that are not stored whole."""
+  return f"{number:,} texts are longer than --max_tokens {max_tokens}; the rest is not stored"
 
 
 def _tokens(shards: dict[str, list[RowShard]], field: str) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,11 @@ from jaxtyping import Int64
 
 from mlembed_jax.data import languages, mixture, records
 from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.file_digests import problem
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.mixture import Unit
-from mlembed_jax.data.transforms import LENGTHS, VECTORS, RowShard
+from mlembed_jax.data.names import LENGTHS, VECTORS, shard_name
+from mlembed_jax.data.transforms import RowShard
 from mlembed_jax.errors import DataError
 
 
@@ -50,9 +51,11 @@ class Columns:
   Read without mapping the files to memory, whose pages would be counted as this process's.
   """
 
-  def __init__(self, folder: pathlib.Path, split: str, shards: list[RowShard], suffix: str):
-    names = [records.file_name(split, i, len(shards)) for i in range(len(shards))]
-    self._paths = [folder / f"{name}{suffix}" for name in names]
+  def __init__(self, catalog: Catalog, split: str, suffix: str):
+    shards = len(catalog.shards[split])
+    names = [shard_name(split, i, shards) + suffix for i in range(shards)]
+    self._paths = [catalog.folder / name for name in names]
+    self._digests = [catalog.digests.get(name) for name in names]
     self._open: dict[int, tuple[int, int, tuple[int, ...], np.dtype]] = {}
 
   def __getstate__(self) -> dict[str, Any]:
@@ -73,11 +76,19 @@ class Columns:
 
   def _header(self, shard: int) -> tuple[int, int, tuple[int, ...], np.dtype]:
     if shard not in self._open:
+      path, expected = self._paths[shard], self._digests[shard]
+      # Each process reads a file once for this, about 1 GB/s: 70 ms for 16,384 rows of two vectors
+      # of 1,024 numbers in float16.
+      if expected and (wrong := problem(path, expected)):
+        raise DataError(
+          f"{path} {wrong}; restore it, or run the command that prepared the dataset again: it "
+          "writes what is missing or damaged"
+        )
       try:
-        array = np.load(self._paths[shard], mmap_mode="r")
-        descriptor = os.open(self._paths[shard], os.O_RDONLY)
+        array = np.load(path, mmap_mode="r")
+        descriptor = os.open(path, os.O_RDONLY)
       except (OSError, ValueError) as error:
-        raise DataError(f"{self._paths[shard]} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
       self._open[shard] = (descriptor, array.offset, array.shape[1:], array.dtype)
     return self._open[shard]
 
@@ -142,8 +153,8 @@ def open_split(
     rows=Rows(shards, units),
     queries=catalog.records(split),
     documents=catalog.records(records.DOCUMENTS),
-    lengths=Columns(catalog.folder, split, shards, LENGTHS),
-    vectors=Columns(catalog.folder, split, shards, VECTORS),
+    lengths=Columns(catalog, split, LENGTHS),
+    vectors=Columns(catalog, split, VECTORS),
   )
 
 

@@ -11,13 +11,16 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mlembed_jax.data import records, vectors
+from mlembed_jax.data.file_digests import FileDigest, NewFile
 from mlembed_jax.data.manifest import File
+from mlembed_jax.data.names import LENGTHS, VECTORS, shard_name, suffixes
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
@@ -46,11 +49,21 @@ class Written:
 
 
 @dataclasses.dataclass(frozen=True)
+class Made:
+  """What a part of the work returned, and the files that it wrote, by their path in the folder."""
+
+  value: Any
+  files: dict[str, FileDigest]
+  cut: int = 0  # texts that are not stored whole
+
+
+@dataclasses.dataclass(frozen=True)
 class Documents:
   """The hashes and lengths by which rows find the documents of a partition."""
 
   hashes: np.ndarray  # [N] uint64, ascending
   lengths: np.ndarray  # [N] tokens
+  cut: int  # of so many not all tokens are stored
 
 
 def partition(hashes: np.ndarray, number: int, partitions: int) -> slice:
@@ -79,15 +92,34 @@ def write_documents(
   as_query = np.zeros(unique.size, bool)
   np.logical_or.at(as_query, inverse, queried)
   texts = pa.concat_arrays([part.texts for part in parts]).take(pa.array(first))
-  lengths = np.zeros(unique.size, np.uint16)
+  lengths, cut = np.zeros(unique.size, np.uint16), np.zeros(unique.size, bool)
 
   def messages() -> Iterator[bytes]:
     made = tokenized(texts.to_pylist(), unique, as_query, tokenizer, max_tokens)
-    for i, text in enumerate(made):
+    for i, (text, cut[i]) in enumerate(made):
       lengths[i] = text.longest
       yield records.encode_record(text)
 
-  return _write(path, DOCUMENTS, messages()), Documents(unique, lengths)
+  return _write(path, DOCUMENTS, messages()), Documents(unique, lengths, int(cut.sum()))
+
+
+def read_documents(messages: Iterable[bytes], cut: int) -> tuple[Written, Documents]:
+  """Returns what `write_documents` returned for a partition, from the records that it wrote.
+
+  Records do not say how many are `cut`.
+  """
+  digest, size = hashlib.sha256(), 0
+  hashes: list[np.ndarray] = []
+  lengths: list[int] = []
+  for message in messages:
+    digest.update(message)
+    size += len(message)
+    text = records.decode_text(message)
+    hashes.append(text.hash)
+    lengths.append(text.longest)
+  unique = np.array(hashes, np.uint32).view(np.uint64).reshape(-1)
+  found = Documents(unique, np.array(lengths, np.uint16), cut)
+  return Written(len(lengths), size, digest.hexdigest()), found
 
 
 def _write(path: pathlib.Path, split: str, messages: Iterable[bytes]) -> Written:
@@ -110,8 +142,8 @@ def tokenized(
   as_query: np.ndarray,
   tokenizer: Tokenizer,
   max_tokens: int,
-) -> Iterator[Text]:
-  """Yields the token ids of each text, and those of its form as a query where `as_query`."""
+) -> Iterator[tuple[Text, bool]]:
+  """Yields each text, as a query, too, where `as_query`, and whether not all its ids are stored."""
   for start in range(0, len(texts), BATCH):
     part = slice(start, start + BATCH)
     bare = tokenizer.ids(texts[part])
@@ -122,12 +154,13 @@ def tokenized(
       head, skip = _head(ids, by_place[i]) if i in by_place else ([], 0)
       if len(head) > max_tokens:
         skip = len(ids)  # a head that is cut leaves no room for the rest
-      yield Text(
+      text = Text(
         np.array(ids[:max_tokens], np.int32),
         np.array(head[:max_tokens], np.int32),
         skip,
         hashes[start + i : start + i + 1].view(np.uint32),
       )
+      yield text, max(len(ids), len(head)) > max_tokens
 
 
 def _head(bare: list[int], query: list[int]) -> tuple[list[int], int]:
@@ -160,17 +193,6 @@ class RowShard:
   runs: list[LanguageRun]
 
 
-LENGTHS, VECTORS = ".lengths.npy", ".vectors.npy"  # files beside a shard of rows
-
-
-def suffixes(file: File) -> list[str]:
-  """Returns what follows the name of a shard of rows in the names of its files."""
-  return ["", LENGTHS, *([VECTORS] if file.vectors else [])]
-
-
-NewFile = Callable[[str], contextlib.AbstractContextManager[pathlib.Path]]
-
-
 @contextlib.contextmanager
 def row_files(
   file: File, number: int, shards: int, new_file: NewFile
@@ -179,7 +201,7 @@ def row_files(
   with contextlib.ExitStack() as stack:
     yield {
       split: {
-        suffix: stack.enter_context(new_file(records.file_name(split, number, shards) + suffix))
+        suffix: stack.enter_context(new_file(shard_name(split, number, shards) + suffix))
         for suffix in suffixes(file)
       }
       for split in (TRAIN, VALIDATION)
@@ -200,8 +222,10 @@ def write_rows(
   lengths: np.ndarray,
   tokenizer: Tokenizer,
   max_tokens: int,
-) -> dict[str, RowShard]:
+) -> tuple[dict[str, RowShard], int]:
   """Writes the rows of a chunk to a shard for training and one for validation, by language.
+
+  Returns the shards, and of how many queries not all tokens are stored.
 
   `paths`: by split and suffix. `places` and `lengths`, [N, positives + negatives]: where each row's
   documents stand in the split `documents`, and their tokens. Beside each shard go the token counts
@@ -211,7 +235,7 @@ def write_rows(
   held = hashes % VALIDATION_OF == 0
   _, language = np.unique(np.array(rows["language"].to_pylist(), object), return_inverse=True)
   order = np.lexsort((rows["row"].to_numpy(), language))
-  made = {}
+  made, cut = {}, 0
   for split, chosen in ((TRAIN, order[~held[order]]), (VALIDATION, order[held[order]])):
     table = rows.take(pa.array(chosen))
     texts = tokenized(
@@ -219,19 +243,28 @@ def write_rows(
     )
     counts = np.zeros((chosen.size, 1 + places.shape[1]), np.uint16)
     counts[:, 1:] = lengths[chosen]
-    written = _write(paths[split][""], split, _messages(file, table, places[chosen], texts, counts))
+    is_cut = np.zeros(chosen.size, bool)
+    messages = _messages(file, table, places[chosen], texts, counts, is_cut)
+    written = _write(paths[split][""], split, messages)
+    cut += int(is_cut.sum())
     _save(paths[split][LENGTHS], counts)
     if file.vectors:
       digest = vectors.copy(file, table["row"].to_numpy(), paths[split][VECTORS])
       written = dataclasses.replace(written, digest=f"{written.digest} {digest}")
     runs = _runs(file, table["language"].to_pylist(), counts)
     made[split] = RowShard(file.name, written, int(counts.max(initial=0)), runs)
-  return made
+  return made, cut
 
 
 def _messages(
-  file: File, table: pa.Table, places: np.ndarray, texts: Iterable[Text], counts: np.ndarray
+  file: File,
+  table: pa.Table,
+  places: np.ndarray,
+  texts: Iterable[tuple[Text, bool]],
+  counts: np.ndarray,
+  is_cut: np.ndarray,
 ) -> Iterator[bytes]:
+  """Yields the records of rows; fills in the tokens of their queries, and which are cut."""
   columns = zip(
     texts,
     table["language"].to_pylist(),
@@ -240,7 +273,7 @@ def _messages(
     places,
     strict=True,
   )
-  for i, (text, language, row, score, own) in enumerate(columns):
+  for i, ((text, is_cut[i]), language, row, score, own) in enumerate(columns):
     counts[i, 0] = text.longest
     positives, negatives = own[: file.positives], own[file.positives :]
     yield records.encode_record(text, Row(file.name, language, row, score, positives, negatives))

@@ -1,6 +1,6 @@
 """Held-out tasks: the texts they need encoded, and scores per language from the vectors.
 
-A task is a parquet file listed in a manifest, with columns by task type:
+A task is a file listed in a manifest, of any form of training files, with columns by task type:
   bitext          lang, text, en               `text` finds `en` among the rows of its language
   retrieval       lang, title, passage         `title` finds `passage` among those of its language
   classification  lang, intent, text, split    labels are learnt from rows of split `support` of
@@ -21,11 +21,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 
 from mlembed_jax.data.languages import ENGLISH, LANGUAGE_SCRIPT, language_key
 from mlembed_jax.data.manifest import SCORED, File, read_manifest, select
-from mlembed_jax.data.rows import has_text, open_parquet
+from mlembed_jax.data.names import MANIFEST
+from mlembed_jax.data.parquet_files import Columns
+from mlembed_jax.data.rows import CHUNK, has_text
+from mlembed_jax.data.tables import read_tables
 from mlembed_jax.data.tokenizer import with_instruction
 from mlembed_jax.errors import DataError
 from mlembed_jax.eval import scores
@@ -34,6 +38,7 @@ from mlembed_jax.eval.scores import Scores
 Vectors = Float[np.ndarray, "N D"]
 ByLanguage = dict[str, Scores]
 SUPPORT, TEST, SCORE = "support", "test", "score"
+LABELS = ("intent", "label")  # texts or whole numbers
 COLUMNS = {
   "bitext": ("lang", "text", "en"),
   "retrieval": ("lang", "title", "passage"),
@@ -106,8 +111,8 @@ def load_folder(folder: pathlib.Path, scheme: str = LANGUAGE_SCRIPT) -> list[Hel
     raise DataError(f"tasks: {folder} is no folder; give the one that holds the files")
   folder = folder.absolute()
   for place, below in ((folder, ""), (folder.parent, folder.name)):
-    manifest = str(place / "manifest.json")
-    if (place / "manifest.json").is_file():
+    manifest = str(place / MANIFEST)
+    if (place / MANIFEST).is_file():
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
         raise DataError(f"tasks: {manifest} lists no file of {folder}")
@@ -145,14 +150,17 @@ class _Texts:
 
 
 def _columns(path: str, names: Sequence[str]) -> list[list[Any]]:
-  texts, numbers = [n for n in names if n != SCORE], [n for n in names if n == SCORE]
-  with open_parquet(path, texts, numbers) as file:
-    table = file.read(columns=list(names))
-  empty = [name for name in texts if not has_text(table[name]).all()]
-  if empty or not table.num_rows:
-    found = f"null or empty texts in {', '.join(empty)}" if empty else "no rows"
+  labels, numbers = ([n for n in names if n in kind] for kind in (LABELS, (SCORE,)))
+  texts = [name for name in names if name not in (*labels, *numbers)]
+  wanted = Columns(texts, labels=labels, numbers=numbers)
+  read = list(read_tables(path, wanted, CHUNK))
+  unfit = [reason for _, reasons in read for reason, rows in reasons if rows.any()]
+  empty = [n for n in (*labels, *texts) for table, _ in read if not has_text(table[n]).all()]
+  if unfit or empty or not read:
+    found = f"null or empty texts in {', '.join(dict.fromkeys(empty))}" if empty else "no rows"
+    found = f"rows that cannot be used: {unfit[0]}" if unfit else found
     raise DataError(f"{path}: {found}; held-out files must be whole")
-  return [table[name].to_pylist() for name in names]
+  return [pa.concat_tables([table for table, _ in read])[name].to_pylist() for name in names]
 
 
 def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vectors], ByLanguage]:

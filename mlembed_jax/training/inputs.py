@@ -19,6 +19,7 @@ from mlembed_jax.data import (
   quickstart,
 )
 from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.names import MANIFEST, TOKENIZER
 from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.store import Split, open_split
@@ -104,7 +105,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
 def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
   """Returns where the data lies that the builder wrote."""
   folder = workdir / "data"
-  text = folder / "text" / "manifest.json"
+  text = folder / "text" / MANIFEST
   processes.on_first(lambda: _build(config, folder))
   return dataclasses.replace(config.data, dataset=str(folder / "dataset"), manifest=str(text))
 
@@ -112,9 +113,9 @@ def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
 def _build(config: Config, folder: pathlib.Path) -> None:
   print(f"collecting the text of installed packages in {folder}", flush=True)
   quickstart.build(folder / "text", vocab_size=config.model.vocab, seed=config.train.seed)
-  text = folder / "text" / "manifest.json"
+  text = folder / "text" / MANIFEST
   files = manifest.select(str(text), ("train/*",), "data.train")
-  tokenizer = Tokenizer(folder / "text" / "tokenizer.json", config.data.pooled_token)
+  tokenizer = Tokenizer(folder / "text" / TOKENIZER, config.data.pooled_token)
   job = prepare.Job(
     prepare.make_recipe(files, tokenizer, max_tokens=config.data.lengths[-1]),
     folder / "dataset",
@@ -151,7 +152,7 @@ def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
   """Returns how often the rows of each file and language come.
 
   Raises:
-    DataError: a file has fewer rows than one batch.
+    DataError: a file has fewer rows than one batch, and batches are not completed.
   """
   data = config.data
   per_epoch = mixture.per_epoch(
@@ -162,12 +163,18 @@ def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
     max_repeats=data.max_repeats,
   )
   made = Plan(
-    split.files, split.units, per_epoch, data.global_batch, config.train.seed, fingerprint
+    split.files,
+    split.units,
+    per_epoch,
+    data.global_batch,
+    config.train.seed,
+    fingerprint,
+    data.complete_batches,
   )
   if small := made.small_files():
     raise DataError(
       f"{small[0]}: an epoch has fewer of its rows than data.global_batch = {data.global_batch}; "
-      "lower it, or leave the file out of data.train"
+      "lower it, set data.complete_batches, or leave the file out of data.train"
     )
   return made
 

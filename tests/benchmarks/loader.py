@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from mlembed_jax.data import catalog, loader, read_ahead, records, transforms
+from mlembed_jax.data import catalog, file_digests, loader, names, read_ahead, records
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.mixture import per_epoch
 from mlembed_jax.data.plan import Plan
@@ -48,7 +48,7 @@ def _texts(rng, count):
 
 
 def write_documents(folder, shard, shards, count):
-  path = folder / records.file_name(records.DOCUMENTS, shard, shards)
+  path = folder / names.shard_name(records.DOCUMENTS, shard, shards)
   texts = _texts(np.random.default_rng(shard), count)
   records.write_shard(path, records.DOCUMENTS, map(records.encode_record, texts))
 
@@ -61,7 +61,7 @@ def write_rows(folder, documents, rows, shards, shard):
   name = f"file_{shard * min(FILES, shards) // shards:02d}"
   languages = np.repeat(np.arange(LANGUAGES), each)
   places = rng.integers(0, documents, (count, 1 + NEGATIVES))
-  path = folder / records.file_name(records.TRAIN, shard, shards)
+  path = folder / names.shard_name(records.TRAIN, shard, shards)
   records.write_shard(
     path,
     records.TRAIN,
@@ -73,7 +73,7 @@ def write_rows(folder, documents, rows, shards, shard):
     ),
   )
   lengths = rng.integers(4, 13, (count, 2 + NEGATIVES)).astype(np.uint16)
-  np.save(path.with_name(path.name + transforms.LENGTHS), lengths)
+  np.save(path.with_name(path.name + names.LENGTHS), lengths)
   rows = list(map(int, each))
   runs = [LanguageRun(f"l{i}", n, 8 * n, 8 * n, 192 * n) for i, n in enumerate(rows)]
   return RowShard(name, Written(count, 0, str(shard)), 15, runs)
@@ -90,11 +90,12 @@ def synthesize(folder, rows, documents):
     pool.starmap(write_documents, parts)
     write = functools.partial(write_rows, folder, documents, rows, shards)
     made = pool.map(write, range(shards), chunksize=1)
-  train_tokenizer(600).save(str(folder / "tokenizer.json"))
+  train_tokenizer(600).save(str(folder / names.TOKENIZER))
   files = [File(f"file_{i:02d}", ENTRY, "") for i in range(min(FILES, shards))]
   recipe = catalog.Recipe(files, {}, "", 2047, 8)
   written = [Written(documents // 8, 0, str(i)) for i in range(8)]
-  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written)
+  digests = {path.name: file_digests.digest_of(path) for path in folder.iterdir()}
+  catalog.save(folder, recipe, {records.TRAIN: made, records.VALIDATION: []}, written, digests, {})
 
 
 def open_batches(folder, args) -> loader.Batches:

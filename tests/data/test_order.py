@@ -104,6 +104,28 @@ def test_rows_beyond_the_last_whole_batch_wait_for_another_epoch():
   assert set(seen) == every_row(rows) and min(seen.values()) > 5
 
 
+@pytest.mark.parametrize("rows", [[20], [70], [64], [1]])
+def test_what_is_left_is_completed_from_the_beginning_of_the_epoch(rows):
+  sizes, files = np.array(rows), np.zeros(1, int)
+  order = Order(files, sizes, sizes, BATCH, SEED, complete=True)
+  batches = -(-rows[0] // BATCH)
+  assert order.steps_per_epoch == batches
+  for epoch in range(2):
+    steps = range(epoch * batches, (epoch + 1) * batches)
+    drawn = [order[step].rows.tolist() for step in steps]
+    counts = collections.Counter(row for part in drawn for row in part)
+    assert set(counts) == set(range(rows[0])) and sum(counts.values()) == batches * BATCH
+    assert max(counts.values()) - min(counts.values()) <= 1
+    if batches == 1:
+      assert drawn[0] == (drawn[0][: rows[0]] * BATCH)[:BATCH]
+
+
+def test_whole_batches_are_the_same_whether_others_are_completed_or_not():
+  sizes, files = np.array([64, 96]), np.array([0, 1])
+  plain, completed = (Order(files, sizes, sizes, BATCH, SEED, complete=c) for c in (False, True))
+  assert rows_of(plain, range(10)) == rows_of(completed, range(10))
+
+
 def test_all_rows_of_a_step_are_of_its_file_and_its_languages_are_mixed():
   order = order_of()
   chosen = [order[step] for step in range(27)]

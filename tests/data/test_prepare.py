@@ -274,6 +274,17 @@ def test_long_texts_are_cut_and_still_begin_as_the_whole(data, tokenizer, tmp_pa
     found = as_query(tokenizer, "Do.", record)
     assert found == whole[: len(found)], text
     assert len(found) >= min(len(whole), len(ids(tokenizer, "Instruct: Do.\n")) + most), text
+  texts = {hash_of(text): text for values in columns.values() for text in values}
+  builder, cut = tfds.builder_from_directory(str(out)), 0
+  for record in (
+    record for split in builder.info.splits for record in builder.as_data_source(split)
+  ):
+    text = texts[int.from_bytes(record["hash"].tobytes(), "little")]
+    whole = ids(tokenizer, f"Instruct: Do.\nQuery: {text}")
+    bare = record["tokens"].tolist() == ids(tokenizer, text)
+    cut += not (bare and as_query(tokenizer, "Do.", record) == whole)
+  report = json.loads((out / "prepare_report.json").read_text())
+  assert report["totals"]["cut_texts"] == cut and (most > 7 or cut)
 
 
 def test_a_tokenizer_that_merges_long_stretches_is_cut_right_too(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mlembed_jax.data import prepare, rows
+from mlembed_jax.data import parquet_files, prepare, rows
 from mlembed_jax.errors import DataError
 from tests.material import entry, pairs, prepare_dataset, scored, train_tokenizer, write_files
 
@@ -138,7 +138,7 @@ def test_a_command_that_was_killed_three_times_writes_the_same_bytes(many):
     process.wait()
     assert not (many / "killed/catalog.json").exists()
     wait_until(lambda pids=below: not any(map(alive, pids)), 5)
-  assert len(list(work.rglob("*.done"))) >= 4 + 8 + 1
+  assert len(list(work.rglob("*.made"))) >= 4 + 8 + 1
   prepare_dataset(many, out="killed")
   assert content(many / "killed") == content(many / "dataset")
 
@@ -253,8 +253,9 @@ def test_a_folder_that_holds_something_else_is_refused(own):
 @pytest.mark.parametrize(
   ("value", "message"),
   [
-    ("{", "catalog.json is damaged: "),
-    ("[]", "catalog.json is damaged: "),
+    ("{", "catalog.json: Expecting property name"),
+    ("[]", "catalog.json: no JSON object. If it cannot be mended, delete the folder and prepare"),
+    ('{"plan": 3}', "catalog.json is damaged: 'int' object is not subscriptable; restore it, or"),
     ('{"plan": {"version": 99}}', "was prepared by another version (99, this is 1); prepare it"),
   ],
 )
@@ -284,6 +285,60 @@ def test_too_many_unusable_rows_stop_the_command_with_reasons_and_a_report(own):
   assert not list((own / "dataset").glob("*array_record*"))
   out = prepare_dataset(own, max_dropped_share=0.05)
   assert (out / "catalog.json").is_file() and not (out / ".work").exists()
+
+
+TASK = "Given a question, find the answer."
+
+
+@pytest.mark.parametrize("form", ["\nQuery: ", "\nQuery:", "\r\nQuery: "])
+def test_instructions_of_every_release_are_taken_off(own, capsys, form):
+  columns = pairs(150, 2)
+  bare = dict(columns)
+  columns["query"] = [f"Instruct: {TASK}{form}{text}" for text in columns["query"]]
+  described = BITEXT | {"instruction": TASK}
+  write_files(own, {"train/a.parquet": (bare, described)})
+  expected = content(prepare_dataset(own, out="bare"))
+  instructed = described | {"query_has_instruction": True}
+  write_files(own, {"train/a.parquet": (columns, instructed)})
+  found = content(prepare_dataset(own, max_dropped_share=0.0))
+  records = {name for name in expected if "array_record" in name}
+  assert {name: found[name] for name in records} == {name: expected[name] for name in records}
+  assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_queries_that_are_not_as_the_manifest_says_are_counted_against_the_share(own, capsys, has):
+  columns, begin = pairs(150, 2), "do not begin" if has else "begin"
+  columns["query"] = [
+    f"Instruct: {TASK}\nQuery: {text}" if (i < 5) != has else text
+    for i, text in enumerate(columns["query"])
+  ]
+  described = BITEXT | {"query_has_instruction": has, "instruction": TASK}
+  write_files(own, {"train/a.parquet": (columns, described)})
+  said = (
+    f"train/a.parquet: 5 of 150 queries {begin} with an instruction, but the manifest says "
+    f"query_has_instruction: {str(has).lower()}"
+  )
+  with pytest.raises(DataError, match=f"{said}, which is more than --max_dropped_share=0.01"):
+    prepare_dataset(own, max_dropped_share=0.01)
+  prepare_dataset(own, max_dropped_share=0.05)
+  assert f"note: {said}" in capsys.readouterr().out
+
+
+def test_what_is_there_and_not_used_is_said(own):
+  columns = pairs(150, 3) | {"passage_2": pairs(150, 3)["passage"]}
+  columns["language"] = columns.pop("lang")
+  write_files(own, {"train/a.parquet": (columns, entry("bitext", 1, "") | {"language": "de"})})
+  result = run(own, "--max_tokens", "3", "--max_dropped_share", "1")
+  notes = [line for line in result.stdout.splitlines() if line.startswith("note: ")]
+  assert notes[:4] == [
+    "note: train/a.parquet: column passage_2 is not used, as the manifest says positives: 1",
+    "note: train/a.parquet: columns negative_2 to negative_3 are not used, as the manifest says "
+    "negatives: 1",
+    "note: train/a.parquet: column language is not read; languages stand in a column lang",
+    "note: train/a.parquet: language in the manifest is not read; the field is lang",
+  ], result.stderr
+  assert len(notes) == 5 and "texts are longer than --max_tokens 3; the rest is" in notes[4]
 
 
 def test_a_file_without_any_usable_row_is_refused_whatever_the_share(own):
@@ -384,4 +439,4 @@ def test_many_chunks_give_the_same_rows(own, monkeypatch):
 
 def test_a_text_of_two_gigabytes_of_offsets_is_no_problem():
   """Texts have 64-bit offsets from the first step on."""
-  assert rows._valid_text(pa.table({"a": ["x"]}), ["a"])[0]["a"].type == pa.large_string()
+  assert parquet_files.cast(pa.table({"a": ["x"]}))[0]["a"].type == pa.large_string()

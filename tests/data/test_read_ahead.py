@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -136,6 +137,24 @@ def test_a_step_at_which_every_process_dies_ends_the_run(dataset, capsys):
   assert capsys.readouterr().err.count(f"reading step {read + 1} again") == 2
 
 
+WITHOUT_GUARD = """
+import pathlib, pickle, sys
+from mlembed_jax.data import read_ahead
+for batch in read_ahead.iterate(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()), 0, 1):
+  print(batch.step)
+"""
+
+
+def test_a_script_without_a_guard_is_told_so(dataset, tmp_path):
+  (tmp_path / "script.py").write_text(WITHOUT_GUARD)
+  (tmp_path / "batches").write_bytes(pickle.dumps(batches_of(dataset, steps=2)))
+  arguments = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "batches")]
+  found = subprocess.run(arguments, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+  assert found.returncode == 1 and not found.stdout
+  last = found.stderr.strip().splitlines()[-1]
+  assert "Put what your script does behind `if __name__ == '__main__':`, as every data" in last
+
+
 def damage(folder, name):
   """Overwrites the middle of a shard; returns it."""
   (path,) = folder.glob(name)
@@ -195,7 +214,7 @@ def test_lengths_that_end_early_are_named(dataset, tmp_path):
   shutil.copytree(dataset, tmp_path / "dataset")
   for path in (tmp_path / "dataset").glob("mlembed-train*.lengths.npy"):
     path.write_bytes(path.read_bytes()[:140])
-  with pytest.raises(DataError, match=r"lengths\.npy.*(missing|cannot be read).*"):
+  with pytest.raises(DataError, match=r"lengths\.npy has 140 bytes, [\d,]+ were written"):
     batches_of(tmp_path / "dataset", shards=2)[0]
 
 

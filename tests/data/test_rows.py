@@ -21,7 +21,7 @@ FORMATS = ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.json", "a.jsonl.bz2")
 
 def write(folder, columns, name="a.parquet", described=BITEXT, **changes):
   """Writes the columns in the form that the name says; returns the file's description."""
-  if rows.is_json(name):
+  if not name.endswith(".parquet"):
     lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return write_lines(folder, [json.dumps(line) for line in lines], name, described, **changes)
   write_parquet(folder / name, columns)
@@ -118,9 +118,11 @@ def test_instructions_in_the_file_are_taken_off_and_others_are_counted(tmp_path)
   columns["query"] = [own[i % 3] + text for i, text in enumerate(bare)]
   found, (chunk,) = read(write(tmp_path, columns, query_has_instruction=True))
   assert [row["query"] for row in found] == bare
-  assert chunk.other_instructions == sum(i % 3 > 0 for i in range(20))
+  assert chunk.other_instructions == sum(i % 3 == 1 for i in range(20))
+  assert chunk.against_manifest == sum(i % 3 == 2 for i in range(20))
   found, (chunk,) = read(write(tmp_path, columns))
   assert [row["query"] for row in found] == columns["query"] and chunk.other_instructions == 0
+  assert chunk.against_manifest == sum(i % 3 < 2 for i in range(20))
 
 
 def test_only_the_first_instruction_is_taken_off_over_line_breaks_too(tmp_path):
@@ -143,7 +145,8 @@ def test_an_instruction_without_a_query_is_an_empty_row(tmp_path):
   columns["query"][4] = "Instruct: Other.\nQuery:  "
   found, chunks = read(write(tmp_path, columns, query_has_instruction=True))
   assert dropped(chunks) == {"empty": (1, [4])} and len(found) == 19
-  assert chunks[0].other_instructions == 19  # of usable rows
+  assert chunks[0].other_instructions == 0
+  assert chunks[0].against_manifest == 19  # of usable rows
 
 
 @pytest.mark.parametrize("name", FORMATS[:2])
@@ -228,7 +231,7 @@ def test_lines_that_are_no_rows_are_dropped_by_reason(tmp_path):
   lines = [
     json.dumps(line()),
     "{",
-    "",
+    "",  # no row
     "[1]",
     "7",
     json.dumps(line(query=3)),
@@ -244,12 +247,12 @@ def test_lines_that_are_no_rows_are_dropped_by_reason(tmp_path):
     "[" * 100_000,
   ]
   found, chunks = read(write_lines(tmp_path, lines))
-  assert numbers(found) == [0, 12] and found[-1]["query"] == "zwei 😀"
+  assert numbers(found) == [0, 11] and found[-1]["query"] == "zwei 😀"
   assert dropped(chunks) == {
-    "not_json": (5, [1, 2, 3, 4, 13]),
-    "wrong_type": (3, [5, 6, 7]),
-    "invalid_utf8": (3, [9, 10, 11]),
-    "null": (1, [8]),
+    "not_json": (4, [1, 2, 3, 12]),
+    "wrong_type": (3, [4, 5, 6]),
+    "invalid_utf8": (3, [8, 9, 10]),
+    "null": (1, [7]),
   }
 
 

@@ -131,7 +131,7 @@ def test_vectors_are_read_only_when_asked_for(prepare):
   assert batch.teacher is None and batch.arrays().teacher is None
   for path in dataset.glob("*train*.vectors.npy"):
     path.unlink()
-  with pytest.raises(DataError, match=r"vectors\.npy is missing .* copy the whole folder"):
+  with pytest.raises(DataError, match=r"vectors\.npy is missing; copy the whole folder"):
     batches_of(dataset, teacher_vectors=True)
 
 

@@ -102,6 +102,16 @@ def test_worked_example_of_a_repeated_positive(masked, rows):
   assert result.loss == pytest.approx(np.mean(rows), abs=TOLERANCE)
 
 
+@pytest.mark.parametrize(("masked", "loss"), [(True, 0.0), (False, np.log(4))])
+def test_copies_of_a_row_do_not_meet_each_other_as_negatives(masked, loss):
+  """A file of one row that is completed to a batch of four: there is nothing to tell apart."""
+  x = states(([Q_A[0]] * 4, [P_A[0]] * 4))
+  hashes = np.repeat(distinct_hashes(1, 2), 4, axis=0)
+  result, (gradient, _) = ours(x, hashes, (4,), losses__mask_duplicates=masked)
+  assert result.loss == pytest.approx(loss, abs=1e-6)
+  assert masked == (not np.any(gradient))
+
+
 def test_masks_follow_the_texts():
   a, b, c, d, e = (jnp.array([i, 7], jnp.uint32) for i in range(5))
   # Row 0: a -> b, negatives c and b (its own positive). Row 1: a -> d (same query), negative a.

@@ -98,6 +98,7 @@ OTHER = {
   "data.query_instructions": (False, {"data.document_instructions": 0.0}),
   "data.document_instructions": (0.6, {}),
   "data.global_batch": (8, {}),
+  "data.complete_batches": (True, {}),
   "data.micro_batch": (512, {}),
   "data.lengths": ((64,), {}),
   "data.packing": (False, {}),
@@ -198,6 +199,20 @@ def test_steps_follow_epochs_and_the_warm_up_must_fit(folder):
   config, found = opened(folder, **{"train.steps": 3})
   with pytest.raises(ConfigError, match=r"warmup_steps: 4 is longer than the run, 3 steps"):
     inputs.steps(config, found)
+
+
+def test_a_file_below_one_batch_is_completed_where_that_is_asked_for(folder):
+  """The rows of a batch beyond a file's 40 are those it begins with."""
+  fields = {"data.global_batch": 64, "data.complete_batches": True}
+  config, found = opened(folder, **fields, **{"data.train": ("train/scored*",)})
+  assert found.plan.order().steps_per_epoch == 1
+  batch = loop.make_batches(config, found, make_mesh(config), 1)[0]
+  rows, counts = np.unique(batch.rows, return_counts=True)
+  assert len(batch.rows) == 64 and set(counts) == {1, 2}
+  units = found.plan.units
+  assert len(rows) == sum(unit.rows for unit in units) < 64
+  tokens = sum(unit.rows * unit.tokens for unit in units)
+  assert found.tokens_per_step == pytest.approx(64 * tokens / len(rows))
 
 
 def test_a_run_records_what_decides_its_rows(folder):

@@ -1,0 +1,93 @@
+"""A run of `encode` on a model that is a formula, killed before any operation on files.
+
+  python -m tests.faults.encode_run OUT.npy
+
+Prints, for every k: what stood in the folder after a kill before operation k, and what the same
+command made of it. A kill ends a forked process at once; it is one of this script, which has no
+threads.
+"""
+
+import os
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+
+from mlembed_jax import encode
+from mlembed_jax.quantize import quantize
+
+PARTS, SIZE, DIM = 4, 100, 8
+TEXTS = [f"text {i}" for i in range(PARTS * SIZE)]
+OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+
+def model(texts):
+  """Returns vectors whose ranges differ between parts."""
+  numbers = np.array([int(text.split()[1]) for text in texts], np.float32)
+  return np.sin(numbers[:, None] * np.arange(1, DIM + 1)) * (1 + numbers[:, None] // SIZE)
+
+
+def run(out, given=None, texts=TEXTS):
+  """Encodes the texts to `out` in int8."""
+  parts = encode.Parts(out)
+  texts = encode.parts_of(iter(texts), SIZE)
+  settings = {"precision": "int8"}
+  files, calibration = encode.encode_parts(texts, parts, model, settings, given)
+  encode.finish(parts, files, calibration, out)
+
+
+def ranges_of(out):
+  return out.with_name(out.stem + ".ranges.npy")
+
+
+def killed(out, number):
+  """Runs in a process that ends before operation `number`; returns whether it came to that."""
+  child = os.fork()
+  if not child:
+    left = [number]
+
+    def count(event, arguments):
+      writes = event == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wx"
+      if event in OPERATIONS or writes:
+        left[0] -= 1
+        if left[0] < 0:
+          os._exit(9)
+
+    sys.addaudithook(count)
+    run(out)
+    os._exit(0)
+  return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def content(out):
+  """Returns the vectors and their ranges, None where there are no vectors."""
+  return (np.load(out), np.load(ranges_of(out))) if out.is_file() else None
+
+
+def same(first, second):
+  return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def main(out):
+  other = np.array([[-9.0] * DIM, [9.0] * DIM], np.float32)
+  vectors = model(TEXTS)
+  wanted = np.stack([model(TEXTS[:SIZE]).min(0), model(TEXTS[:SIZE]).max(0)]).astype(np.float32)
+  new, old = ((quantize(vectors, "int8", r), r) for r in (wanted, other))
+  number, more = 0, True
+  while more:
+    shutil.rmtree(out.parent, ignore_errors=True)
+    out.parent.mkdir()
+    run(out, other)
+    more = killed(out, number)
+    found = content(out)
+    state = "none" if found is None else "old" if same(found, old) else "new"
+    whole = found is None or same(found, old) or same(found, new)
+    run(out)
+    again = same(content(out), new) and not encode.Parts(out).folder.exists()
+    print(number, state, "whole" if whole else "TORN", "right" if again else "WRONG")
+    number += 1
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]).absolute())
