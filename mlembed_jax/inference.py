@@ -26,7 +26,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file
 from mlembed_jax.hf import recipe as recipes
-from mlembed_jax.hf.file_names import TOKENIZER
+from mlembed_jax.hf.file_names import PROMPTS, TOKENIZER
 from mlembed_jax.hf.folder import check_folder, read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.hf.own_file import OwnFile
@@ -175,6 +175,14 @@ class Encoder:
         near = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "none was"
         allow = "untrained=True (--untrained) allows it"
         raise ValueError(f"{name}: {size} was not trained; {near}; {allow}")
+
+  def check_similarity(self) -> None:
+    """Raises LoadError where the folder compares vectors by another measure than their cosine."""
+    if not self.recipe.compares_by_cosine:
+      raise LoadError(
+        f"{self.folder / PROMPTS}: similarity_fn_name is {self.recipe.similarity!r}; scores are "
+        "those of cosines. Evaluate it with sentence-transformers"
+      )
 
   def config(self, depth: int | None = None, rank: int | None = None) -> ModelConfig:
     """Returns the shape of a slice; None keeps the stored size."""

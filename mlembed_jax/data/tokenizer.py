@@ -82,6 +82,11 @@ class Tokenizer(Vocabulary):
     self.pooled_token = pooled_token
     self.pooled_id = self.id(pooled_token)
 
+  @property
+  def pooled_is_added(self) -> bool:
+    """Returns whether the pooled token is an added one, which splits no text but by its name."""
+    return self.pooled_id in self._tokenizer.get_added_tokens_decoder()
+
   def prefix(self, instruction: str) -> list[int]:
     """Returns the ids that stand before those of `Query: ...`.
 

@@ -224,7 +224,11 @@ def evaluate_encoder(
     axes: depths, ranks, dims and precisions to score.
     out: folder where the scores of finished tasks are kept; those of the same settings are read.
     pooled_token: the token that was given to `Encoder.load`, if any.
+
+  Raises:
+    LoadError: the model's vectors are not compared by their cosine.
   """
+  encoder.check_similarity()
   settings = _settings(encoder, axes, pooled_token)
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):

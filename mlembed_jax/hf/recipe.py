@@ -190,6 +190,13 @@ class Recipe:
   prompts: Mapping[str, str]
   default_prompt: str  # before every text that is given no other
   similarity: str  # one of SIMILARITIES, which compares two vectors
+  lower_case: bool  # texts are made lower case
+
+  @property
+  def compares_by_cosine(self) -> bool:
+    """Returns whether the similarity orders vectors as their cosines do."""
+    of_unit_vectors = self.normalized and self.similarity in ("dot", "euclidean")
+    return self.similarity == "cosine" or of_unit_vectors
 
   def finish(self, states_ND: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N M"]:
     """Returns what the modules after pooling make of states, before the cut and the last norm."""
@@ -262,8 +269,6 @@ def read(path: pathlib.Path, pooled_token: str | None = None) -> Recipe:
   bert, stated = _bert(reading), reading.object(PROMPTS, PROMPTS_RULES)
   of_tokenizer = reading.object(TOKENIZER_CONFIG, TOKENIZER_RULES, every_key=False)
   tokenizer = _tokenizer(reading, of_tokenizer, own, pooled_token)
-  if bert.get("do_lower_case"):
-    tokenizer.lower_case()
   width = config.get("hidden_size") or 0
   pooling, modules = _modules(reading, width)
   rest, dim = _without_cut(modules, width)
@@ -279,7 +284,10 @@ def read(path: pathlib.Path, pooled_token: str | None = None) -> Recipe:
     prompts=_prompts(reading, stated),
     default_prompt=_default_prompt(reading, stated),
     similarity=stated.get("similarity_fn_name", SIMILARITIES[0]),
+    lower_case=bool(bert.get("do_lower_case")),
   )
+  if found.lower_case:
+    tokenizer.lower_case()
   _check_code(reading, config)
   _check_own(reading, own, found)
   raise_all(path, [*body_problems(config), *reading.problems])
@@ -295,6 +303,8 @@ def training_problems(found: Recipe) -> list[str]:
     problems.append("it has modules after pooling, such as Dense; training has none")
   if found.tokenizer.before:
     problems.append("its tokenizer puts a token before every text; training puts none")
+  if found.lower_case:
+    problems.append("it makes texts lower case; training leaves them as they are")
   return problems
 
 

@@ -12,7 +12,7 @@ import safetensors
 
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES, Family
-from mlembed_jax.hf import own_file, param_mapping
+from mlembed_jax.hf import file_names, own_file, param_mapping
 from mlembed_jax.hf.own_file import OwnFile
 
 OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
@@ -22,14 +22,14 @@ AGAIN = "Take the folder as it was exported."
 class File(enum.StrEnum):
   """The small files of an exported folder, in the order in which check_files misses them."""
 
-  CONFIG = "config.json"
-  TOKENIZER = "tokenizer.json"
-  TOKENIZER_CONFIG = "tokenizer_config.json"
-  MODULES = "modules.json"
-  PROMPTS = "config_sentence_transformers.json"
-  BERT = "sentence_bert_config.json"
-  POOLING = "1_Pooling/config.json"
-  CARD = "README.md"
+  CONFIG = file_names.CONFIG
+  TOKENIZER = file_names.TOKENIZER
+  TOKENIZER_CONFIG = file_names.TOKENIZER_CONFIG
+  MODULES = file_names.MODULES
+  PROMPTS = file_names.PROMPTS
+  BERT = file_names.BERT
+  POOLING = f"1_Pooling/{file_names.CONFIG}"
+  CARD = file_names.CARD
   OWN = own_file.NAME
 
 

@@ -12,7 +12,7 @@ from mlembed_jax.hf.card import HEADINGS, TAGS
 from mlembed_jax.hf.checks.consumers import Fact, needed_files
 from mlembed_jax.hf.checks.finding import AGAIN, ERROR, SKIPPED, WARNING, File, Finding, Subject
 from mlembed_jax.hf.checks.installed import foreign_code
-from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.file_names import INDEX, WEIGHTS
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.hf.parity import FILE as PARITY
 

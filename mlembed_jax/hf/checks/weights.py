@@ -10,9 +10,9 @@ from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, param_mapping
 from mlembed_jax.hf.checks.consumers import Fact
 from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, SKIPPED, WARNING, File, Finding, Subject
+from mlembed_jax.hf.file_names import WEIGHTS
 from mlembed_jax.hf.folder import (
   DTYPES,
-  WEIGHTS,
   Folder,
   Stored,
   open_file,
