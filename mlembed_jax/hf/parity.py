@@ -14,6 +14,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.config_files import Variant
 from mlembed_jax.hf.load import load_params, on_device
+from mlembed_jax.hf.recipe import LAST, Recipe
 from mlembed_jax.models.batched import Batching, encode_batched
 
 FILE = "parity.json"
@@ -67,14 +68,23 @@ def items(
 
 
 def vectors(
-  folder: pathlib.Path, model: ModelConfig, ids: Sequence[Sequence[int]], dim: int
+  folder: pathlib.Path,
+  model: ModelConfig,
+  ids: Sequence[Sequence[int]],
+  dim: int,
+  recipe: Recipe | None = None,
 ) -> Float[np.ndarray, "N M"]:
-  """Returns the unit vectors of token ids by the weights of a folder, in little-endian float32."""
+  """Returns the unit vectors of token ids by the weights of a folder, in little-endian float32.
+
+  They are cut states of the last token, unless the recipe of the folder says otherwise.
+  """
   device = _exact_device()
   params = load_params(folder, model, on_device(model, device))
   with jax.default_device(device), jax.default_matmul_precision("highest"):
     batching = Batching(lengths=[*BUCKETS, max(map(len, ids))], rows=lambda _: 2)
-    states = encode_batched(model, params, ids, [model.layers], batching)[0]
+    pooling = recipe.pooling if recipe else LAST
+    found = encode_batched(model, params, ids, [model.layers], batching, pooling=pooling)[0]
+    states: Any = recipe.finish(found) if recipe else found
     return np.asarray(matryoshka.truncate(states, dim), "<f4")
 
 

@@ -137,10 +137,9 @@ class Subject:
     return found if isinstance(found, dict) else {}
 
   @property
-  def pooled_id(self) -> int | None:
-    """Returns the id whose state is the embedding."""
-    stated = self.own.pooling.token_id if self.own else self.config.get("eos_token_id")
-    return stated if isinstance(stated, int) else None
+  def is_export(self) -> bool:
+    """Returns whether mlembed.json says that the folder was written here; it may be damaged."""
+    return self.has(File.OWN) and self._content(File.OWN) != {}
 
   @property
   def allowed(self) -> int | None:
