@@ -43,6 +43,6 @@ def pooled(
     starts_BK = jnp.pad(ends_BK[:, :-1] + 1, ((0, 0), (1, 0)))
     return last_tokens(x_BTD, starts_BK)
   texts_K = jnp.arange(1, ends_BK.shape[1] + 1)
-  inside_BTK = (segments_BT[:, :, None] == texts_K).astype(jnp.float32)
+  inside_BTK = (segments_BT[:, :, None] == texts_K[None, None]).astype(jnp.float32)
   sums_BKD = jnp.einsum("BTK,BTD->BKD", inside_BTK, x_BTD.astype(jnp.float32), precision="highest")
   return sums_BKD / jnp.maximum(jnp.sum(inside_BTK, axis=1), 1)[:, :, None]
