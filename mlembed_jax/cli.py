@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import Any
 
 from absl import app, flags
 
+from mlembed_jax import files
 from mlembed_jax.config import REPLACED, from_mapping
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError, MlembedError
@@ -33,6 +35,10 @@ def run(main: Callable[..., None], *names: str) -> None:
       sys.exit(f"error: {error}")
     except BrokenPipeError:  # as of `... | head`, whose reader has seen enough
       os._exit(128 + signal.SIGPIPE)
+    except OSError as error:
+      if error.errno not in files.STORAGE:
+        raise
+      sys.exit(f"error: {files.storage_message(pathlib.Path.cwd(), error)}")
 
   if {"-h", "-help", "--help"} & set(sys.argv[1:]):
     app.usage(shorthelp=True, writeto_stdout=True)  # absl itself would end with status 1

@@ -343,6 +343,8 @@ def _check_data_and_length(config: Config) -> None:
     raise ConfigError("data.manifest: data.heldout names files of a manifest; give its path")
   if data.manifest and not data.heldout:
     raise ConfigError("data.heldout: data.manifest is only read for held-out files; name some")
+  if config.train.keep_best and not config.eval.every:
+    raise ConfigError("train.keep_best: no checkpoint has scores; set eval.every")
   if config.eval.every and not data.heldout:
     raise ConfigError("eval.every: there is nothing to evaluate; name files in data.heldout")
   if data.max_repeats < 1:

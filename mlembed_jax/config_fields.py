@@ -472,9 +472,38 @@ class TrainConfig:
     zero=True,
   )
   seed: int = setting(0, "Seed of weights, data order, drawn negatives and drawn ranks.", zero=True)
+  max_nonfinite_steps: int = setting(
+    5,
+    "So many steps in a row whose loss, gradient or update is not finite end the run. None of them "
+    "changes the state.",
+    free=True,
+    older=1,
+  )
+  spike_factor: float = setting(
+    0.0,
+    "A loss above this many times the median of the last 64 steps of its file sends the run back "
+    "to its newest checkpoint, and the steps since are passed over. 0: off.",
+    zero=True,
+    free=True,
+    older=0.0,
+  )
   log_every: int = setting(10, "Steps per line of metrics.jsonl.", free=True)
   checkpoint_every: int = setting(500, "Steps between checkpoints.", free=True)
   keep_checkpoints: int = setting(3, "How many of the newest checkpoints are kept.", free=True)
+  keep_every: int = setting(
+    0,
+    "Checkpoints of steps that this divides are kept, too. 0: none.",
+    zero=True,
+    free=True,
+    older=0,
+  )
+  keep_best: int = setting(
+    0,
+    "How many checkpoints with the best mean of the whole model's held-out scores are kept, too.",
+    zero=True,
+    free=True,
+    older=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

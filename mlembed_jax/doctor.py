@@ -1,12 +1,13 @@
-"""Says what each program that reads Hugging Face folders would make of one.
+"""Says what each program that reads Hugging Face folders would make of one, or checks a workdir.
 
   python -m mlembed_jax.doctor DIR
 
 One line for each finding: check, result, file, what was found, and the remedy; then one for each
 program. Our loader, and sentence-transformers and transformers where they are installed, really
 load the folder, and their vectors are compared with parity.json. What TEI, vLLM and llama.cpp parse
-is checked, without them. Nothing is written or downloaded. Ends with status 0 where all is well, 1
-where there are warnings, 2 where there are errors.
+is checked, without them. Of a workdir, every checkpoint is compared with its digests, and every
+other file is read. Nothing is written or downloaded. Ends with status 0 where all is well, 1 where
+there are warnings, 2 where there are errors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 
@@ -44,16 +45,29 @@ def main(directory: str) -> None:
   from mlembed_jax.hf.checks import examine
 
   path = pathlib.Path(directory).absolute()
-  if not (path / "config.json").is_file():
-    print(f"error: {directory} is no model folder: it has no config.json", file=sys.stderr)
-    sys.exit(STATUS[ERROR])
   jax.config.update("jax_platforms", "cpu")  # parity.json is of it, and accelerators may be in use
+  if (path / "run.json").is_file():
+    from mlembed_jax.training.examine import examine as examine_workdir
+
+    _end(path, examine_workdir(path), [])
+  if not (path / "config.json").is_file():
+    print(
+      f"error: {directory} is neither a model folder (no config.json) nor a workdir (no run.json)",
+      file=sys.stderr,
+    )
+    sys.exit(STATUS[ERROR])
   os.environ["HF_HUB_OFFLINE"] = "1"
   installed = examine.INSTALLED if TORCH.value else ()
   findings = examine.examine(path, [*examine.CHECKS, examine.VECTORS, *installed])
-  found = examine.verdicts(path, findings)
+  _end(path, findings, examine.verdicts(path, findings))
+
+
+def _end(path: pathlib.Path, findings: Sequence[Finding], found: Sequence[Verdict]) -> NoReturn:
+  """Prints all findings; ends with the status of the worst."""
+  from mlembed_jax.hf.checks.examine import worst
+
   print(_json(path, findings, found) if JSON.value else _text(findings, found))
-  sys.exit(STATUS[examine.worst(findings)])
+  sys.exit(STATUS[worst(findings)])
 
 
 def _text(findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
@@ -89,7 +103,7 @@ def _fields(finding: Finding) -> dict[str, Any]:
     "file": finding.file,
     "found": finding.found,
     "remedy": finding.remedy,
-    "consumers": concerned(finding.fact),
+    "consumers": concerned(finding.fact) if finding.fact else (),
   }
 
 

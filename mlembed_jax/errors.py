@@ -31,3 +31,7 @@ class ExportError(MlembedError, ValueError):
 
 class TrainingError(MlembedError, RuntimeError):
   """A run that cannot go on; the message names step and file."""
+
+
+class StorageError(MlembedError, OSError):
+  """A disk or folder that failed while it was read or written; the message names path and need."""

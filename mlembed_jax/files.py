@@ -1,6 +1,8 @@
 """Writing files and folders so that none is ever half written. No jax."""
 
+import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +11,23 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from mlembed_jax.errors import ConfigError, MlembedError
+from mlembed_jax.errors import ConfigError, MlembedError, StorageError
+
+SEAL = "sha256"  # field of a JSON object that holds the digest of the others
+
+DIGEST_THREADS = 8
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a person can do about a fault of the storage; every other OSError is a fault of the program.
+STORAGE = {
+  **dict.fromkeys(FULL, "free space or raise the quota"),
+  errno.EROFS: "mount it for writing, or choose another folder",
+  **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to it"),
+  **dict.fromkeys(
+    (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENOTCONN),
+    "bring the folder back, for example by mounting it again",
+  ),
+  **dict.fromkeys((errno.EIO, errno.ETIMEDOUT), "check the disk or the network"),
+}
 
 
 def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
@@ -61,7 +79,8 @@ def read_object(
     error: the class of the errors, that of the reader.
 
   Raises:
-    error: it is no JSON object, or of a format that this code does not know.
+    error: it is no JSON object, of a format that this code does not know, or not what
+      `write_object` wrote.
   """
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +89,23 @@ def read_object(
   if not isinstance(value, dict):
     raise error(f"{path}: no JSON object")
   check_format(path, value.get("format_version"), newest, error)
+  if value.pop(SEAL, (seal := _seal(value))) != seal:  # absent in files of earlier versions
+    raise error(
+      f"{path} is not what was written: its {SEAL} is that of other content. Restore it from a "
+      f"copy; after a change by hand, delete the field {SEAL}"
+    )
   return value
+
+
+def write_object(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Writes a JSON object with a digest of its content, which `read_object` checks."""
+  plain = json.loads(json.dumps(value))  # as it will be read
+  write_json(path, plain | {SEAL: _seal(plain)})
+
+
+def _seal(value: dict[str, Any]) -> str:
+  rest = {name: field for name, field in value.items() if name != SEAL}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: pathlib.Path) -> str:
@@ -84,14 +119,42 @@ def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path that is renamed to `path` at the end, unless there is an error.
 
   So readers see all of a file or nothing.
+
+  Raises:
+    StorageError: the file cannot be written; what stood there still does.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  with storage_errors(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      yield temporary
+      temporary.replace(path)
+    finally:
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def storage_errors(path: pathlib.Path) -> Iterator[None]:
+  """Turns an OSError of the system into a StorageError that names the path and what to do."""
   try:
-    yield temporary
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+    yield
+  except StorageError:
+    raise
+  except OSError as error:
+    if error.errno not in STORAGE:
+      raise
+    raise StorageError(storage_message(path, error)) from error
+
+
+def storage_message(path: pathlib.Path, error: OSError) -> str:
+  """Returns one sentence about a path that cannot be read or written."""
+  named = pathlib.Path(error.filename) if isinstance(error.filename, str) else path
+  there = next((folder for folder in [named, *named.parents] if folder.exists()), pathlib.Path("/"))
+  free = shutil.disk_usage(there).free / 1e9
+  room = f" ({free:,.2f} GB are free)" if error.errno in FULL else ""
+  remedy = STORAGE.get(error.errno or 0, "look at the disk")
+  return f"{named}: {error.strerror}{room}; {remedy}, then run the same command again"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -114,6 +177,16 @@ def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
     return
   with new_file(target) as new:
     shutil.copyfile(source, new)
+
+
+def digests(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the digest of every file below a folder by its relative path, see `digest`."""
+  paths = sorted(path for path in folder.rglob("*") if path.is_file())
+  with concurrent.futures.ThreadPoolExecutor(DIGEST_THREADS) as threads:  # hashing frees Python
+    return {
+      path.relative_to(folder).as_posix(): found
+      for path, found in zip(paths, threads.map(digest, paths), strict=True)
+    }
 
 
 def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:

@@ -29,6 +29,31 @@ ACCEPT_CHANGED_DATA = flags.DEFINE_bool(
   False,
   "Go on from the newest checkpoint although rows, mixture or batches changed.",
 )
+ACCEPT_CHANGED_LEARNING_RATE = flags.DEFINE_bool(
+  "accept_changed_learning_rate",
+  False,
+  "Go on with another optimizer.learning_rate; run.json keeps a history.",
+)
+STRICT_RESTORE = flags.DEFINE_bool(
+  "strict_restore",
+  False,
+  "End where the newest checkpoint is damaged.",
+)
+FROM_STEP = flags.DEFINE_integer(
+  "from_step", None, "Go on from this checkpoint; later ones are set aside.", lower_bound=0
+)
+SKIP_STEPS = flags.DEFINE_string(
+  "skip_steps",
+  "",
+  "Steps whose rows are passed over from now on, such as 120-140,150. run.json keeps them.",
+)
+GRACE_S = flags.DEFINE_float(
+  "grace_s",
+  0.0,
+  "Seconds between SIGTERM and the end of the process, whatever it does then. 0: it ends when its "
+  "checkpoint is written.",
+  lower_bound=0.0,
+)
 PRINT_CONFIG = flags.DEFINE_bool(
   "print_config", False, "Print every field with value, default, meaning and rules, and end."
 )
@@ -55,7 +80,16 @@ def main() -> None:
     with processes.agreed():
       config = cli.read_config(CONFIG)
     with cli.flags_in_errors("workdir"):
-      train_model(config, WORKDIR.value, accept_changed_data=ACCEPT_CHANGED_DATA.value)
+      train_model(
+        config,
+        WORKDIR.value,
+        accept_changed_data=ACCEPT_CHANGED_DATA.value,
+        accept_changed_learning_rate=ACCEPT_CHANGED_LEARNING_RATE.value,
+        strict_restore=STRICT_RESTORE.value,
+        from_step=FROM_STEP.value,
+        skip_steps=SKIP_STEPS.value,
+        grace_s=GRACE_S.value,
+      )
 
 
 if __name__ == "__main__":

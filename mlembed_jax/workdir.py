@@ -5,6 +5,11 @@ plan.json         files and languages as they will be read; plan.png shows it
 tokenizer.json    a copy of the one the run reads
 checkpoints/      orbax, one folder per kept step
 metrics.jsonl     one JSON object per logged step
+nonfinite.jsonl   the rows of steps that were not finite
+goodput.json      where the wall time of all starts went
+lock.json         who trains here at the moment
+held/             checkpoints that are being read, which stay so long
+damaged/          checkpoints that were found damaged, or that the run went back from
 tensorboard/      the same numbers for TensorBoard
 eval/step_N.json  held-out scores of every evaluated slice
 data/             what `data.builder` wrote
@@ -12,15 +17,16 @@ export/           the Hugging Face folder of `export.at_end`
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 from typing import Any
 
+from mlembed_jax import files
 from mlembed_jax.config import from_mapping, with_older_values
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.files import read_object, write_json
 from mlembed_jax.slice_scores import SliceScore
 
 FORMAT = 1  # of run.json
@@ -34,15 +40,34 @@ class Run:
   config: Config
   datasets: dict[str, dict[str, Any]]  # manifest entries of the training files
   plan: dict[str, Any]  # everything the rows of a step depend on beside the configuration
+  # What was changed on the way: {"step": from which on, "skip_steps": [...], ...}
+  history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  tokenizer: str = ""  # digest of tokenizer.json; empty in workdirs of 0.1.0
+
+  @functools.cached_property
+  def skipped_steps(self) -> frozenset[int]:
+    """The steps whose rows are passed over."""
+    return frozenset(step for entry in self.history for step in entry.get("skip_steps", ()))
 
   @property
   def fingerprint(self) -> str:
     """Hash of the plan."""
     return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
 
+  def check_tokenizer(self, workdir: pathlib.Path) -> None:
+    """Raises ConfigError where tokenizer.json of the workdir is not that of the run."""
+    path = workdir / "tokenizer.json"
+    if not path.is_file():
+      raise ConfigError(f"{path} is missing; copy the whole workdir")
+    if self.tokenizer and files.digest(path) != self.tokenizer:
+      raise ConfigError(
+        f"{path} is not the tokenizer that the run was trained with; restore it from a copy, or "
+        "start training again, which writes it anew"
+      )
+
   def save(self, workdir: pathlib.Path) -> None:
     """Writes run.json."""
-    write_json(workdir / "run.json", {"format_version": FORMAT} | dataclasses.asdict(self))
+    files.write_object(workdir / "run.json", {"format_version": FORMAT} | dataclasses.asdict(self))
 
   @classmethod
   def load(cls, workdir: pathlib.Path) -> "Run":
@@ -54,10 +79,11 @@ class Run:
     path = workdir / "run.json"
     if not path.is_file():
       raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
-    run = read_object(path, FORMAT)
+    run = files.read_object(path, FORMAT)
     try:
       config = from_mapping(with_older_values(run["config"]))
-      return cls(config, run["datasets"], run["plan"])
+      history, tokenizer = list(run.get("history", ())), run.get("tokenizer", "")
+      return cls(config, run["datasets"], run["plan"], history, tokenizer)
     except (
       ValueError,
       KeyError,
@@ -82,7 +108,7 @@ class StepScores:
   def save(self, workdir: pathlib.Path) -> None:
     """Writes eval/step_N.json."""
     value = {"format_version": SCORES_FORMAT} | dataclasses.asdict(self)
-    write_json(_scores_path(workdir, self.step), value)
+    files.write_object(scores_path(workdir, self.step), value)
 
   @classmethod
   def load(cls, workdir: pathlib.Path, step: int) -> "StepScores":
@@ -91,10 +117,10 @@ class StepScores:
     Raises:
       ConfigError: the file is damaged, or a newer version of the package wrote it.
     """
-    path = _scores_path(workdir, step)
+    path = scores_path(workdir, step)
     if not path.exists():
       return cls(step, {}, [])
-    value = read_object(path, SCORES_FORMAT)
+    value = files.read_object(path, SCORES_FORMAT)
     try:
       scores = [SliceScore.from_json(score) for score in value["scores"]]
       return cls(value["step"], value.get("tasks", {}), scores)
@@ -102,5 +128,12 @@ class StepScores:
       raise ConfigError(f"{path}: {error}") from error
 
 
-def _scores_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+def scored_steps(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps that have held-out scores, ascending."""
+  names = [path.stem.removeprefix("step_") for path in (workdir / "eval").glob("step_*.json")]
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def scores_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  """Returns the file of the held-out scores of a step."""
   return workdir / "eval" / f"step_{step}.json"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from mlembed_jax.errors import DataError
-from mlembed_jax.files import read_object, write_json
+from mlembed_jax.files import read_object, write_object
 from mlembed_jax.slice_scores import SliceScore, with_depth
 
 FORMAT = 1  # of scores.json
@@ -75,7 +75,7 @@ class Evaluation:
 
   def save(self, path: pathlib.Path) -> None:
     """Writes scores.json."""
-    write_json(path, {"format_version": FORMAT} | dataclasses.asdict(self))
+    write_object(path, {"format_version": FORMAT} | dataclasses.asdict(self))
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self:

@@ -34,9 +34,17 @@ class Axes:
 
 
 def score_slices(
-  config: Config, params: Any, tasks: Sequence[HeldoutTask], tokenizer: Tokenizer, mesh: Mesh
+  config: Config,
+  params: Any,
+  tasks: Sequence[HeldoutTask],
+  tokenizer: Tokenizer,
+  mesh: Mesh,
+  before_each: Callable[[], None] = lambda: None,
 ) -> list[SliceScore]:
-  """Returns the scores of all trained slices of parameters on a mesh, on every process."""
+  """Returns the scores of all trained slices of parameters on a mesh, on every process.
+
+  `before_each` is called before the texts of a task are encoded at a rank.
+  """
   trained = axes_of(config.model, config.matryoshka)
   axes = Axes(trained.ranks or (0,), trained.exits, trained.dims)
 
@@ -45,6 +53,7 @@ def score_slices(
   )
 
   def encode(ids: Ids, rank: int) -> Float[np.ndarray, "E N D"]:
+    before_each()
     cut = Slice(rank=rank or None)
     model = slice_config(config.model, cut)
     return encode_batched(model, slice_params(params, cut), ids, axes.depths, batching)

@@ -13,7 +13,7 @@ from mlembed_jax.hf.export import (
   parse_variant,
 )
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.training.checkpoint import load_newest_params
+from mlembed_jax.training.saved import load_newest_params
 from mlembed_jax.workdir import Run, StepScores
 
 
@@ -50,6 +50,7 @@ def export_model(
   for suffix, (size, factors) in wanted.items():  # before the first is written
     check_variant(run, 0, size, force=force, factors=factors)
     check_target(out.with_name(out.name + suffix))
+  run.check_tokenizer(workdir)
   step, params = load_newest_params(workdir, run.config.model)
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
   trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step))

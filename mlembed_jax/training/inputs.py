@@ -215,7 +215,8 @@ def describe(config: Config, inputs: Inputs) -> Run:
   """Returns what the workdir records of this run."""
   entries = {file.name: file.entry for file in inputs.split.files}
   teacher = inputs.teacher.version if inputs.teacher else ""
-  return Run(config, entries, inputs.plan.as_json() | {"teacher": teacher})
+  plan = inputs.plan.as_json() | {"teacher": teacher}
+  return Run(config, entries, plan, tokenizer=inputs.tokenizer.fingerprint)
 
 
 def report(inputs: Inputs, total_steps: int, workdir: pathlib.Path) -> None:

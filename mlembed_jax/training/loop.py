@@ -4,6 +4,7 @@ The same call with the same workdir goes on from the newest checkpoint, bit for 
 had never stopped. SIGTERM and Ctrl-C during training save a checkpoint first.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -11,7 +12,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from mlembed_jax import __version__
+from mlembed_jax.batch import Kind
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
@@ -30,10 +32,11 @@ from mlembed_jax.hf.export import TrainedModel, check_target, export_folder
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.parallel import processes
+from mlembed_jax.parallel import maintenance, processes
 from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh, put_batch, rows_of
 from mlembed_jax.parallel.stop import StopSignals
 from mlembed_jax.training import (
+  goodput,
   inputs,
   lowering,
   metrics,
@@ -42,25 +45,49 @@ from mlembed_jax.training import (
   train_state,
   train_step,
 )
-from mlembed_jax.training.checkpoint import Checkpoints, check_same_run
+from mlembed_jax.training.checkpoint import Checkpoints, Retention
+from mlembed_jax.training.goodput import COMPILING, TRAINING, Goodput
 from mlembed_jax.training.inputs import Inputs
+from mlembed_jax.training.lock import WorkdirLock
+from mlembed_jax.training.resume import Resume, check_same_run, parse_steps
+from mlembed_jax.training.saved import steps_of
 from mlembed_jax.training.teacher import Teacher
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import Run, StepScores
+from mlembed_jax.workdir import Run, StepScores, scored_steps, scores_path
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
   """A run that is under way: all but its state."""
 
-  config: Config  # data.micro_batch is chosen
+  run: Run  # data.micro_batch is chosen
   inputs: Inputs
   workdir: pathlib.Path
   mesh: Mesh
   checkpoints: Checkpoints
   stop: StopSignals
+  lock: WorkdirLock | None  # of process 0
+  goodput: Goodput
   step: Callable[..., Any]  # step(state, batch, kind=...) -> (state, metrics)
   batches: loader.Batches
+
+  @property
+  def config(self) -> Config:
+    """The configuration of the run."""
+    return self.run.config
+
+  def check_lock(self) -> None:
+    """Raises TrainingError on all processes where another run took over the workdir."""
+    with processes.agreed():
+      if self.lock:
+        self.lock.check()
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Saves a step in the background, unless another run took over the workdir."""
+    with self.goodput.during(goodput.SAVING):
+      self.check_lock()
+      self.checkpoints.save(step, state)
+    self.goodput.save(step)
 
 
 def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> loader.Batches:
@@ -71,12 +98,12 @@ def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> load
   return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 
 
-def initial_state(training: Training) -> TrainState:
+def initial_state(training: Training, *, strict: bool) -> TrainState:
   """Returns the state to go on from: newest checkpoint, else `train.init_from`, else random."""
   config, mesh, checkpoints = training.config, training.mesh, training.checkpoints
   tx = optimizer.make(config.optimizer, len(training.batches))
-  if (latest := checkpoints.latest()) is not None:
-    return checkpoints.restore(latest, train_state.abstract(config, tx, mesh))
+  if checkpoints.latest() is not None:
+    return checkpoints.restore(train_state.abstract(config, tx, mesh), strict=strict)
   state = train_state.create(config, tx, mesh)
   if config.train.init_from:
     like = train_state.abstract(config, tx, mesh).params
@@ -93,12 +120,24 @@ def make_step(
   return functools.partial(step, teacher_params=teacher.params(mesh) if teacher else None)
 
 
-def timed(batches: Iterator[loader.Batch]) -> Iterator[tuple[loader.Batch, float]]:
+def timed(
+  batches: Iterator[loader.Batch], training: Training
+) -> Iterator[tuple[loader.Batch, float]]:
   """Yields each batch and the seconds it was waited for."""
-  start = time.perf_counter()
-  for batch in batches:
-    yield batch, time.perf_counter() - start
+  while True:
     start = time.perf_counter()
+    with training.goodput.during(goodput.WAITING):
+      batch = next(batches, None)
+    if batch is None:
+      return
+    yield batch, time.perf_counter() - start
+
+
+def close(training: Training) -> None:
+  """Waits for running saves."""
+  with training.goodput.during(goodput.SAVING):
+    training.checkpoints.close()
+  training.goodput.write()
 
 
 def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> TrainState:
@@ -110,13 +149,18 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
   is its batch fetched and sent to the device.
   """
   config, stop, batches = training.config, training.stop, training.batches
-  pending, start = None, int(state.step)
+  pending, start, programs = None, int(state.step), set[Kind]()
   with jax.transfer_guard("disallow"):
-    for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers)):
+    for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers), training):
       # To jax, parts of global arrays are implicit transfers.
       with jax.transfer_guard_host_to_device("allow"):
         arrays, signals = put_batch(batch.arrays(), training.mesh), stop.exchange()
-      state, values = training.step(state, arrays, kind=batch.kind)
+      with training.goodput.during(TRAINING if batch.kind in programs else COMPILING):
+        if batch.step + 1 in training.run.skipped_steps:
+          state, values = train_state.passed_over(state), None
+        else:
+          state, values = training.step(state, arrays, kind=batch.kind)
+          programs.add(batch.kind)
       if pending:
         recorder.record(*pending)
       pending = batch, values, waited_s
@@ -126,14 +170,14 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
       # away while it evaluates finds this step saved.
       scored = evaluated_at(config, done) and not last and not stopping
       if done % config.train.checkpoint_every == 0 or last or stopping or scored:
-        recorder.record(*pending)  # a diverged state is noticed here, before it is saved
+        recorder.record(*pending)  # a loss spike is noticed here, before its state is saved
         pending = None
-        training.checkpoints.save(done, state)
+        training.save(done, state)
       if scored:
         with recorder.paused(), jax.transfer_guard("allow"):
           evaluate(training, state)
       if stopping:
-        training.checkpoints.close()
+        close(training)
         stop.leave(stopping, f"step {done} is saved")
   return state
 
@@ -151,9 +195,15 @@ def evaluate(training: Training, state: TrainState) -> None:
     found = StepScores.load(training.workdir, step)
   if processes.gather(found.tasks != wanted)[0]:
     print(f"scoring every slice on {len(read.tasks)} held-out files, step {step}", flush=True)
-    scores = grid.score_slices(
-      training.config, state.params, read.tasks, read.tokenizer, training.mesh
-    )
+    with training.goodput.during(goodput.EVALUATING):
+      scores = grid.score_slices(
+        training.config,
+        state.params,
+        read.tasks,
+        read.tokenizer,
+        training.mesh,
+        lambda: training.stop.leave_if_received("no step is lost"),
+      )
     made = StepScores(step, wanted, scores)
     processes.on_first(lambda: _write_scores(training.workdir, made))
 
@@ -195,28 +245,56 @@ def usage(folder: pathlib.Path) -> str:
   )
 
 
-def chosen_before(
-  run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, accept_changed_data: bool
-) -> int:
-  """Returns the micro-batch of the run that the workdir holds, 0 for a new run.
-
-  Another size would fit other memory as well, but round in another way.
+def stored_run(
+  run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, resume: Resume
+) -> Run | None:
+  """Returns the run that the workdir holds, None for a new one.
 
   Raises:
     ConfigError: the workdir holds a checkpoint of another run.
   """
-  if checkpoints.latest() is None:
+  latest = checkpoints.latest()
+  if latest is None:
+    if resume.from_step or resume.skip_steps:
+      raise ConfigError(f"--from_step, --skip_steps: {workdir} holds no checkpoint to go on from")
     # Scores of a run that was stopped before its first checkpoint.
     processes.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
-    return 0
+    return None
   with processes.agreed():
     stored = Run.load(workdir)
-    check_same_run(stored, run, workdir, accept_changed_data)
-  return processes.gather(stored.config.data.micro_batch)[0]
+    check_same_run(stored, run, workdir, resume)
+  return stored
+
+
+def with_history(run: Run, stored: Run, workdir: pathlib.Path, latest: int, resume: Resume) -> Run:
+  """Returns `run` with what was changed on the way, by earlier starts and by this one.
+
+  Scores of steps that are done again in another way are removed.
+
+  Raises:
+    ConfigError: a step that is to be passed over is done.
+  """
+  entry = resume.entry(stored.config, run.config, latest)
+  if entry:
+    processes.on_first(lambda: _drop_scores_after(workdir, latest))
+  return dataclasses.replace(run, history=[*stored.history, *([entry] if entry else [])])
+
+
+def _drop_scores_after(workdir: pathlib.Path, step: int) -> None:
+  for later in [at for at in scored_steps(workdir) if at > step]:
+    scores_path(workdir, later).unlink()
 
 
 def train_model(
-  config: Config, workdir: str | os.PathLike[str], *, accept_changed_data: bool = False
+  config: Config,
+  workdir: str | os.PathLike[str],
+  *,
+  accept_changed_data: bool = False,
+  accept_changed_learning_rate: bool = False,
+  strict_restore: bool = False,
+  from_step: int | None = None,
+  skip_steps: str | Sequence[int] = (),
+  grace_s: float = 0.0,
 ) -> None:
   """Runs or continues one training run, with evaluation before and after, and the export.
 
@@ -226,19 +304,44 @@ def train_model(
     config: a checked configuration, see `mlembed_jax.config.from_mapping`.
     workdir: the folder of the run, made if it does not exist.
     accept_changed_data: go on from the newest checkpoint although rows, mixture or batches changed.
+    accept_changed_learning_rate: go on with another `optimizer.learning_rate`.
+    strict_restore: end where the newest checkpoint is damaged; else the one before is taken.
+    from_step: go on from this checkpoint; later ones are set aside. None: the newest.
+    skip_steps: steps whose rows are passed over from now on, as numbers or as "120-140,150".
+    grace_s: seconds between a stop signal and the end of the process, whatever it does; 0: it ends
+      when its checkpoint is written.
 
   Raises:
-    ConfigError, DataError: before any work, where configuration, files or workdir cannot be used.
+    ConfigError, DataError: before any work, where configuration, files or workdir cannot be used,
+      or where another process trains in the workdir.
+    StorageError: a disk is full or gone.
+    TrainingError: too many steps in a row were not finite, or another process took over.
     SystemExit: after SIGTERM (143) or Ctrl-C (130); the checkpoint is written.
   """
   if threading.current_thread() is not threading.main_thread():
     raise ConfigError("train_model: call it in the main thread, which alone hears signals")
+  resume = Resume(
+    accept_changed_data,
+    accept_changed_learning_rate,
+    strict_restore,
+    from_step,
+    parse_steps(skip_steps),
+  )
   with processes.agreed():
     workdir = make_writable_folder(workdir, "workdir")
   processes.check_shared(workdir)
   versions = {"jax": jax.__version__, "mlembed_jax": __version__}
-  options = {"accept_changed_data": accept_changed_data}
-  processes.check_same(versions | options | flatten(config))
+  processes.check_same(versions | dataclasses.asdict(resume) | flatten(config))
+  with contextlib.ExitStack() as held:
+    with processes.agreed():
+      lock = held.enter_context(WorkdirLock(workdir)) if processes.is_first() else None
+    _train_locked(config, workdir, resume, lock, grace_s)
+
+
+def _train_locked(
+  config: Config, workdir: pathlib.Path, resume: Resume, lock: WorkdirLock | None, grace_s: float
+) -> None:
+  clock = Goodput(workdir, writes=processes.is_first())
   with processes.agreed():
     mesh = _checked_mesh(config, workdir)
     read = inputs.load(config, workdir)
@@ -246,24 +349,37 @@ def train_model(
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
-  checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-  chosen = chosen_before(run, workdir, checkpoints, accept_changed_data)
+  kept = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
+  checkpoints = Checkpoints(Retention(workdir, *kept))
+  stored = stored_run(run, workdir, checkpoints, resume)
+  if resume.from_step is not None:
+    checkpoints.go_back(resume.from_step)
+  if stored:
+    run = with_history(run, stored, workdir, checkpoints.latest() or 0, resume)
   processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
-  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    with StopSignals(mesh) as stop:
-      processes.on_first(lambda: inputs.report(read, steps, workdir))
-      config = micro_batch.with_micro_batch(
-        config, chosen, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
-      )
-      sized = dataclasses.replace(run, config=config)
-      processes.on_first(lambda: sized.save(workdir))
-      step = make_step(config, steps, mesh, read.teacher)
-      batches = make_batches(config, read, mesh, steps)
-      training = Training(config, read, workdir, mesh, checkpoints, stop, step, batches)
-      state = _trained(training)
-    checkpoints.close()
+  with (
+    jax.set_mesh(mesh),
+    nn.logical_axis_rules(logical_rules()),
+    StopSignals(mesh, grace_s) as stop,
+    maintenance.watched(mesh),
+  ):
+    processes.on_first(lambda: inputs.report(read, steps, workdir))
+    # Another size than before would fit other memory as well, but round in another way.
+    before = processes.gather(stored.config.data.micro_batch if stored else 0)[0]
+    sized = micro_batch.with_micro_batch(
+      config, before, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
+    )
+    run = dataclasses.replace(run, config=sized)
+    processes.on_first(lambda: run.save(workdir))
+    step = make_step(sized, steps, mesh, read.teacher)
+    batches = make_batches(sized, read, mesh, steps)
+    training = Training(run, read, workdir, mesh, checkpoints, stop, lock, clock, step, batches)
+    state, training = _trained(training, strict=resume.strict_restore)
+    close(training)
     evaluate(training, state)
   report(training, state)
+  clock.write()
+  processes.on_first(lambda: print(clock.summary(), flush=True))
 
 
 def _checked_mesh(config: Config, workdir: pathlib.Path) -> Mesh:
@@ -277,17 +393,43 @@ def _checked_mesh(config: Config, workdir: pathlib.Path) -> Mesh:
   return mesh
 
 
-def _trained(training: Training) -> TrainState:
-  """Returns the state after the last step, which is being saved."""
-  state, checkpoints = initial_state(training), training.checkpoints
-  if evaluated_at(training.config, int(state.step)):
-    evaluate(training, state)
-  training.stop.leave_if_received("no step is lost")
-  span = int(state.step), len(training.batches), training.config.train.log_every
-  with metrics.Recorder(training.workdir, *span, training.config.model) as recorder:
-    try:
-      state = fit(training, state, recorder)
-    except TrainingError:
-      checkpoints.close()  # one may still be on its way to the disk
-      raise
-  return state
+def _trained(training: Training, *, strict: bool) -> tuple[TrainState, Training]:
+  """Returns the state after the last step, which is being saved, and the run as it was at last."""
+  while True:
+    state = initial_state(training, strict=strict)
+    start = int(state.step)
+    training.goodput.resume(start)
+    if evaluated_at(training.config, start):
+      evaluate(training, state)
+    training.stop.leave_if_received("no step is lost")
+    span = start, len(training.batches)
+    with metrics.Recorder(training.workdir, *span, training.config, training.goodput) as recorder:
+      try:
+        with training.goodput.during(TRAINING):
+          return fit(training, state, recorder), training
+      except metrics.LossSpike as spike:
+        training = _rolled_back(training, spike)
+      except TrainingError as error:
+        close(training)  # one may still be on its way to the disk
+        raise TrainingError(
+          f"{error}. The newest checkpoint is step {_newest(training)}"
+        ) from error
+
+
+def _newest(training: Training) -> int:
+  return max(steps_of(training.workdir), default=0)
+
+
+def _rolled_back(training: Training, spike: metrics.LossSpike) -> Training:
+  """Returns the run that passes over the steps from the newest checkpoint to a loss spike."""
+  training.checkpoints.wait()
+  newest = processes.gather(_newest(training))[0]
+  skipped = list(range(newest + 1, spike.step + 1))
+  entry = {"step": newest, "skip_steps": skipped, "why": str(spike)}
+  run = dataclasses.replace(training.run, history=[*training.run.history, entry])
+  said = (
+    f"WARNING: {spike}. Back to step {newest}; steps {skipped[0]} to {skipped[-1]} are passed over"
+  )
+  processes.on_first(lambda: (run.save(training.workdir), print(said, flush=True)))
+  processes.on_first(lambda: _drop_scores_after(training.workdir, newest))
+  return dataclasses.replace(training, run=run)

@@ -1,9 +1,9 @@
 """Numbers of a run: metrics.jsonl, TensorBoard files and the progress bar."""
 
+import collections
 import contextlib
 import itertools
 import json
-import math
 import pathlib
 import statistics
 import sys
@@ -15,20 +15,24 @@ import jax
 import tensorboardX
 import tqdm
 
-from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.loader import Batch
 from mlembed_jax.devices import chips
 from mlembed_jax.devices.chips import Chip
 from mlembed_jax.errors import TrainingError
-from mlembed_jax.files import write_json, write_text
+from mlembed_jax.files import storage_errors, write_text
 from mlembed_jax.models import flops
 from mlembed_jax.parallel import processes
 from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.training import goodput
+from mlembed_jax.training.goodput import Goodput
 
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
 AVERAGED = ("loss", "gradient_norm", "negatives")
-ROWS_SHOWN = 8  # so many rows are named of the batch that made the loss infinite
+ROWS_SHOWN = 8  # so many rows are named of a batch that is not finite
+NONFINITE = "nonfinite.jsonl"
+SPIKE_WINDOW, SPIKE_FEWEST = 64, 16  # steps of a file
 
 
 class Window:
@@ -43,6 +47,11 @@ class Window:
     self._start = time.perf_counter()
     self._steps: list[tuple[Batch, dict[str, float]]] = []
     self._waited_s = 0.0
+    self._nonfinite = 0
+
+  def count_nonfinite(self) -> None:
+    """Counts a step that changed nothing."""
+    self._nonfinite += 1
 
   def add(self, batch: Batch, metrics: dict[str, float], waited_s: float) -> None:
     """Counts one finished step, whose batch was waited for so long."""
@@ -56,20 +65,27 @@ class Window:
     yield
     self._start += time.perf_counter() - start
 
-  def summary(self) -> dict[str, Any]:
-    """Returns the metrics since the last line, and starts a new line.
+  def summary(self, step: int) -> dict[str, Any]:
+    """Returns the metrics since the last line, and starts a new line, that of `step`.
 
     Losses, gradient norm and negatives per row are means; learning rate, temperature and rank
     those of the last step; rows without any negative are counted. Texts and tokens are those of
-    all processes; padding does not count.
+    all processes; padding does not count. Steps that were not finite are counted alone; where no
+    other was done, there is nothing else to say.
     """
+    line = {"step": step, "nonfinite_steps": self._nonfinite}
+    if self._steps:
+      line |= self._measured()
+    self._reset()
+    return line
+
+  def _measured(self) -> dict[str, Any]:
     elapsed = time.perf_counter() - self._start
     by_dataset: dict[str, list[float]] = {}
     for batch, metrics in self._steps:
       by_dataset.setdefault(batch.dataset, []).append(metrics["loss"])
-    last_batch, last = self._steps[-1]
-    line = {
-      "step": last_batch.step + 1,
+    _, last = self._steps[-1]
+    return {
       **self._means(),
       "loss_by_dataset": {name: statistics.fmean(v) for name, v in sorted(by_dataset.items())},
       "learning_rate": last["learning_rate"],
@@ -80,8 +96,6 @@ class Window:
       "padding_share": 1.0 - self._sum("tokens") / self._sum("computed_tokens"),
       "data_wait_share": self._waited_s / elapsed,
     }
-    self._reset()
-    return line
 
   def _sum(self, name: str) -> float:
     return sum(metrics[name] for _, metrics in self._steps)
@@ -112,21 +126,33 @@ class Window:
 class Writer:
   """Writes one line per logged step; rows beyond `start` from an earlier, killed run go first."""
 
-  def __init__(self, workdir: pathlib.Path, start: int):
-    """Opens both files; `start` is the step the run continues from."""
-    path = workdir / "metrics.jsonl"
-    _drop_lines_after(path, start)
-    self._file = path.open("a", encoding="utf-8")
+  def __init__(self, workdir: pathlib.Path, start: int, every: int):
+    """Opens the files; `start` is the step the run continues from, `every` the steps of a line."""
+    self._path = workdir / "metrics.jsonl"
+    for fault in faults(self._path, start, every):
+      print(f"WARNING: {self._path}: {fault}", flush=True)
+    for path in (self._path, workdir / NONFINITE):
+      _keep_lines_to(path, start)
+    self._nonfinite = workdir / NONFINITE
+    self._file = self._path.open("a", encoding="utf-8")
     # Steps after `purge_step` that a killed run wrote are hidden by TensorBoard.
     self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
   def write(self, line: dict[str, Any]) -> None:
     """Appends one JSON object; its numbers also go to TensorBoard under the same names."""
-    self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    self._file.flush()
+    with storage_errors(self._path):
+      self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+      self._file.flush()
     for name, value in line.items():
       for key, scalar in value.items() if isinstance(value, dict) else [("", value)]:
         self._board.add_scalar(f"{name}/{key}" if key else name, scalar, line["step"])
+
+  def write_nonfinite(self, batch: Batch, values: dict[str, float], rows: Sequence[int]) -> None:
+    """Appends the rows of a step that was not finite to their own file."""
+    numbers = {name: str(values[name]) for name in ("loss", "gradient_norm")}  # NaN is no JSON
+    line = {"step": batch.step + 1, "dataset": batch.dataset} | numbers | {"rows": list(rows)}
+    with storage_errors(self._nonfinite), self._nonfinite.open("a", encoding="utf-8") as file:
+      file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
   def close(self) -> None:
     """Flushes and closes both files."""
@@ -134,18 +160,41 @@ class Writer:
     self._board.close()
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-  if not path.exists():
-    return
-  lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-  write_text(path, "".join(line + "\n" for line in lines))
+def faults(path: pathlib.Path, start: int, every: int) -> list[str]:
+  """Returns what is wrong with the lines of a file up to step `start`: damaged and missing ones.
+
+  Lines may have been rarer or more frequent than `every` steps, the interval of now.
+  """
+  found = _lines(path)
+  damaged = sum(at is None for at, _ in found[:-1])  # a kill may cut the last one
+  ends = [0, *(at for at, _ in found if at is not None and at <= start), start // every * every]
+  gaps = [(a, b) for a, b in itertools.pairwise(ends) if b > a]
+  usual = max(every, min((b - a for a, b in gaps), default=every))
+  holes = [f"{a + 1} to {b}" for a, b in gaps if b - a > usual]
+  return [f"{damaged} lines are damaged"] * (damaged > 0) + [
+    f"there are no lines of steps {', '.join(holes)}"
+  ] * bool(holes)
 
 
-def _step(line: str) -> float:
+def _keep_lines_to(path: pathlib.Path, step: int) -> None:
+  """Drops the lines of later steps and those that are damaged."""
+  if path.exists():
+    kept = [line for at, line in _lines(path) if at is not None and at <= step]
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _lines(path: pathlib.Path) -> list[tuple[int | None, str]]:
+  """Returns the lines of a file with their steps, None of those that cannot be read."""
+  lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+  return [(_step(line), line) for line in lines]
+
+
+def _step(line: str) -> int | None:
   try:
-    return json.loads(line)["step"]
-  except json.JSONDecodeError:  # the last line of a killed run may be cut short
-    return float("inf")
+    step = json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return None
+  return step if type(step) is int else None
 
 
 def write_scores(workdir: pathlib.Path, step: int, scores: Sequence[SliceScore]) -> None:
@@ -172,17 +221,52 @@ def _postfix(line: dict[str, Any]) -> str:
   )
 
 
+class LossSpike(TrainingError):
+  """A loss far above those before; `steps` are to be passed over."""
+
+  def __init__(self, message: str, step: int):
+    super().__init__(message)
+    self.step = step
+
+
+class SpikeWatch:
+  """Finds losses far above the median of the steps of their file since this start."""
+
+  def __init__(self, factor: float):
+    """`factor` 0 finds none."""
+    self._factor = factor
+    self._losses: dict[str, collections.deque[float]] = {}
+
+  def check(self, batch: Batch, loss: float) -> None:
+    """Raises LossSpike where the loss of a step is one; else remembers it."""
+    losses = self._losses.setdefault(batch.dataset, collections.deque(maxlen=SPIKE_WINDOW))
+    if self._factor and len(losses) >= SPIKE_FEWEST:
+      usual = statistics.median(losses)
+      if loss > self._factor * usual:
+        raise LossSpike(
+          f"step {batch.step + 1} ({batch.dataset}): the loss {loss:.3f} is more than "
+          f"{self._factor:g} times {usual:.3f}, the median of this file",
+          batch.step + 1,
+        )
+    losses.append(loss)
+
+
 class Recorder:
   """Takes the numbers of each finished step; writes and shows every `every`-th and the last."""
 
-  def __init__(self, workdir: pathlib.Path, start: int, total: int, every: int, model: ModelConfig):
+  def __init__(
+    self, workdir: pathlib.Path, start: int, total: int, config: Config, goodput: Goodput
+  ):
     """`start` and `total` count updates of the whole run."""
-    self._workdir, self._warned = workdir, False
+    self._workdir, self._warned, self._goodput = workdir, False, goodput
     chip = chips.find_chip(jax.devices()[0].device_kind)
-    # Every process reads the numbers, and so notices a diverged loss; the first one writes them.
-    self._writer = Writer(workdir, start) if processes.is_first() else None
-    self._window = Window(model, jax.device_count(), chip)
+    # Every process reads the numbers, and so notices what is not finite; the first one writes them.
+    every = config.train.log_every
+    self._writer = Writer(workdir, start, every) if processes.is_first() else None
+    self._window = Window(config.model, jax.device_count(), chip)
     self._total, self._every = total, every
+    self._spikes = SpikeWatch(config.train.spike_factor)
+    self._in_a_row, self._most_in_a_row = 0, config.train.max_nonfinite_steps
     self._bar = tqdm.tqdm(
       initial=start,
       total=total,
@@ -204,39 +288,67 @@ class Recorder:
   def record(self, batch: Batch, device_metrics: Any, waited_s: float) -> None:
     """Reads one step's metrics from the device; call it when a later step has been started.
 
+    `device_metrics` None: the step was passed over, as `--skip_steps` asks.
+
     Raises:
-      TrainingError: loss or gradient are no longer finite.
+      TrainingError: too many steps in a row were not finite.
+      LossSpike: see `SpikeWatch`.
     """
-    values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+    if device_metrics is not None:
+      values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+      self._counted(batch, values, waited_s)
     step = batch.step + 1
-    if not math.isfinite(values["loss"] + values["gradient_norm"]):
-      raise TrainingError(self._diverged(batch, values))
+    if step % self._every == 0 or step == self._total:
+      self._write(step)
+    self._goodput.write_now_and_then()
+    self._bar.update()
+
+  def _counted(self, batch: Batch, values: dict[str, float], waited_s: float) -> None:
+    if not values.pop("finite"):
+      self._not_finite(batch, values)
+      return
+    self._in_a_row = 0
+    self._spikes.check(batch, values["loss"])
     if values["empty_rows"] == batch.global_rows:
       self._without_negatives(batch)
     self._window.add(batch, values, waited_s)
-    if step % self._every == 0 or step == self._total:
-      line = self._window.summary()
-      if self._writer:
-        self._writer.write(line)
+
+  def _write(self, step: int) -> None:
+    line = self._window.summary(step) | {"goodput": self._goodput.shares()[goodput.TRAINING]}
+    if self._writer:
+      self._writer.write(line)
+    if "loss" in line:
       self._bar.set_postfix_str(_postfix(line), refresh=False)
-    self._bar.update()
 
   def paused(self) -> contextlib.AbstractContextManager[None]:
     """Returns a block whose time does not count as that of the steps."""
     return self._window.paused()
 
-  def _diverged(self, batch: Batch, values: dict[str, float]) -> str:
+  def _not_finite(self, batch: Batch, values: dict[str, float]) -> None:
+    """Notes a step that left the state as it was.
+
+    Raises:
+      TrainingError: so many in a row end the run.
+    """
+    self._in_a_row += 1
+    self._window.count_nonfinite()
     # Processes that share shards of the batch have the same rows.
     rows = list(dict.fromkeys(itertools.chain(*processes.gather(batch.rows.tolist()))))
-    path = self._workdir / "diverged.json"
-    if processes.is_first():
-      write_json(path, {"step": batch.step + 1, "dataset": batch.dataset, "rows": rows})
+    if self._writer:
+      self._writer.write_nonfinite(batch, values, rows)
     shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (" ..." if len(rows) > ROWS_SHOWN else "")
-    return (
-      f"step {batch.step + 1} ({batch.dataset}, rows {shown}): the loss is {values['loss']}, its "
-      f"gradient norm {values['gradient_norm']}. All rows are in {path}. Lower "
-      "optimizer.learning_rate and start again in a new --workdir, or look at those rows"
+    said = (
+      f"step {batch.step + 1} ({batch.dataset}, rows {shown}) is not finite: loss "
+      f"{values['loss']}, gradient norm {values['gradient_norm']}. The state is left as it was; "
+      f"all rows are in {self._workdir / NONFINITE}"
     )
+    if self._in_a_row >= self._most_in_a_row:
+      raise TrainingError(
+        f"{said}. That were {self._in_a_row} in a row. Pass over the data with --skip_steps, or "
+        "go on with a lower optimizer.learning_rate and --accept_changed_learning_rate"
+      )
+    if self._writer:
+      self._bar.write(f"WARNING: {said}", file=sys.stderr)
 
   def _without_negatives(self, batch: Batch) -> None:
     """Warns of the first such step; the others are counted in `empty_rows`."""

@@ -22,7 +22,7 @@ from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.objective.distillation import match_exits
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import shardings
-from mlembed_jax.training import checkpoint
+from mlembed_jax.training import saved
 from mlembed_jax.training.train_step import TeacherShape
 from mlembed_jax.workdir import Run
 
@@ -33,7 +33,7 @@ class Teacher:
 
   path: pathlib.Path
   shape: TeacherShape
-  is_workdir: bool
+  step: int | None  # of the checkpoint; None: a folder in Hugging Face layout
   version: str  # of the weights: another one is another run
 
   def abstract(self, mesh: Mesh) -> Any:
@@ -59,9 +59,9 @@ class Teacher:
     """Returns the weights, read from the folder."""
     model = self.shape.model
     abstract = self.abstract(mesh)
-    if not self.is_workdir:
+    if self.step is None:
       return load_params(self.path, model, abstract)
-    _, params = checkpoint.load_newest_params(self.path, model)
+    params = saved.load_params(self.path, self.step, model)
     cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
     return processes.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 
@@ -95,7 +95,7 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   if not is_workdir:
     check_folder(path, model, tokenizer.size)
   shape = TeacherShape(model, _matched(config, model, found.exits))
-  return Teacher(path, shape, is_workdir, found.version)
+  return Teacher(path, shape, found.step, found.version)
 
 
 def check_stored(config: Config, split: Split) -> None:
@@ -145,12 +145,13 @@ class _Found:
   exits: tuple[int, ...]
   pooled_token: str | None  # None: no embedding model
   version: str
+  step: int | None = None
 
 
 def _from_workdir(path: pathlib.Path) -> _Found:
-  config, step = Run.load(path).config, checkpoint.latest_step(path)
+  config, (step, _) = Run.load(path).config, saved.read_newest(path, lambda _: None)
   exits = axes_of(config.model, config.matryoshka).exits
-  return _Found(config.model, exits, config.data.pooled_token, f"step {step}")
+  return _Found(config.model, exits, config.data.pooled_token, f"step {step}", step)
 
 
 def _from_folder(path: pathlib.Path) -> _Found:

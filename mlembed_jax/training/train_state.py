@@ -77,6 +77,24 @@ def _averaged_axes_whole(boxed: Any) -> Any:
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
+def is_finite(tree: Any) -> jax.Array:
+  """Returns whether every number of a tree is finite, bool []."""
+  floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
+
+
+def updated_where(finite: Any, updated: TrainState, before: TrainState) -> TrainState:
+  """Returns `updated`, or `before` with the next step's number: its batch is passed over."""
+  kept = jax.tree.map(functools.partial(jnp.where, finite), updated, before)
+  return kept.replace(step=updated.step)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def passed_over(state: TrainState) -> TrainState:
+  """Returns the state after a step whose batch is passed over."""
+  return state.replace(step=state.step + 1)
+
+
 def create(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Returns a new state, made where it will live: no process ever holds the whole model."""
   out = jax.tree.map(lambda x: x.sharding, abstract(config, tx, mesh))

@@ -143,7 +143,10 @@ def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
 def make(
   config: Config, steps: int, mesh: Mesh, teacher: TeacherShape | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns `step(state, batch, teacher_params, kind=...)`, jitted; the old state is reused."""
+  """Returns `step(state, batch, teacher_params, kind=...)`, jitted; the old state is reused.
+
+  A step that is not finite leaves all but the number of the step as it was.
+  """
   axes = axes_of(config.model, config.matryoshka)
   tx = optimizer.make(config.optimizer, steps)
   rate = optimizer.schedule(config.optimizer, steps)
@@ -171,10 +174,14 @@ def make(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)
     trained |= {"log_temperature": at_least_lowest(trained["log_temperature"])}
+    updated = TrainState(step=state.step + 1, opt_state=opt_state, **trained)
+    norm = optax.tree.norm(grads)
+    finite = train_state.is_finite((result.loss, norm, updated))
     metrics = {
       "loss": result.loss,
+      "finite": finite,
       **{f"{name}_loss": jnp.mean(term) for name, term in result.terms.items()},
-      "gradient_norm": optax.tree.norm(grads),
+      "gradient_norm": norm,
       "learning_rate": rate(state.step),
       "rank": jnp.zeros((), jnp.int32) if rank is None else rank,
       "temperature": jnp.asarray(loss.temperature(state.log_temperature, progress)),
@@ -182,6 +189,6 @@ def make(
       "empty_rows": result.empty_rows,
       **gradcache.work(batch.sheets),
     }
-    return TrainState(step=state.step + 1, opt_state=opt_state, **trained), metrics
+    return train_state.updated_where(finite, updated, state), metrics
 
   return step

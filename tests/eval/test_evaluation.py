@@ -39,7 +39,7 @@ def test_the_depth_was_once_called_exit(evaluation, tmp_path):
   [
     (f'{{"format_version": {FORMAT + 1}}}', rf"format_version {FORMAT + 1} .*upgrade"),
     ('{"format_version": 1}', "'tasks'"),
-    ("[]", "pop"),
+    ("[]", "no JSON object"),
     ("{", "Expecting"),
   ],
 )

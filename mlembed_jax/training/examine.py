@@ -1,0 +1,90 @@
+"""What `mlembed_jax.doctor` says of a workdir: whether each of its files is what was written."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+from mlembed_jax import files
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.hf.checks.finding import ERROR, OK, WARNING, Finding
+from mlembed_jax.training import goodput, metrics, saved
+from mlembed_jax.workdir import Run, StepScores, scored_steps
+
+Findings = Iterator[Finding]
+
+
+def examine(workdir: pathlib.Path) -> list[Finding]:
+  """Returns what every check finds, at least one finding of each."""
+  found: list[Finding] = []
+  for code, check in CHECKS.items():
+    if code != "W01" and found[0].level == ERROR:
+      break  # all others need run.json
+    of_check = list(check(workdir)) or [Finding(OK, "", (check.__doc__ or "").rstrip("."))]
+    found += [dataclasses.replace(finding, check=code) for finding in of_check]
+  return found
+
+
+def _check_run(workdir: pathlib.Path) -> Findings:
+  """run.json can be read."""
+  try:
+    Run.load(workdir)
+  except ConfigError as error:
+    yield Finding(ERROR, "run.json", str(error), "Restore it from a copy: nothing can be exported.")
+
+
+def _check_tokenizer(workdir: pathlib.Path) -> Findings:
+  """tokenizer.json is the one that the run reads."""
+  try:
+    Run.load(workdir).check_tokenizer(workdir)
+  except ConfigError as error:
+    yield Finding(ERROR, "tokenizer.json", str(error), "Start training again: it is written anew.")
+
+
+def _check_checkpoints(workdir: pathlib.Path) -> Findings:
+  """every checkpoint is whole."""
+  for step in saved.steps_of(workdir):
+    folder = saved.folder_of(workdir, step)
+    name = folder.relative_to(workdir).as_posix()
+    if fault := saved.damage(folder):
+      yield Finding(ERROR, name, fault, "Training passes it over and sets it aside.")
+    elif not (folder / saved.ITEM / saved.DIGESTS).is_file():
+      yield Finding(WARNING, name, "no digests: damage cannot be found", "0.1.0 wrote none.")
+  for folder in sorted((workdir / "damaged").glob("*")):
+    yield Finding(WARNING, f"damaged/{folder.name}", "was set aside", "Delete it to free space.")
+
+
+def _check_scores(workdir: pathlib.Path) -> Findings:
+  """the held-out scores can be read."""
+  for step in scored_steps(workdir):
+    try:
+      StepScores.load(workdir, step)
+    except ConfigError as error:
+      yield Finding(ERROR, f"eval/step_{step}.json", str(error), "Delete it: it is made again.")
+
+
+def _check_metrics(workdir: pathlib.Path) -> Findings:
+  """metrics.jsonl has a line of every logged step."""
+  every = Run.load(workdir).config.train.log_every
+  said = metrics.faults(workdir / "metrics.jsonl", max(saved.steps_of(workdir), default=0), every)
+  for fault in said:
+    yield Finding(WARNING, "metrics.jsonl", fault, "Curves have a gap there; updates have none.")
+
+
+def _check_goodput(workdir: pathlib.Path) -> Findings:
+  """goodput.json can be read."""
+  path = workdir / "goodput.json"
+  if path.is_file():
+    try:
+      files.read_object(path, goodput.FORMAT)
+    except ConfigError as error:
+      yield Finding(WARNING, path.name, str(error), "The next start begins a new one.")
+
+
+CHECKS: dict[str, Callable[[pathlib.Path], Findings]] = {
+  "W01": _check_run,
+  "W02": _check_tokenizer,
+  "W03": _check_checkpoints,
+  "W04": _check_scores,
+  "W05": _check_metrics,
+  "W06": _check_goodput,
+}

@@ -1,0 +1,100 @@
+"""How a run goes on from its workdir: what may differ, and what its history tells of that."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from mlembed_jax.config import flatten
+from mlembed_jax.config_fields import SETTINGS, Config
+from mlembed_jax.data.plan import difference
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.workdir import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+  """How to go on; see `train_model`."""
+
+  accept_changed_data: bool = False
+  accept_changed_learning_rate: bool = False
+  strict_restore: bool = False
+  from_step: int | None = None
+  skip_steps: tuple[int, ...] = ()
+
+  def entry(self, before: Config, now: Config, step: int) -> dict[str, Any] | None:
+    """Returns what the history of a run says of this start, which goes on from `step`.
+
+    None: nothing that decides the updates is changed.
+
+    Raises:
+      ConfigError: a step that is to be passed over is done.
+    """
+    if self.skip_steps and min(self.skip_steps) <= step:
+      raise ConfigError(
+        f"--skip_steps: step {min(self.skip_steps)} is done, the newest checkpoint is step {step}; "
+        "go on from an earlier one with --from_step"
+      )
+    entry: dict[str, Any] = {}
+    if self.skip_steps:
+      entry["skip_steps"] = list(self.skip_steps)
+    if before.optimizer.learning_rate != now.optimizer.learning_rate:
+      entry[RATE] = [before.optimizer.learning_rate, now.optimizer.learning_rate]
+    if self.from_step is not None:
+      entry["from_step"] = self.from_step
+    return {"step": step} | entry if entry else None
+
+
+def parse_steps(text: str | Sequence[int]) -> tuple[int, ...]:
+  """Returns the steps that a text such as "120-140,150" names, ascending.
+
+  Raises:
+    ConfigError: it is no such text.
+  """
+  if not isinstance(text, str):
+    return tuple(sorted(set(text)))
+  steps: set[int] = set()
+  for part in filter(None, text.split(",")):
+    first, _, last = part.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+      raise ConfigError(f"--skip_steps: {part!r} is no step and no range such as 120-140")
+    steps.update(range(int(first), int(last or first) + 1))
+  return tuple(sorted(steps))
+
+
+# Fields that decide only which texts a step has.
+DATA = ("data.", "train.seed")
+RATE = "optimizer.learning_rate"
+
+
+def check_same_run(stored: Run, current: Run, workdir: pathlib.Path, resume: Resume) -> None:
+  """Raises ConfigError with every difference where `current` cannot continue `stored`.
+
+  Differences that `resume` accepts are printed instead.
+  """
+  before, now = (flatten(run.config) for run in (stored, current))
+  lines = [
+    f"{name}: {before[name]} in the workdir, {now[name]} now"
+    for name in now
+    if before[name] != now[name] and not SETTINGS[name].free
+  ]
+  data = [line for line in lines if line.startswith(DATA)]
+  other = [line for line in lines if line not in data]
+  changed = [*data, *difference(stored.plan, current.plan)]
+  rate = [line for line in other if line.startswith(RATE)]
+  other = [line for line in other if line not in rate]
+  refused = [
+    *other,
+    *([] if resume.accept_changed_learning_rate else rate),
+    *([] if resume.accept_changed_data else changed),
+  ]
+  if refused:
+    hint = " --accept_changed_data goes on with other data." if changed else ""
+    hint += " --accept_changed_learning_rate goes on with the new rate." if rate else ""
+    raise ConfigError(
+      f"{workdir} holds a checkpoint of another run:\n  "
+      + "\n  ".join(refused)
+      + f"\nGive these fields their old values, or use another --workdir.{hint}"
+    )
+  if accepted := [*rate, *changed]:
+    print("going on with what was changed:\n  " + "\n  ".join(accepted), flush=True)

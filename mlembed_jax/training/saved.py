@@ -1,0 +1,160 @@
+"""Checkpoints as they lie on the disk: which there are, whether they are whole, what they hold.
+
+A run that trains in the workdir may delete a checkpoint at any time. Who reads one holds it by a
+file in WORKDIR/held, which the run heeds.
+"""
+
+import contextlib
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mlembed_jax import files
+from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.models.encoder import parameter_shapes
+from mlembed_jax.parallel import processes
+
+DIGESTS = "digests.json"
+DIGESTS_FORMAT = 1
+ITEM = "default"  # orbax's name of the folder of the state, in that of the step
+HELD_S = 3600.0  # a reader that was killed holds its checkpoint for so long
+
+Read = TypeVar("Read")
+
+
+def steps_of(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps that have a checkpoint, ascending."""
+  folder = workdir / "checkpoints"
+  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def folder_of(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  """Returns the folder of a checkpoint."""
+  return workdir / "checkpoints" / str(step)
+
+
+def held(workdir: pathlib.Path) -> set[int]:
+  """Returns the steps that are being read."""
+  now, steps = time.time(), set()
+  for path in (workdir / "held").glob("*"):
+    with contextlib.suppress(OSError, ValueError):  # its reader may be done by now
+      if now - path.stat().st_mtime < HELD_S:
+        steps.add(int(path.name.split("-")[0]))
+  return steps
+
+
+@contextlib.contextmanager
+def _hold(workdir: pathlib.Path, step: int) -> Iterator[None]:
+  """Keeps a run from deleting a checkpoint during the block; not where nothing can be written."""
+  path = workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}"
+  with contextlib.suppress(OSError):
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+  try:
+    yield
+  finally:
+    with contextlib.suppress(OSError):
+      path.unlink(missing_ok=True)
+
+
+def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int, Read]:
+  """Returns the newest step whose checkpoint is whole, and what `read` returns of that step.
+
+  Damaged checkpoints are passed over, and said.
+
+  Raises:
+    ConfigError: the workdir holds no finished checkpoint, or none is whole.
+  """
+  faults: dict[int, str] = {}
+  while steps := [step for step in steps_of(workdir) if step not in faults]:
+    step, folder = steps[-1], folder_of(workdir, steps[-1])
+    with _hold(workdir, step):
+      if (fault := damage(folder)) is None:
+        try:
+          return step, read(step)
+        except Exception as error:  # tensorstore's errors have no class of their own
+          fault = f"{folder} cannot be read: {first_line(error)}"
+      if folder.is_dir():  # else the run deleted it before it was held
+        faults[step] = fault
+        print(f"WARNING: {fault}. It is passed over", flush=True)
+  if faults:
+    raise ConfigError(f"{workdir}: no checkpoint is whole: " + "; ".join(faults.values()))
+  raise ConfigError(f"{workdir}: no finished checkpoint yet")
+
+
+def load_newest_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
+  """Returns the newest step that is whole and its parameters as numpy arrays, without moments.
+
+  Raises:
+    ConfigError: the workdir holds no finished checkpoint, or none is whole.
+  """
+  return read_newest(workdir, lambda step: load_params(workdir, step, model))
+
+
+def load_params(workdir: pathlib.Path, step: int, model: ModelConfig) -> Any:
+  """Returns the parameters of a step as numpy arrays; moments are not read."""
+  own = jax.process_index()  # each process reads on its own
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader_{own}"
+  )
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, create=False, multiprocessing_options=alone
+  )
+  handler, folder = ocp.PyTreeCheckpointHandler(), workdir / "checkpoints"
+  with ocp.CheckpointManager(folder, options=options, item_handlers=handler) as manager:
+    shapes = {"params": parameter_shapes(model)}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
+    return manager.restore(step, args=restore)["params"]
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of a message; tensorstore's have many."""
+  return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def damage(folder: pathlib.Path) -> str | None:
+  """Returns what is wrong with the files of a checkpoint, None where nothing is known to be.
+
+  Every process of a run calls it, and reads a part of the files. A checkpoint of an earlier version
+  has no digests, which is said.
+  """
+  path = folder / ITEM / DIGESTS
+  if not processes.gather(path.is_file())[0]:
+    if processes.is_first():
+      print(f"{folder} has no digests, as in 0.1.0: it is taken as it is", flush=True)
+    return None
+  try:
+    expected = files.read_object(path, DIGESTS_FORMAT)["files"]
+  except (ConfigError, KeyError, OSError) as error:
+    expected, fault = {}, f"{folder} is damaged: {error}"
+  else:
+    fault = None
+  if fault := next(filter(None, processes.gather(fault)), None):
+    return fault
+  names = sorted(expected)
+  found = dict(zip(names, processes.shared(names, _digest_in(path.parent)), strict=True))
+  wrong = [name for name in names if found[name] != expected[name]]
+  if not wrong:
+    return None
+  more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+  how = "is missing" if found[wrong[0]] is None else "has other content than was written"
+  return f"{folder} is damaged: {ITEM}/{wrong[0]}{more} {how}"
+
+
+def _digest_in(folder: pathlib.Path) -> Callable[[str], str | None]:
+  def act(name: str) -> str | None:
+    try:
+      return files.digest(folder / name)
+    except OSError:
+      return None
+
+  return act

@@ -1,0 +1,191 @@
+"""Checkpoints of small states: every damaged byte is noticed, and what stays after a save."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlembed_jax.errors import ConfigError, StorageError
+from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.training import saved
+from mlembed_jax.training.checkpoint import Checkpoints, Retention, mean_score
+from mlembed_jax.training.train_state import TrainState
+from mlembed_jax.workdir import StepScores
+
+
+def state(step):
+  table = jax.random.normal(jax.random.key(step), (64, 48))
+  moments = {"mu": table * 0.1, "nu": jnp.square(table)}
+  return TrainState(jnp.int32(step), {"table": table}, {}, moments)
+
+
+ABSTRACT = jax.tree.map(
+  lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
+)
+
+
+def assert_equal(found, expected):
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def save(workdir, *steps, newest=3, **others):
+  checkpoints = Checkpoints(Retention(workdir, newest, **others))
+  for step in steps:
+    checkpoints.save(step, state(step))
+  checkpoints.close()
+
+
+def restore(workdir, **options):
+  checkpoints = Checkpoints(Retention(workdir, 3))
+  try:
+    return checkpoints.restore(ABSTRACT, **options)
+  finally:
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("two")
+  save(workdir, 1, 2)
+  return workdir
+
+
+def flip(path, at):
+  data = bytearray(path.read_bytes())
+  data[int(at * len(data))] ^= 1 << int(at * 997) % 8
+  path.write_bytes(data)
+
+
+FILES = ("d", "ocdbt.process_0/d", "manifest.ocdbt", "_METADATA", "_sharding", saved.DIGESTS)
+DAMAGES = {
+  "flip": lambda path: flip(path, 0.5),
+  "first byte": lambda path: flip(path, 0.0),
+  "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+  "emptied": lambda path: path.write_bytes(b""),
+  "deleted": pathlib.Path.unlink,
+}
+
+
+def file_of(workdir, step, name):
+  path = workdir / "checkpoints" / str(step) / "default" / name
+  return max(path.iterdir(), key=lambda p: p.stat().st_size) if path.is_dir() else path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_passed_over(two, tmp_path, capsys, file, damage):
+  workdir = shutil.copytree(two, tmp_path / "w")
+  DAMAGES[damage](file_of(workdir, 2, file))
+  if (file, damage) == (saved.DIGESTS, "deleted"):
+    assert_equal(restore(workdir), state(2))  # nothing that is read is damaged
+    assert "has no digests" in capsys.readouterr().out
+    return
+  step, _ = saved.read_newest(workdir, lambda step: step)  # as export and teacher read it
+  assert step == 1 and "It is passed over" in capsys.readouterr().out
+  with pytest.raises(ConfigError, match=r"checkpoints/2 is damaged.*--strict_restore"):
+    restore(workdir, strict=True)
+  assert_equal(restore(workdir), state(1))
+  assert f"WARNING: {workdir}/checkpoints/2 is damaged" in capsys.readouterr().out
+  assert [path.name.split("-")[0] for path in (workdir / "damaged").iterdir()] == ["2"]
+  save(workdir, 2)  # the run comes to that step again
+  assert_equal(restore(workdir), state(2))
+
+
+def test_no_single_flipped_bit_of_the_arrays_is_restored(two, tmp_path):
+  """orbax itself gives other numbers for most of these."""
+  workdir = shutil.copytree(two, tmp_path / "w")
+  file = file_of(workdir, 2, "ocdbt.process_0/d")
+  whole, folder = file.read_bytes(), saved.folder_of(workdir, 2)
+  for at in np.random.default_rng(0).uniform(size=200):
+    file.write_bytes(whole)
+    flip(file, at)
+    assert "has other content than was written" in (saved.damage(folder) or "")
+  file.write_bytes(whole)
+  assert saved.damage(folder) is None
+
+
+def test_without_any_whole_checkpoint_nothing_is_started(two, tmp_path):
+  workdir = shutil.copytree(two, tmp_path / "w")
+  for step in (1, 2):
+    flip(file_of(workdir, step, "d"), 0.5)
+  with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*/2 is .*/1 is damaged"):
+    saved.read_newest(workdir, lambda step: step)
+  with pytest.raises(ConfigError, match=r"no checkpoint is whole; all are in .*damaged"):
+    restore(workdir)
+
+
+def test_checkpoints_without_digests_are_taken_unless_they_cannot_be_read(two, tmp_path):
+  workdir = shutil.copytree(two, tmp_path / "w")
+  for step in (1, 2):
+    file_of(workdir, step, saved.DIGESTS).unlink()
+  assert_equal(restore(workdir), state(2))
+  file_of(workdir, 2, "manifest.ocdbt").write_bytes(b"")
+  assert_equal(restore(workdir), state(1))
+
+
+def test_newest_multiples_and_best_stay(tmp_path):
+  scores = {1: 5.0, 2: 9.0, 3: float("nan"), 4: 8.0, 5: 7.0, 6: 1.0}
+  for step, score in scores.items():
+    whole = SliceScore("task", "f1", 8, 2, 16, "float32", score, {}, {})
+    cut = SliceScore("task", "f1", 8, 1, 16, "float32", 100.0 - step, {}, {})
+    StepScores(step, {}, [whole, cut]).save(tmp_path)
+    assert mean_score(tmp_path, step) == pytest.approx(score, nan_ok=True)
+  save(tmp_path, *scores, newest=1, every=5, best=2)
+  assert saved.steps_of(tmp_path) == [2, 4, 5, 6]
+
+
+def test_a_checkpoint_that_is_read_stays(tmp_path):
+  save(tmp_path, 1, newest=1)
+
+  def read(step):
+    save(tmp_path, 2, 3, newest=1)
+    return saved.steps_of(tmp_path)
+
+  assert saved.read_newest(tmp_path, read) == (1, [1, 3])
+  save(tmp_path, 4, newest=1)
+  assert saved.steps_of(tmp_path) == [4]
+
+
+def test_a_checkpoint_that_was_deleted_meanwhile_is_replaced_by_the_next(two, tmp_path, capsys):
+  workdir = shutil.copytree(two, tmp_path / "w")
+
+  def read(step):
+    if step == 2:
+      save(workdir, 3)
+      shutil.rmtree(saved.folder_of(workdir, 2))
+      raise FileNotFoundError
+    return step
+
+  assert saved.read_newest(workdir, read) == (3, 3)
+  assert "WARNING" not in capsys.readouterr().out
+
+
+def test_what_a_killed_save_left_is_removed(two, tmp_path):
+  workdir = shutil.copytree(two, tmp_path / "w")
+  half = workdir / "checkpoints/3.orbax-checkpoint-tmp"
+  shutil.copytree(saved.folder_of(workdir, 2), half)
+  assert_equal(restore(workdir), state(2))
+  save(workdir, 3)
+  assert not half.exists()
+  assert_equal(restore(workdir), state(3))
+
+
+def test_a_save_into_a_folder_that_is_gone_says_what_goes_on(tmp_path):
+  checkpoints = Checkpoints(Retention(tmp_path / "w", 3))
+  checkpoints.save(1, state(1))
+  checkpoints.wait()
+  (tmp_path / "w").rename(tmp_path / "elsewhere")
+  with pytest.raises(StorageError, match=r"w/checkpoints.*: No such file .*; bring the folder back"):
+    checkpoints.save(2, state(2))
+
+
+def test_a_save_that_has_no_room_says_how_much_it_needs(two, tmp_path, monkeypatch):
+  checkpoints = Checkpoints(Retention(shutil.copytree(two, tmp_path / "w"), 3))
+  usage = shutil.disk_usage(tmp_path)._replace(free=20_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+  with pytest.raises(StorageError, match=r"needs 0.00 GB, 0.00 GB are free.*goes on from step 2"):
+    checkpoints.save(3, state(3))
