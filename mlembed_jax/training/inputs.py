@@ -80,7 +80,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
       "that has it there, or with another pooled token"
     )
   if config.train.init_from:
-    _check_start(resolve(config.train.init_from), config, tokenizer)
+    check_start(resolve(config.train.init_from), config, tokenizer)
   teacher = open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
   chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)
@@ -99,7 +99,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   )
 
 
-def _check_start(folder: pathlib.Path, config: Config, tokenizer: Tokenizer) -> None:
+def check_start(folder: pathlib.Path, config: Config, tokenizer: Tokenizer) -> None:
   """Raises LoadError where training cannot start from a folder, or would do otherwise than it."""
   if recipe.is_embedder(folder) and (problems := recipe.training_problems(recipe.read(folder))):
     raise LoadError(

@@ -19,7 +19,7 @@ from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf import recipe
 from mlembed_jax.hf.checks import examine, installed, vectors
-from mlembed_jax.hf.checks.finding import ERROR, OK, Check
+from mlembed_jax.hf.checks.finding import ERROR, OK
 from mlembed_jax.hf.folder import read_model, read_positions
 from mlembed_jax.inference import Encoder
 from tests.hf.broken import SERVERS, Edit, change, nested, remove, tensors
@@ -421,5 +421,6 @@ def test_the_end_token_of_a_chat_breaks_no_reader(folder: pathlib.Path, copy: pa
 
 def test_a_refused_folder_fails_where_it_is_run(copy: pathlib.Path):
   change(POOLING, pooling_mode="max")(copy)
-  [finding] = examine.examine(copy, [Check("D16", vectors.check_vectors, vectors.OURS)])
-  assert finding.level == ERROR and "pooling_mode is 'max'" in finding.found
+  ours, theirs, _ = examine.examine(copy, [examine.VECTORS, *examine.INSTALLED])
+  assert ours.level == ERROR and "pooling_mode is 'max'" in ours.found
+  assert theirs.level == OK and "loads it; no vectors to compare with" in theirs.found

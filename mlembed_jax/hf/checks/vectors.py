@@ -32,13 +32,14 @@ class Item:
 def items(s: Subject) -> list[Item]:
   """Returns texts and vectors to compare with: those of parity.json, or ours of a folder of others.
 
-  [] where a folder of others does not say how its states become vectors, or an export is damaged.
-
-  Raises:
-    LoadError, DataError: our loader refuses the folder of others.
+  [] where an export is damaged, or our loader refuses a folder of others, or this does not say how
+  its states become vectors.
   """
   if not s.is_export:
-    return _of_others(s) if is_embedder(s.path) else []
+    try:
+      return _of_others(s) if is_embedder(s.path) else []
+    except (DataError, LoadError):
+      return []  # check_vectors says so
   if not s.own:
     return []
   limit = s.allowed or s.own.pooling.max_seq_length
