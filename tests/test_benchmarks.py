@@ -12,6 +12,7 @@ TINY = ("--config", "tests/tiny_config.py:none")
 FLAGS = {
   "head": ("--cases", "8x1", "--width", "16", "--layers", "2", "--repeats", "1"),
   "step": (*TINY, "--batch", "8", "--tokens", "32", "--repeats", "1"),
+  "checkpoint": (*TINY, "--batch", "8", "--tokens", "16", "--repeats", "1"),
   "torch_step": (*TINY, "--batch", "8", "--tokens", "16", "--repeats", "1"),
   "pods": (
     *("--configs", TINY[1], "--topologies", "v5e:2x2", "--batches", "16"),

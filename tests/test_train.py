@@ -504,3 +504,31 @@ def test_a_run_passes_over_steps_and_lowers_its_rate_and_its_history_says_so(
   ]
   before = arrays(twenty, 20)
   assert any((a != b).any() for a, b in zip(before, arrays(workdir, 20), strict=True))
+
+
+def test_a_loss_spike_sends_the_run_back_and_its_steps_are_passed_over(data, ninety, tmp_path):
+  shutil.copytree(ninety, tmp_path, dirs_exist_ok=True)
+  for step in (60, 90):
+    shutil.rmtree(tmp_path / f"checkpoints/{step}")
+  result = run(data, tmp_path, **LONG, **{"train.spike_factor": 1.02})
+  assert result.returncode == 0, result.stderr
+  history = Run.load(tmp_path).history
+  assert history and result.stdout.count("WARNING: step ") == len(history)
+  skipped = Run.load(tmp_path).skipped_steps
+  for entry in history:
+    assert entry["skip_steps"] == list(range(entry["step"] + 1, entry["skip_steps"][-1] + 1))
+    assert "times" in entry["why"] and entry["step"] in (30, 60)
+  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 91))
+  assert {line["step"] for line in lines(tmp_path) if "loss" not in line} == skipped
+
+
+def test_a_second_trainer_is_refused_and_changes_nothing(data, tmp_path):
+  process = start(data, tmp_path, **LONG)
+  wait_for_step(tmp_path, 2)
+  other = run(data, tmp_path, **LONG, **{"optimizer.learning_rate": 0.5})
+  assert other.returncode == 1
+  assert f"{tmp_path} is being trained by process {process.pid} on" in other.stderr
+  assert Run.load(tmp_path).config.optimizer.learning_rate == 1e-3
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(300) == 143
+  assert not (tmp_path / "lock.json").exists()

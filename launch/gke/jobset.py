@@ -28,6 +28,7 @@ TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 # gcsfuse, as needed by a run. Metadata are not cached: every machine must see at once what another
 # wrote. The bucket needs a hierarchical namespace: checkpoints are written to a folder that is
 # then renamed, which gcsfuse refuses in other buckets.
+SPOT_S = 25  # between SIGTERM and SIGKILL on Spot machines
 MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0"
 
 EXAMPLE = """example, two slices of v5p-256:
@@ -142,6 +143,11 @@ def volume(bucket: str) -> dict:
   return {"name": "bucket", "csi": csi}
 
 
+def grace(args: argparse.Namespace) -> int:
+  """Returns the seconds after which a run ends by itself, with the status that restarts it."""
+  return max(1, (min(args.grace_s, SPOT_S) if args.spot else args.grace_s) - 2)
+
+
 def placeholders(args: argparse.Namespace, train: list[str]) -> dict[str, object]:
   """Returns name -> value of every placeholder of the template."""
   selector = {
@@ -163,7 +169,7 @@ def placeholders(args: argparse.Namespace, train: list[str]) -> dict[str, object
     "SERVICE_ACCOUNT": args.service_account,
     "GRACE_S": args.grace_s,
     "IMAGE": args.image,
-    "TRAIN_FLAGS": train,
+    "TRAIN_FLAGS": [f"--grace_s={grace(args)}", *train],
     "CHIPS_PER_HOST": args.chips_per_host,
     "VOLUME_MOUNTS": [{"name": "bucket", "mountPath": f"/gcs/{args.bucket}"}],
     "VOLUMES": [volume(args.bucket)],

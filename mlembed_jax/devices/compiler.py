@@ -1,7 +1,5 @@
 """Options of the XLA compiler that the update is compiled with; those of TPUs stand in tpu.py."""
 
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -9,16 +7,6 @@ import jax
 from mlembed_jax.devices import tpu
 
 GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
-
-
-def cache(folder: pathlib.Path, platform: str) -> None:
-  """Keeps compiled programs in a folder, unless JAX_COMPILATION_CACHE_DIR names another.
-
-  A run that goes on then loads what took minutes to compile. Programs
-  for CPUs are not kept: they compile in seconds and are bound to one kind of processor.
-  """
-  if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def check_known(device: Any) -> None:

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mlembed_jax import __version__
+from mlembed_jax import __version__, programs
 from mlembed_jax.batch import Kind
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
@@ -149,18 +149,20 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
   is its batch fetched and sent to the device.
   """
   config, stop, batches = training.config, training.stop, training.batches
-  pending, start, programs = None, int(state.step), set[Kind]()
+  pending, start, compiled = None, int(state.step), set[Kind]()
   with jax.transfer_guard("disallow"):
     for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers), training):
       # To jax, parts of global arrays are implicit transfers.
       with jax.transfer_guard_host_to_device("allow"):
         arrays, signals = put_batch(batch.arrays(), training.mesh), stop.exchange()
-      with training.goodput.during(TRAINING if batch.kind in programs else COMPILING):
+      with training.goodput.during(TRAINING if batch.kind in compiled else COMPILING):
         if batch.step + 1 in training.run.skipped_steps:
           state, values = train_state.passed_over(state), None
         else:
           state, values = training.step(state, arrays, kind=batch.kind)
-          programs.add(batch.kind)
+          if batch.kind not in compiled:
+            compiled.add(batch.kind)
+            processes.on_first(programs.note_new)
       if pending:
         recorder.record(*pending)
       pending = batch, values, waited_s
@@ -387,7 +389,9 @@ def _checked_mesh(config: Config, workdir: pathlib.Path) -> Mesh:
   mesh = make_mesh(config)
   device = mesh.devices.flat[0]
   lowering.check_attention(config, device.platform)
-  compiler.cache(workdir / "compiled", device.platform)
+  if device.platform != "cpu":  # those compile in seconds and are bound to one kind of processor
+    programs.keep(workdir / "compiled", writes=processes.is_first())
+    processes.gather(None)  # no process reads one before it is checked
   compiler.check_known(device)
   rows_of(jax.process_index(), mesh)
   return mesh

@@ -1,30 +1,11 @@
-"""Compiler options by device, and where compiled programs are kept."""
+"""Compiler options by device."""
 
 import types
 
 import jax
-import pytest
 
 from mlembed_jax.devices import compiler
 from mlembed_jax.estimate.estimate import Target
-
-
-@pytest.fixture
-def cache_setting():
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", None)
-  yield
-  jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_programs_are_kept_in_the_workdir(tmp_path, cache_setting, monkeypatch):
-  compiler.cache(tmp_path, "cpu")
-  assert jax.config.jax_compilation_cache_dir is None
-  compiler.cache(tmp_path, "tpu")
-  assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-  compiler.cache(tmp_path / "other", "tpu")
-  assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
 def test_an_unknown_tpu_is_named(capsys):

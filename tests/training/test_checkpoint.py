@@ -179,7 +179,9 @@ def test_a_save_into_a_folder_that_is_gone_says_what_goes_on(tmp_path):
   checkpoints.save(1, state(1))
   checkpoints.wait()
   (tmp_path / "w").rename(tmp_path / "elsewhere")
-  with pytest.raises(StorageError, match=r"w/checkpoints.*: No such file .*; bring the folder back"):
+  with pytest.raises(
+    StorageError, match=r"w/checkpoints.*: No such file .*; bring the folder back"
+  ):
     checkpoints.save(2, state(2))
 
 

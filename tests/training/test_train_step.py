@@ -7,6 +7,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -168,6 +169,7 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
     "hard_loss",
     "inbatch_loss",
     "gradient_norm",
+    "finite",
     "learning_rate",
     "rank",
     "temperature",
@@ -179,6 +181,36 @@ def test_loss_falls_on_a_repeated_batch_and_metrics_are_complete(tiny, trainer):
     float(metrics["hard_loss"] + metrics["inbatch_loss"]), rel=1e-5
   )
   assert int(metrics["rank"]) in tiny.matryoshka.ranks
+
+
+def _filled(tree, name, value):
+  """Returns a tree with `value` in every leaf whose path has the name."""
+
+  def one(path, leaf):
+    return jnp.full_like(leaf, value) if name in jax.tree_util.keystr(path) else leaf
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+@pytest.mark.parametrize(
+  ("field", "leaf", "value"),
+  # A loss that is no number; and a finite loss and gradient with an update that overflows.
+  [("params", "table", 1e38), ("opt_state", "mu", 3e38)],
+  ids=["loss", "update"],
+)
+def test_a_step_that_is_not_finite_leaves_all_but_its_number(tiny, trainer, field, leaf, value):
+  mesh, step = trainer
+  state = new_state(tiny, mesh)
+  state = state.replace(**{field: _filled(getattr(state, field), leaf, value)})
+  before = jax.tree.map(np.array, state)
+  after, metrics = step(state, batch_on(mesh), None, kind=RETRIEVAL)
+  assert not metrics["finite"]
+  assert np.isfinite(metrics["loss"]) == np.isfinite(metrics["gradient_norm"]) == (leaf == "mu")
+  assert int(after.step) == 1
+  for a, b in zip(
+    jax.tree.leaves(after.replace(step=0)), jax.tree.leaves(before.replace(step=0)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_the_old_state_is_donated(tiny, trainer):
@@ -275,6 +307,7 @@ OWN = {
 ELSEWHERE = {
   *("losses.retrieval.negatives", "train.init_from", "train.steps", "train.epochs"),
   *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+  *("train.keep_every", "train.keep_best", "train.max_nonfinite_steps", "train.spike_factor"),
   *("kd.teacher", "kd.exits", "kd.match"),  # tests/training/test_teacher.py
 }
 

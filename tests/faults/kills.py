@@ -1,0 +1,204 @@
+"""Kills training in each of its phases, and compares the end with a run that was left alone.
+
+  python -m tests.faults.kills --kills 100
+
+Prints one line per phase and signal: kills, those in which anything was lost, and the steps that
+were done again. A run that is killed goes on until its next kill; what is compared in the end are
+all arrays of the last checkpoint, metrics but times, held-out scores and the exported weights, byte
+for byte.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from tests import material
+from tests.test_train import ENVIRONMENT, ROOT, TIMES, arrays, command
+
+STEPS, EVERY = 24, 4
+FLAGS = {
+  "train.steps": STEPS,
+  "train.checkpoint_every": EVERY,
+  "train.keep_checkpoints": 3,
+  "eval.every": 2 * EVERY,
+  "export.at_end": True,
+  "data.heldout": "('heldout/*',)",
+  "data.workers": 1,
+}
+
+
+@dataclasses.dataclass
+class Running:
+  """A training command that is under way, and what it has printed."""
+
+  workdir: pathlib.Path
+  process: subprocess.Popen
+  said: list[str] = dataclasses.field(default_factory=list)
+  first: int = 0  # the last step that stands in metrics.jsonl from before
+
+  def phase_is(self, name: str) -> bool:
+    """Returns whether the command is in a phase now, as far as its files and output tell."""
+    return {
+      "start": lambda: True,
+      "compile": lambda: "steps, " in self._text() and not self._began(),
+      "restore": lambda: "steps, " in self._text() and not self._began(),
+      "step": self._began,
+      "save": lambda: any((self.workdir / "checkpoints").glob("*tmp*")),
+      "evaluate": lambda: self._text().count("scoring every slice") > 0,
+      "export": lambda: any((self.workdir / "export").glob("*")),
+    }[name]()
+
+  def _text(self) -> str:
+    return "".join(self.said)
+
+  def _began(self) -> bool:
+    return any(line["step"] > self.first for line in _lines(self.workdir))
+
+
+def _lines(workdir: pathlib.Path) -> list[dict]:
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def begin(data: pathlib.Path, workdir: pathlib.Path) -> Running:
+  """Starts the command."""
+  flags = FLAGS | {"data.manifest": data / "manifest.json"}
+  process = subprocess.Popen(
+    command(data, workdir, **flags),
+    cwd=ROOT,
+    env=ENVIRONMENT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  found = Running(workdir, process)
+  found.first = max((line["step"] for line in _lines(workdir)), default=0)
+  threading.Thread(target=lambda: found.said.extend(process.stdout or ()), daemon=True).start()
+  return found
+
+
+def kill(running: Running, phase: str, how: str, delay_s: float) -> bool:
+  """Kills a command `delay_s` after it came to a phase; returns whether it got so far."""
+  while not running.phase_is(phase):
+    if running.process.poll() is not None:
+      return False
+    time.sleep(0.005)
+  time.sleep(delay_s)
+  if running.process.poll() is not None:
+    return False
+  target = _worker(running.process.pid) if how == "worker" else running.process.pid
+  if target:
+    _send(target, signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
+  if how != "worker":
+    running.process.wait(300)
+  return True
+
+
+def _send(pid: int, number: int) -> None:
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(pid, number)
+
+
+def _worker(pid: int) -> int | None:
+  """Returns a process that reads ahead for the command."""
+  children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+  spawned = [
+    int(child)
+    for child in children
+    if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()
+  ]
+  return spawned[0] if spawned else None
+
+
+def result(workdir: pathlib.Path) -> dict[str, object]:
+  """Returns what a finished run has left, by name."""
+  lines = _lines(workdir)
+  scores = {
+    path.name: {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
+    for path in sorted((workdir / "eval").iterdir())
+  }
+  weights = workdir / "export/tiny/model.safetensors"
+  return {
+    "arrays": [(a.shape, hashlib.sha256(a.tobytes()).hexdigest()) for a in arrays(workdir, STEPS)],
+    "metrics": [{k: v for k, v in line.items() if k not in TIMES} for line in lines],
+    "scores": scores,
+    "export": hashlib.sha256(weights.read_bytes()).hexdigest(),
+  }
+
+
+PHASES = ("start", "compile", "restore", "step", "save", "evaluate", "export")
+LONGEST_S = {"start": 4.0, "compile": 2.0, "restore": 2.0, "step": 0.5, "save": 0.05}
+HOW = ("SIGKILL", "SIGTERM")
+
+
+def finish(running: Running) -> str:
+  """Waits for the end of a command; raises RuntimeError with its output where it fails."""
+  if running.process.wait(600):
+    raise RuntimeError("".join(running.said)[-3000:])
+  return "".join(running.said)
+
+
+def run(folder: pathlib.Path, kills: int, seed: int) -> dict[tuple[str, str], collections.Counter]:
+  """Returns {(phase, how): counts} of so many kills."""
+  data, rng = folder / "data", random.Random(seed)
+  material.write(data)
+  alone = begin(data, folder / "alone")
+  finish(alone)
+  expected = result(folder / "alone")
+  plan = itertools.cycle([*itertools.product(PHASES, HOW), ("step", "worker")])
+  table: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
+  done = number = 0
+  while done < kills:
+    number += 1
+    workdir, met = folder / f"run{number}", []
+    for phase, how in itertools.islice(plan, 5):  # so many kills of one run
+      running = begin(data, workdir)
+      if kill(running, phase, how, rng.uniform(0.0, LONGEST_S.get(phase, 1.0))):
+        met.append((phase, how))
+      if running.process.poll() is None:
+        finish(running)  # a worker was killed
+    finish(begin(data, workdir))
+    found = result(workdir)
+    wrong = [name for name in expected if found[name] != expected[name]]
+    for case in met:
+      table[case].update(kills=1, lost=bool(wrong))
+    done += len(met)
+    print(
+      f"{done} kills, run {number}: {', '.join(map('/'.join, met))}: {wrong or 'equal'}", flush=True
+    )
+    if not wrong:
+      shutil.rmtree(workdir)
+  return table
+
+
+def main() -> int:
+  """Prints the table; ends with 1 where anything was lost."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--kills", type=int, default=100)
+  parser.add_argument("--seed", type=int, default=0)
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    table = run(pathlib.Path(folder), args.kills, args.seed)
+  print("\n| phase | how | kills | lost |\n| --- | --- | --- | --- |")
+  for (phase, how), counts in sorted(table.items()):
+    print(f"| {phase} | {how} | {counts['kills']} | {counts['lost']} |")
+  return int(any(counts["lost"] for counts in table.values()))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
