@@ -228,22 +228,29 @@ class _Reading:
     found = {}
     for key, value in content.items():
       rule = rules.get(key, "" if not every_key else None)
-      if rule is None:
-        self.refuse(file, f"{key} is {value!r}; this key is not known here")
-      elif value is None or isinstance(rule, str):
-        continue
-      elif isinstance(rule, Only):
-        if value in rule:
-          found[key] = value
-        else:
-          known = ", ".join(map(repr, rule)) or "null"
-          self.refuse(file, f"{key} is {value!r}; only {known} can be done")
-      elif type(value) in rule:
+      if problem := _problem(rule, key, value):
+        self.refuse(file, problem)
+      elif value is not None and not isinstance(rule, str):
         found[key] = value
-      else:
-        names = " or ".join(kind.__name__ for kind in rule)
-        self.refuse(file, f"{key} is {value!r}, which is not of type {names}")
     return found
+
+
+def _problem(rule: tuple[type, ...] | Only | str | None, key: str, value: Any) -> str:
+  """Returns why the value of a key cannot be done, "" where it can."""
+  if rule is None:
+    return f"{key} is {value!r}; this key is not known here"
+  if value is None or isinstance(rule, str):
+    return ""
+  if isinstance(rule, Only):
+    known = ", ".join(map(repr, rule)) or "null"
+    return "" if value in rule else f"{key} is {value!r}; only {known} can be done"
+  names = " or ".join(kind.__name__ for kind in rule)
+  return "" if type(value) in rule else f"{key} is {value!r}, which is not of type {names}"
+
+
+def _below(path: str, file: str) -> str:
+  """Returns the path of a file in the folder of a module, which may be that of the model."""
+  return str(pathlib.PurePosixPath(path) / file)
 
 
 def is_embedder(path: pathlib.Path) -> bool:
@@ -428,7 +435,7 @@ def _entries(reading: _Reading) -> list[dict[str, Any]]:
 
 
 def _pooling(reading: _Reading, path: str) -> str:
-  file = f"{path}/{CONFIG}"
+  file = _below(path, CONFIG)
   if not (reading.path / file).is_file():
     reading.refuse(file, "is not there; copy the folder again")
     return LAST
@@ -452,7 +459,7 @@ def _after_pooling(
 ) -> list[Module]:
   found: list[Module] = []
   for entry, kind in zip(entries, kinds, strict=True):
-    file = f"{entry['path']}/{CONFIG}"
+    file = _below(entry["path"], CONFIG)
     if kind == "Dense":
       module = _dense(reading, entry["path"], width)
       width = len(module.weight_MD) if module else None
@@ -467,18 +474,18 @@ def _after_pooling(
 
 def _dense(reading: _Reading, path: str, width: Any) -> Dense | None:
   """Returns a module Dense; None where it is refused."""
-  file, before = f"{path}/{CONFIG}", len(reading.problems)
+  file, weights, before = _below(path, CONFIG), _below(path, WEIGHTS), len(reading.problems)
   stated = reading.object(file, DENSE_RULES)
   out, into = stated.get("out_features"), stated.get("in_features")
   if out is None or into is None or width not in (into, None):
     reading.refuse(file, f"in_features is {into}, out_features {out}; {width} coordinates come in")
-  if not (reading.path / path / WEIGHTS).is_file():
-    reading.refuse(f"{path}/{WEIGHTS}", "is not there, and no other file is read for it")
+  if not (reading.path / weights).is_file():
+    reading.refuse(weights, "is not there, and no other file is read for it")
   if len(reading.problems) > before:
     return None
   wanted = {"linear.weight": (out, into)}
   wanted |= {"linear.bias": (out,)} if stated.get("bias", True) else {}
-  tensors = _tensors(reading, f"{path}/{WEIGHTS}", wanted)
+  tensors = _tensors(reading, weights, wanted)
   activation = _activation(reading, file, stated.get("activation_function", f"{TORCH}Tanh"))
   if tensors is None or activation is None:
     return None
