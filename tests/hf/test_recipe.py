@@ -25,7 +25,7 @@ from mlembed_jax.inference import Encoder
 from tests.hf.broken import SERVERS, Edit, change, nested, remove, tensors
 from tests.hf.exports import load_st, read
 
-TEXTS = ["A heron stood in the SHALLOW water.", "x", "It did not move " * 8, "明日の会議"]
+TEXTS = ["A heron stood in the SHALLOW water.", "x", "It did not " * 4, "明日の会議"]
 WIDTH, SMALL = 32, 24
 BERT, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
 TOKENIZER, POOLING, DENSE = "tokenizer_config.json", "1_Pooling/config.json", "2_Dense"
@@ -149,7 +149,7 @@ def head_alone(folder: pathlib.Path) -> None:
 EYE = {"linear.weight": np.eye(SMALL, WIDTH, dtype=np.float32)}
 IDENTITY = {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
 OBEYED: dict[str, Edit] = {
-  "as it is": lambda folder: None,
+  "as it is, with a prompt": lambda folder: None,
   "saved again by sentence-transformers": saved_again,
   "a token before every text": around("<|im_start|> $A <|endoftext|>"),
   "two tokens after every text": around("<|im_start|> $A <|im_end|> <|endoftext|>"),
@@ -197,13 +197,13 @@ OBEYED: dict[str, Edit] = {
 def test_what_a_folder_says_is_obeyed(fact: str, folder: pathlib.Path, copy: pathlib.Path):
   OBEYED[fact](copy)
   theirs, ours = load_st(copy), Encoder.load(copy)
-  for prompt in (None, "query"):
+  for prompt in (None, "query") if "prompt" in fact else (None,):
     expected = np.asarray(theirs.encode(TEXTS, prompt_name=prompt))
     found = ours.encode(TEXTS, prompt_name=prompt)
     if fact == "truncate_dim":  # they cut unit vectors, and leave them shorter
       expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected, atol=2e-5 * max(1, np.abs(expected).max()))
-  for method in ("encode_query", "encode_document"):
+  for method in ("encode_query", "encode_document") if "default" in fact else ():
     expected = np.asarray(getattr(theirs, method)(TEXTS, normalize_embeddings=True))
     found = getattr(ours, method)(TEXTS, normalize=True)
     np.testing.assert_allclose(found, expected, atol=2e-5)
