@@ -1,4 +1,4 @@
-"""A small encoder from random weights on real text in 243 languages: minutes on two CPU cores.
+"""A small encoder from random weights on real text in 255 languages: minutes on two CPU cores.
 
 `--config configs/quickstart.py:smoke` runs the same path with six steps.
 """

@@ -346,6 +346,14 @@ class DataConfig:
     published=1.0,
   )
   max_repeats: float = setting(4.0, "No row comes more often than this per epoch (UniMax).")
+  language_key: str = setting(
+    "language-script",
+    "What counts as one language, in shares of an epoch and in held-out scores. language-script: "
+    "tags of one language and script, as he, iw and heb_Hebr; regions are not told apart. "
+    "as-written: equal tags alone.",
+    choices=("language-script", "as-written"),
+    older="as-written",
+  )
   instructions: str = setting(
     "",
     "JSON file of instructions, file -> instruction, in place of the manifest's. Empty: those of "

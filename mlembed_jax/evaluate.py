@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from mlembed_jax import cli
+from mlembed_jax.data import languages
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.quantize import PRECISIONS
 
@@ -46,6 +47,13 @@ POOLED_TOKEN = flags.DEFINE_string(
 )
 MAX_TOKENS = flags.DEFINE_integer(
   "max_tokens", None, "Of a text, longer ones are cut. Default: what the model allows.", 2
+)
+LANGUAGE_KEY = flags.DEFINE_enum(
+  "language_key",
+  languages.LANGUAGE_SCRIPT,
+  languages.SCHEMES,
+  "What counts as one language: tags of one language and script (he, iw and heb_Hebr), or equal "
+  "tags alone.",
 )
 
 MTEB = "mteb:"  # begins the name of a task of MTEB
@@ -83,7 +91,7 @@ def _read_tasks() -> tuple[list[HeldoutTask], list[str]]:
   if named and (flag := next((f.name for f in MTEB_LACKS if f.value != f.default), None)):
     raise ConfigError(f"--{flag}: tasks of MTEB have trained sizes in float32 alone")
   with cli.flags_in_errors("tasks"):
-    tasks = scoring.read_tasks(folders, named)
+    tasks = scoring.read_tasks(folders, named, LANGUAGE_KEY.value)
   if named:
     scoring.check_named(named)  # before hours of work
   return tasks, named
@@ -101,7 +109,9 @@ def main() -> None:
   if MAX_TOKENS.value:
     encoder.max_seq_length = min(encoder.max_seq_length, MAX_TOKENS.value)
   axes = requested_axes(encoder)
-  evaluation = scoring.evaluate_encoder(encoder, tasks, named, axes, out, POOLED_TOKEN.value)
+  evaluation = scoring.evaluate_encoder(
+    encoder, tasks, named, axes, out, POOLED_TOKEN.value, LANGUAGE_KEY.value
+  )
   scoring.write_report(evaluation, out)
   print(summary.text_table(evaluation))
   if cut := evaluation.skipped["texts_truncated"]:

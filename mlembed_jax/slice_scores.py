@@ -27,7 +27,7 @@ class SliceScore:
   depth: int
   dim: int
   precision: str
-  score: float  # mean over languages
+  score: float  # mean over languages; of a task of MTEB, over its subsets
   by_language: dict[str, float]
   others: dict[str, float] = dataclasses.field(default_factory=dict)  # means of other metrics
 

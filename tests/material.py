@@ -38,6 +38,14 @@ WORDS = {
   "zh": "一 二 三 四 五 红 绿 蓝 房子 河 太阳 月亮 面包 水 夜 日",
 }
 OTHERS = ("de", "ru", "hi", "zh")
+CONVENTIONS = (  # tags of one language as three kinds of corpora write them
+  *(("he", "iw", "heb_Hebr"), ("zh", "zh-CN", "cmn-Hans"), ("no", "nb", "nob-Latn")),
+  *(("ka", "ka_GE", "kat-Geor"), ("ko", "ko-KR", "kor_Hang"), ("ps", "pus", "pbt_Arab")),
+  *(("qu", "que", "quy_Latn"), ("ff", "ful", "fuv_Latn"), ("fa", "fas", "pes_Arab")),
+  *(("ar", "ar-EG", "arb_Arab"), ("az", "aze", "azj_Latn"), ("sw", "swa", "swh_Latn")),
+  *(("sr", "sr-RS", "srp_Cyrl"), ("uz", "uz-UZ", "uzn_Latn"), ("am", "am-ET", "amh_Ethi")),
+  ("en", "en-US", "eng_Latn"),
+)
 
 
 def sentences(lang: str) -> list[str]:

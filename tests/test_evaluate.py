@@ -105,9 +105,11 @@ def test_a_second_run_scores_no_task_again(out, exported, data):
 
 def test_one_slice_in_one_precision(exported, data, tmp_path):
   flags = "--depth=1", "--rank=8", "--dim=16", "--precision=int8", "--max_tokens=8"
+  flags += ("--language_key=as-written",)
   result = run(exported["full"], data / "heldout", tmp_path, *flags)
   assert result.returncode == 0, result.stderr
   evaluation = json.loads((tmp_path / "scores.json").read_text())
+  assert "de" in evaluation["scores"][0]["by_language"]
   cut = {"rank": 8, "depth": 1, "dim": 16, "precision": "int8"}
   assert [record | cut for record in evaluation["scores"]] == evaluation["scores"]
   cut = evaluation["skipped"]["texts_truncated"]
@@ -182,6 +184,19 @@ def test_tasks_that_cannot_be_meant_are_refused_before_the_model_is_loaded(data,
   with pytest.raises(DataError, match=r"^tasks: .* is no folder"):
     evaluate_model("no model", [tmp_path / "none"], tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+
+def test_languages_have_keys_or_their_tags(exported, data, tmp_path):
+  folder, heldout, cut = str(exported["full"]), [data / "heldout"], Slice(dim=16)
+  with pytest.raises(ConfigError, match=r"^language_key: 'script' is not one of"):
+    evaluate_model(folder, heldout, tmp_path, cut, language_key="script")
+  keys = evaluate_model(folder, heldout, tmp_path, cut)
+  tags = evaluate_model(folder, heldout, tmp_path, cut, language_key="as-written")
+  again = evaluate_model(folder, heldout, tmp_path, cut)
+  assert list(tags.scores[0].by_language) == ["de", "hi", "ru", "zh"]
+  assert list(keys.scores[0].by_language) == ["deu-Latn", "hin-Deva", "rus-Cyrl", "zho-Hans"]
+  assert again.scores == keys.scores
+  assert [score.score for score in tags.scores] == [score.score for score in keys.scores]
 
 
 def test_python_names_out_and_cut_in_errors(exported, data, tmp_path):

@@ -331,7 +331,7 @@ def test_the_jobset_says_what_was_asked_for():
   assert selector["cloud.google.com/gke-spot"] == "true"
   [container], [volume] = pod(manifest)["containers"], pod(manifest)["volumes"]
   assert container["command"] == ["python", "-u", "-m", "mlembed_jax.train"]
-  assert container["args"] == TRICKY and container["image"] == "img"
+  assert container["args"] == ["--grace_s=23", *TRICKY] and container["image"] == "img"
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
   assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/gcs/bucket"}]
   assert volume["csi"]["volumeAttributes"]["bucketName"] == "bucket"

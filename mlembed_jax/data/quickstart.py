@@ -38,7 +38,7 @@ from mlembed_jax.data.tokenizer import with_instruction
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import replace_folder
 
-VERSION = 1  # raise it when the same packages would give other files
+VERSION = 2  # raise it when the same packages would give other files
 LICENCES = {
   "babel": "BSD-3-Clause, Unicode-3.0",
   "django": "BSD-3-Clause",

@@ -30,7 +30,8 @@ KINDS = {
   "scripts": "the name of a script",
 }
 
-# One spelling per language. Regional variants that are not listed are near-copies: left out.
+# One spelling per language. Regional variants that are not listed are near-copies: left out. So are
+# other scripts of a language, but for those of CLDR that share no name with the usual script.
 SPELLINGS = {
   "de-ch": "gsw",
   "no": "nb",
@@ -41,6 +42,7 @@ SPELLINGS = {
   "zh-tw": "zh-hant",
 }
 VARIANTS = {"pt-br", "sr-latn", "zh-hans", "zh-hant"}
+_OF_SCRIPT = re.compile("(?!en_)[a-z]+_[A-Z][a-z]{3}")  # English in Deseret is the English names
 
 _PLACEHOLDER = re.compile(r"%(\([^)]*\))?[\d.]*[a-z]|\{[^{}]*\}")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
@@ -142,11 +144,23 @@ def read_names() -> tuple[Translations, dict[str, str]]:
   found: Translations = {}
   for identifier in sorted(localedata.locale_identifiers()):
     lang = language_code(identifier)
+    if not lang and _OF_SCRIPT.fullmatch(identifier):
+      lang = _script_code(identifier, reference)
     if lang and identifier != "pt":  # CLDR's pt is pt_BR
       names = _names(Locale.parse(identifier), reference)
       if len(names) >= MIN_NAMES:
         found[lang] = names
   return found, {name: min(mine) for name, mine in kinds.items() if len(mine) == 1}
+
+
+def _script_code(identifier: str, reference: Any) -> str | None:
+  """Returns the code of a locale in another script; None where it has names of the usual one."""
+  from babel import Locale
+
+  usual, names = (
+    _names(Locale.parse(each), reference) for each in (identifier.split("_")[0], identifier)
+  )
+  return identifier.lower().replace("_", "-") if usual.items().isdisjoint(names.items()) else None
 
 
 def _names(locale: Any, reference: Any) -> dict[str, str]:

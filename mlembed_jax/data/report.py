@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mlembed_jax.data import languages
 from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
 from mlembed_jax.data.transforms import RowShard, Written
 from mlembed_jax.errors import DataError
@@ -71,16 +72,16 @@ def write_report(
   shards: dict[str, list[RowShard]],
   documents: Sequence[Written],
 ) -> None:
-  """Writes the whole report."""
+  """Writes the whole report, and prints which tags training will count as one language."""
   files = {count.name: count.as_json() for count in counts}
   for split, split_shards in shards.items():
     for name, value in files.items():
       mine = [shard for shard in split_shards if shard.file == name]
       value[split] = sum(shard.written.records for shard in mine)
-      languages: Counter[str] = Counter()
+      tags: Counter[str] = Counter()
       for run in (run for shard in mine for run in shard.runs):
-        languages[run.language] += run.rows
-      value[f"{split}_languages"] = dict(sorted(languages.items()))
+        tags[run.language] += run.rows
+      value[f"{split}_languages"] = dict(sorted(tags.items()))
   totals = {
     "read": sum(count.read for count in counts),
     "dropped": sum(count.lost for count in counts),
@@ -93,7 +94,12 @@ def write_report(
     "positive_tokens": _tokens(shards, "positive_tokens"),
     "negative_tokens": _tokens(shards, "negative_tokens"),
   }
-  write_json(out / FILE, {"totals": totals, "files": files})
+  merged = languages.merged(
+    run.language for split_shards in shards.values() for shard in split_shards for run in shard.runs
+  )
+  write_json(out / FILE, {"totals": totals, "merged": merged, "files": files})
+  if merged:
+    print(languages.merges_text(merged), flush=True)
 
 
 def _tokens(shards: dict[str, list[RowShard]], field: str) -> int:

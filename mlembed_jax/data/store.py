@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from mlembed_jax.data import mixture, records
+from mlembed_jax.data import languages, mixture, records
 from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.mixture import Unit
@@ -88,6 +88,7 @@ class Split:
 
   files: list[File]
   units: list[Unit]
+  merged: dict[str, list[str]]  # languages of several tags, with these
   shards: list[RowShard]
   rows: Rows
   queries: records.Records
@@ -117,9 +118,18 @@ class Split:
     return next(i for i, s in enumerate(self.shards) if s.file == file.name and s.written.records)
 
 
-def open_split(catalog: Catalog, split: str, names: list[str]) -> Split:
-  """Returns a split of these files, in this order; raises DataError where one has no rows."""
-  shards = catalog.shards[split]
+def open_split(
+  catalog: Catalog, split: str, names: list[str], language_key: str = languages.LANGUAGE_SCRIPT
+) -> Split:
+  """Returns a split of these files, in this order.
+
+  The languages of its units are keys, as `data.language_key` says; records keep their own tags.
+
+  Raises:
+    DataError: a file has no rows.
+  """
+  tags = [r.language for s in catalog.shards[split] if s.file in names for r in s.runs]
+  shards = [_keyed(shard, language_key) for shard in catalog.shards[split]]
   filled = {shard.file for shard in shards if shard.written.records}
   if empty := [name for name in names if name not in filled]:
     raise DataError(f"{catalog.folder}: {empty[0]} has no rows for {split}; leave it out")
@@ -127,6 +137,7 @@ def open_split(catalog: Catalog, split: str, names: list[str]) -> Split:
   return Split(
     files=[catalog.files[name] for name in names],
     units=units,
+    merged=languages.merged(tags, language_key),
     shards=shards,
     rows=Rows(shards, units),
     queries=catalog.records(split),
@@ -134,3 +145,12 @@ def open_split(catalog: Catalog, split: str, names: list[str]) -> Split:
     lengths=Columns(catalog.folder, split, shards, LENGTHS),
     vectors=Columns(catalog.folder, split, shards, VECTORS),
   )
+
+
+def _keyed(shard: RowShard, language_key: str) -> RowShard:
+  """Returns a shard whose runs have keys for languages; those of one key stay runs of their own."""
+  runs = [
+    dataclasses.replace(run, language=languages.language_key(run.language, language_key))
+    for run in shard.runs
+  ]
+  return dataclasses.replace(shard, runs=runs)

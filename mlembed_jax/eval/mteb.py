@@ -38,6 +38,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 
+from mlembed_jax.data import languages
 from mlembed_jax.errors import DataError
 from mlembed_jax.hf.export import variant_name
 from mlembed_jax.inference import Encoder
@@ -204,14 +205,17 @@ def evaluate(
   names: Sequence[str | mteb.AbsTask],
   slices: Sequence[Slice],
   out: str | os.PathLike[str],
+  language_key: str = languages.LANGUAGE_SCRIPT,
 ) -> list[SliceScore]:
   """Returns one score per task and slice, in this order.
 
   `names` are of mteb, with or without "mteb:" before them, or tasks of your own. A score is the
-  mean over splits and subsets, and its `by_language` has the subsets. `out` gets the results as
-  mteb writes them, results/MODEL/REVISION/TASK.json; those that are there are not computed again.
-  Texts are encoded once per rank: states of 4 * depths * dim bytes per text lie in a temporary
-  folder meanwhile.
+  mean over splits and subsets. Its `by_language` has the means of the languages that mteb states of
+  the subsets, named as `language_key` says, see `data.language_key`. A subset of several languages
+  counts for each of them, but for English only if it has no other. `out` gets the results as mteb
+  writes them, results/MODEL/REVISION/TASK.json; those that are there are not computed again. Texts
+  are encoded once per rank: states of 4 * depths * dim bytes per text lie in a temporary folder
+  meanwhile.
 
   Raises:
     DataError: an unknown task, one that does not consist of text, or one whose data is not here.
@@ -225,7 +229,11 @@ def evaluate(
   for cut in slices:
     encoder.check(cut.depth, cut.rank, cut.dim)
   cache = mteb.ResultCache(pathlib.Path(out))
-  return [found for task in tasks for found in _evaluate_task(encoder, task, slices, cache)]
+  return [
+    _slice_score(encoder, task, cut, result, language_key)
+    for task in tasks
+    for cut, result in zip(slices, _evaluate_task(encoder, task, slices, cache), strict=True)
+  ]
 
 
 def find_task(name: str) -> mteb.AbsTask:
@@ -246,7 +254,7 @@ def _check_modalities(task: mteb.AbsTask) -> None:
 
 def _evaluate_task(
   encoder: Encoder, task: mteb.AbsTask, slices: Sequence[Slice], cache: mteb.ResultCache
-) -> list[SliceScore]:
+) -> list[mteb.TaskResult]:
   found: dict[Slice, mteb.TaskResult] = {}
   for cut in slices:
     result = cache.load_task_result(task.metadata.name, model_meta(encoder, cut))
@@ -257,7 +265,7 @@ def _evaluate_task(
     for rank in dict.fromkeys(cut.rank for cut in missing):
       cuts = [cut for cut in missing if cut.rank == rank]
       found |= _evaluate_rank(encoder, task, cuts, cache)
-  return [_slice_score(encoder, task, cut, found[cut]) for cut in slices]
+  return [found[cut] for cut in slices]
 
 
 def _evaluate_rank(
@@ -328,12 +336,12 @@ def _seed(task: mteb.AbsTask) -> None:
 
 
 def _slice_score(
-  encoder: Encoder, task: mteb.AbsTask, cut: Slice, result: mteb.TaskResult
+  encoder: Encoder, task: mteb.AbsTask, cut: Slice, result: mteb.TaskResult, language_key: str
 ) -> SliceScore:
   by_language: dict[str, list[float]] = {}
-  for split in result.scores.values():
-    for scores in split:
-      by_language.setdefault(scores["hf_subset"], []).append(_main_score(scores))
+  for scores in (scores for split in result.scores.values() for scores in split):
+    for language in _keys(scores["languages"], language_key):
+      by_language.setdefault(language, []).append(_main_score(scores))
   return SliceScore(
     task=PREFIX + task.metadata.name,
     metric=task.metadata.main_score,
@@ -344,6 +352,12 @@ def _slice_score(
     score=round(float(result.get_score(getter=_main_score)), 6),
     by_language={name: round(statistics.fmean(v), 6) for name, v in by_language.items()},
   )
+
+
+def _keys(tags: Sequence[str], language_key: str) -> list[str]:
+  """Returns the languages that a subset with texts in these counts for; English if it is alone."""
+  keys = dict.fromkeys(languages.language_key(tag, language_key) for tag in tags)
+  return [key for key in keys if key not in languages.ENGLISH] or [*keys]
 
 
 def _main_score(scores: Mapping[str, Any]) -> float:

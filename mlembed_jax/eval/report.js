@@ -260,7 +260,12 @@ function list(figure, cost, front) {
 let names = null;
 try { names = new Intl.DisplayNames(["en"], {type: "language", fallback: "none"}); } catch {}
 function languageName(code) {
-  try { return names?.of(code.replaceAll("_", "-")) ?? ""; } catch { return ""; }
+  try {
+    // "German" is enough for deu-Latn, but not for deu-Hebr.
+    const {baseName, language, script} = new Intl.Locale(code.replaceAll("_", "-"));
+    const usual = new Intl.Locale(language).maximize().script;
+    return names?.of(script === usual ? baseName.replace(`-${script}`, "") : baseName) ?? "";
+  } catch { return ""; }
 }
 
 function languages() {

@@ -28,15 +28,17 @@ TIE = 1e-6  # scores this near are ties: sums of equal products may round in ano
 QUERIES_AT_ONCE = 1024  # the similarities of so many to all documents stand in memory
 
 
-def bitext(sources: Vectors, targets: Vectors) -> Scores:
-  """Returns how often row i of `sources` finds row i of `targets` among all.
+def bitext(sources: Vectors, targets: Vectors, right: Int[np.ndarray, " N"]) -> Scores:
+  """Returns how often row i of `sources` finds row `right[i]` of `targets` among all.
 
   `f1` is weighted over targets, so one that many sources find costs; `accuracy` is the plain share.
   """
   found = np.concatenate([np.argmax(part @ targets.T, axis=1) for part in _parts(sources)])
-  right = found == np.arange(len(sources))
-  times = np.bincount(found, minlength=len(targets))[: len(sources)]
-  return {"f1": float(np.mean(2 * right / (1 + times))), "accuracy": float(np.mean(right))}
+  times, wanted, hits = (
+    np.bincount(places, minlength=len(targets)) for places in (found, right, right[found == right])
+  )
+  f1 = 2 * hits[right] / (wanted + times)[right]  # of the target of each source
+  return {"f1": float(np.mean(f1)), "accuracy": float(np.mean(found == right))}
 
 
 def retrieval(

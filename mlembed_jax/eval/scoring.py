@@ -16,6 +16,7 @@ import jax
 from tqdm import tqdm
 
 from mlembed_jax import __version__
+from mlembed_jax.data import languages
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid, report
 from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
@@ -127,7 +128,7 @@ def check_named(names: Sequence[str]) -> None:
 
 
 def _score_mteb(
-  encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path
+  encoder: Encoder, names: Sequence[str], axes: Axes, out: pathlib.Path, language_key: str
 ) -> list[SliceScore]:
   from mlembed_jax.eval import mteb
 
@@ -137,7 +138,7 @@ def _score_mteb(
     for depth in axes.depths
     for dim in axes.dims
   ]
-  return mteb.evaluate(encoder, names, slices, out)
+  return mteb.evaluate(encoder, names, slices, out, language_key)
 
 
 def evaluate_model(
@@ -145,6 +146,7 @@ def evaluate_model(
   tasks: Sequence[str | os.PathLike[str]],
   out: str | os.PathLike[str],
   cut: Slice | None = None,
+  language_key: str = languages.LANGUAGE_SCRIPT,
 ) -> Evaluation:
   """Scores an exported model, and writes scores.json and report.html; a notebook's way in.
 
@@ -153,27 +155,34 @@ def evaluate_model(
     tasks: folders of held-out files with a manifest.json in or above them.
     out: the folder to write.
     cut: the one slice to score, in float32; None: every trained slice, in three precisions.
+    language_key: language-script: tags of one language and script, as he, iw and heb_Hebr, count
+      as one language; as-written: equal tags alone.
 
   Raises:
-    ConfigError: tasks, out or cut cannot be used; tasks are checked before the model is loaded.
+    ConfigError: tasks, out, cut or language_key cannot be used; the tasks are read before the model
+      is loaded.
     LoadError, DataError: the model or a file of the tasks cannot be read.
   """
-  read = read_tasks(tasks)
+  read = read_tasks(tasks, (), language_key)
   encoder = Encoder.load(model)
   folder = make_out(encoder, out)
   try:
     axes = one_slice(encoder, cut, "float32", untrained=False) if cut else trained_axes(encoder)
   except ValueError as error:
     raise ConfigError(f"cut: {error}") from error
-  evaluation = evaluate_encoder(encoder, read, (), axes, folder)
+  evaluation = evaluate_encoder(encoder, read, (), axes, folder, None, language_key)
   write_report(evaluation, folder)
   return evaluation
 
 
 def read_tasks(
-  folders: Sequence[str | os.PathLike[str]], named: Sequence[str] = ()
+  folders: Sequence[str | os.PathLike[str]],
+  named: Sequence[str] = (),
+  language_key: str = languages.LANGUAGE_SCRIPT,
 ) -> list[HeldoutTask]:
   """Returns the tasks of folders, which are scored beside those that MTEB calls `named`.
+
+  `language_key` says what counts as one language, as in `evaluate_model`.
 
   Raises:
     ConfigError: there is no task, or one comes twice; the message names `tasks`.
@@ -183,7 +192,8 @@ def read_tasks(
     raise ConfigError(f"tasks: {str(folders)!r} is a single name; give a list of folders")
   if not (folders or named) or "" in folders:
     raise ConfigError("tasks: an empty list or name; give folders")
-  tasks = [task for folder in folders for task in load_folder(pathlib.Path(folder))]
+  paths = map(pathlib.Path, folders)
+  tasks = [task for path in paths for task in load_folder(path, language_key)]
   names = [*(task.name for task in tasks), *named]
   if twice := [name for name in names if names.count(name) > 1]:
     raise ConfigError(f"tasks: {twice[0]} comes twice; score one at a time")
@@ -214,6 +224,7 @@ def evaluate_encoder(
   axes: Axes,
   out: pathlib.Path,
   pooled_token: str | None = None,
+  language_key: str = languages.LANGUAGE_SCRIPT,
 ) -> Evaluation:
   """Returns what was scored, the score of every slice in every task, and what slices cost.
 
@@ -224,19 +235,22 @@ def evaluate_encoder(
     axes: depths, ranks, dims and precisions to score.
     out: folder where the scores of finished tasks are kept; those of the same settings are read.
     pooled_token: the token that was given to `Encoder.load`, if any.
+    language_key: how the tasks were read, see `read_tasks`.
 
   Raises:
     LoadError: the model's vectors are not compared by their cosine.
   """
   encoder.check_similarity()
   settings = _settings(encoder, axes, pooled_token)
+  if language_key == languages.AS_WRITTEN:
+    settings.append(language_key)
   scored = []
   for task in tqdm(tasks, desc="tasks", disable=None):
     digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
     file = out / "tasks" / f"{digest[:24]}.json"
     scored.append(kept(file, lambda task=task: score_task(encoder, task, axes)))
-  scores = [found for task in scored for found in task.scores]
-  scores += _score_mteb(encoder, named, axes, out / "mteb") if named else []
+  scores = [_with_keys(found, language_key) for task in scored for found in task.scores]
+  scores += _score_mteb(encoder, named, axes, out / "mteb", language_key) if named else []
   return Evaluation(
     model=encoder.name,
     precisions=list(axes.precisions),
@@ -245,6 +259,14 @@ def evaluate_encoder(
     costs=measure_costs(encoder, axes),
     skipped={"texts_truncated": sum(task.truncated for task in scored)},
   )
+
+
+def _with_keys(score: SliceScore, language_key: str) -> SliceScore:
+  """Returns a score with keys for languages; 0.1.0 kept their tags."""
+  by_language = {
+    languages.language_key(tag, language_key): value for tag, value in score.by_language.items()
+  }
+  return dataclasses.replace(score, by_language=by_language)
 
 
 def _settings(encoder: Encoder, axes: Axes, pooled_token: str | None) -> list[Any]:

@@ -8,6 +8,7 @@ A task is a parquet file listed in a manifest, with columns by task type:
                                                rows of split `test` are scored
   clustering      lang, label, text            vectors of a label lie together
   scored_pairs    lang, query, passage, score  cosines are in the order of scores (STS)
+`lang` counts as the key of its tag (`data.languages`): he and heb_Hebr are one language.
 No jax here.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from mlembed_jax.data.languages import ENGLISH, LANGUAGE_SCRIPT, language_key
 from mlembed_jax.data.manifest import SCORED, File, read_manifest, select
 from mlembed_jax.data.rows import has_text, open_parquet
 from mlembed_jax.data.tokenizer import with_instruction
@@ -31,7 +33,7 @@ from mlembed_jax.eval.scores import Scores
 
 Vectors = Float[np.ndarray, "N D"]
 ByLanguage = dict[str, Scores]
-ENGLISH, SUPPORT, TEST, SCORE = "en", "support", "test", "score"
+SUPPORT, TEST, SCORE = "support", "test", "score"
 COLUMNS = {
   "bitext": ("lang", "text", "en"),
   "retrieval": ("lang", "title", "passage"),
@@ -64,18 +66,25 @@ class HeldoutTask:
     return METRICS[self.type]
 
 
-def load_task(file: File) -> HeldoutTask:
+def load_task(file: File, scheme: str = LANGUAGE_SCRIPT) -> HeldoutTask:
   """Returns the task of one file of a manifest.
+
+  Args:
+    file: the file.
+    scheme: how languages are named, see `data.language_key`.
 
   Raises:
     DataError: the file cannot be read.
   """
   task_type = file.entry["task_type"]
-  columns = _columns(file.path, COLUMNS[task_type])
+  langs, *others = _columns(file.path, COLUMNS[task_type])
+  keys = [language_key(tag, scheme) for tag in langs]
   prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
   texts = _Texts(prompt, file.symmetric)
-  score = MAKERS[task_type](file.name, columns, texts)
-  digest = _digest([task_type, columns, texts.unique()])
+  score = MAKERS[task_type](file.name, [keys, *others], texts)
+  # The first tag of each key: what 0.1.0 scored is not scored again where no tags are merged.
+  first = dict(zip(reversed(keys), reversed(langs), strict=True))
+  digest = _digest([task_type, [[first[key] for key in keys], *others], texts.unique()])
   return HeldoutTask(file.name, task_type, texts.unique(), score, digest)
 
 
@@ -83,10 +92,11 @@ def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def load_folder(folder: pathlib.Path) -> list[HeldoutTask]:
+def load_folder(folder: pathlib.Path, scheme: str = LANGUAGE_SCRIPT) -> list[HeldoutTask]:
   """Returns the tasks of a folder of parquet files.
 
   They are listed in manifest.json of the folder, or of the one above, which may list others, too.
+  `scheme` says how languages are named, see `data.language_key`.
 
   Raises:
     DataError: it is no folder, there is no manifest, it lists no file of the folder, or one cannot
@@ -101,7 +111,8 @@ def load_folder(folder: pathlib.Path) -> list[HeldoutTask]:
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
         raise DataError(f"tasks: {manifest} lists no file of {folder}")
-      return [load_task(file) for file in select(manifest, map(glob.escape, names), "tasks")]
+      files = select(manifest, map(glob.escape, names), "tasks")
+      return [load_task(file, scheme) for file in files]
   raise DataError(
     f"tasks: neither {folder} nor the folder above has a manifest.json, which says what the "
     "files are"
@@ -147,10 +158,14 @@ def _columns(path: str, names: Sequence[str]) -> list[list[Any]]:
 def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vectors], ByLanguage]:
   langs, sources, targets = columns
   source, target = texts.queries(sources), texts.documents(targets)
-  groups = _groups(langs)
+  # Two rows of a language may have one target, as the same English in pt and pt-BR.
+  pools = {
+    lang: (source[rows], *np.unique(target[rows], return_inverse=True))
+    for lang, rows in _groups(langs).items()
+  }
   return lambda vectors: {
-    lang: scores.bitext(vectors[source[rows]], vectors[target[rows]])
-    for lang, rows in groups.items()
+    lang: scores.bitext(vectors[sources], vectors[targets], right)
+    for lang, (sources, targets, right) in pools.items()
   }
 
 
@@ -205,7 +220,7 @@ def _taught(
   if not tests:
     raise DataError(f"{name}: all rows have split 'support'; there are none to be scored")
   own = {lang: groups[lang][support[groups[lang]]] for lang in tests}
-  english = groups.get(ENGLISH, np.array([], int))
+  english = next((groups[name] for name in ENGLISH if name in groups), np.array([], int))
   english = english[support[english]]
   others = {lang: rows for lang, rows in tests.items() if not own[lang].size}
   if others and not english.size:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, LossesConfig
+from mlembed_jax.data import languages
 from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf.config_files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
@@ -74,13 +75,13 @@ def card(
 
 def _front_matter(variant: Variant) -> str:
   """Returns YAML whose scalars are JSON strings: the bare code of Norwegian, no, means false."""
-  languages: dict[str, int] = {}
-  for code, rows in _languages(variant).items():
-    primary = code.replace("_", "-").split("-")[0]
-    languages[primary] = languages.get(primary, 0) + rows
+  by_code: dict[str, int] = {}
+  for key, rows in _languages(variant).items():
+    code = languages.bare_code(key)
+    by_code[code] = by_code.get(code, 0) + rows
   named = sorted(
     code
-    for code, rows in languages.items()
+    for code, rows in by_code.items()
     if rows >= MIN_LANGUAGE_ROWS and code.isalpha() and code.islower() and len(code) in (2, 3)
   )
   lines = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
@@ -91,11 +92,13 @@ def _front_matter(variant: Variant) -> str:
 
 
 def _languages(variant: Variant) -> dict[str, int]:
-  """Returns the training rows of each language code that the manifest counts."""
+  """Returns the training rows of each language that the manifest counts, as the run names it."""
   rows: dict[str, int] = {}
+  scheme = variant.run.config.data.language_key
   for entry in variant.run.datasets.values():
-    for code, count in entry.get("languages", {}).items():
-      rows[code] = rows.get(code, 0) + count
+    for tag, count in entry.get("languages", {}).items():
+      key = languages.language_key(tag, scheme)
+      rows[key] = rows.get(key, 0) + count
   return dict(sorted(rows.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -227,8 +230,8 @@ def _data(variant: Variant) -> str:
     for file, entry in variant.run.datasets.items()
   ]
   text = _table(("file", *columns), rows)
-  if languages := _languages(variant):
-    listed = ", ".join(f"{code} {count:,}" for code, count in languages.items())
+  if rows_of := _languages(variant):
+    listed = ", ".join(f"{key} {count:,}" for key, count in rows_of.items())
     text += f"\n\nTraining rows by language: {listed}."
   return text + "\n\nOverlap with public test sets was not checked."
 
@@ -271,7 +274,7 @@ def _grids(variant: Variant, title: str, scores: Sequence[SliceScore]) -> list[s
 
 
 def _limits(variant: Variant) -> str:
-  few = [code for code, rows in _languages(variant).items() if rows < MIN_LANGUAGE_ROWS]
+  few = [key for key, rows in _languages(variant).items() if rows < MIN_LANGUAGE_ROWS]
   lines = [
     f"- Texts beyond {variant.run.config.data.lengths[-1]} tokens are longer than any in training.",
     "- Domains and tasks that the data above does not hold were not trained.",

@@ -160,6 +160,7 @@ class Checkpoints:
     Raises:
       ConfigError: none is whole; or, with `strict`, the newest one is damaged.
     """
+    self.wait()
     for step in sorted(processes.gather(steps_of(self._workdir))[0], reverse=True):
       folder = pathlib.Path(self._manager.directory) / str(step)
       state, fault = self._read(step, abstract)

@@ -8,7 +8,16 @@ from typing import Any
 
 from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import STORED, Config, DataConfig
-from mlembed_jax.data import catalog, loader, manifest, mixture, plan_report, prepare, quickstart
+from mlembed_jax.data import (
+  catalog,
+  languages,
+  loader,
+  manifest,
+  mixture,
+  plan_report,
+  prepare,
+  quickstart,
+)
 from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
@@ -84,7 +93,8 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   teacher = open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
   chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)
-  split = open_split(opened, TRAIN, [name for name in opened.files if name in chosen])
+  names = [name for name in opened.files if name in chosen]
+  split = open_split(opened, TRAIN, names, data.language_key)
   _check_lengths(data.lengths, opened, split)
   if config.kd.teacher == STORED:
     check_stored(config, split)
@@ -94,7 +104,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     plan=make_plan(config, split, opened.fingerprint),
     options=_options(config),
     tokenizer=tokenizer,
-    tasks=[tasks.load_task(file) for file in heldout],
+    tasks=[tasks.load_task(file, data.language_key) for file in heldout],
     teacher=teacher,
   )
 
@@ -224,13 +234,15 @@ def report(inputs: Inputs, total_steps: int, workdir: pathlib.Path) -> None:
   epochs = total_steps / inputs.plan.order().steps_per_epoch
   used = inputs.used_negatives
   files = plan_report.lines(inputs.plan, lambda unit: unit.file, epochs, used)
-  languages = plan_report.lines(inputs.plan, lambda unit: unit.language, epochs, used)
+  by_language = plan_report.lines(inputs.plan, lambda unit: unit.language, epochs, used)
   print(f"\n{total_steps:,} steps, {epochs:.2f} epochs\n")
-  tables = plan_report.plan_table("file", files), plan_report.plan_table("language", languages)
+  tables = plan_report.plan_table("file", files), plan_report.plan_table("language", by_language)
   print(tables[0], "\n", tables[1], "\n", sep="\n")
+  if merged := inputs.split.merged:
+    print(languages.merges_text(merged), "\n")
   lines: dict[str, Any] = {
     title: [dataclasses.asdict(line) for line in table]
-    for title, table in (("files", files), ("languages", languages))
+    for title, table in (("files", files), ("languages", by_language))
   }
-  write_json(workdir / PLAN, {"steps": total_steps, "epochs": epochs} | lines)
-  plan_report.picture(workdir / "plan.png", files, languages)
+  write_json(workdir / PLAN, {"steps": total_steps, "epochs": epochs} | lines | {"merged": merged})
+  plan_report.picture(workdir / "plan.png", files, by_language)

@@ -88,6 +88,16 @@ def test_names_cover_every_english_name_that_is_not_held_out(files, sources):
   assert max(Counter(row["lang"] for row in rows).values()) <= quickstart.NAMES_PER_LANGUAGE
 
 
+def test_another_script_is_kept_where_it_shares_no_name_with_the_usual_one(sources):
+  names = sources["names"]
+  codes = {lang.partition("-")[0]: lang for lang in names if len(lang.partition("-")[2]) == 4}
+  kept = {code: lang for code, lang in codes.items() if code in names}
+  assert {"az-cyrl", "bs-cyrl", "ff-adlm", "kk-arab", "uz-cyrl"} <= {*kept.values()}
+  for code, lang in kept.items():
+    assert names[code].items().isdisjoint(names[lang].items()), lang
+  assert not {"az-latn", "en-dsrt", "kaa-cyrl", "yue-hans"} & names.keys()
+
+
 # The split.
 
 

@@ -5,13 +5,14 @@ import pytest
 
 from mlembed_jax.data.manifest import File
 from mlembed_jax.errors import DataError
-from mlembed_jax.eval import tasks
-from tests.material import entry, write_parquet
+from mlembed_jax.eval import scores, tasks
+from mlembed_jax.quantize import unit
+from tests.material import CONVENTIONS, entry, write_parquet
 
 
-def load(folder, task_type, **columns):
+def load(folder, task_type, scheme="language-script", **columns):
   write_parquet(folder / "t.parquet", columns)
-  return tasks.load_task(File("t.parquet", entry(task_type, 0, "Do."), str(folder)))
+  return tasks.load_task(File("t.parquet", entry(task_type, 0, "Do."), str(folder)), scheme)
 
 
 def vectors(task, by_text):
@@ -36,7 +37,7 @@ def test_bitext_counts_own_translations_within_a_language(tmp_path):
   east, north = [1.0, 0.0], [0.0, 1.0]
   known = {"one": east, "two": north, "eins": east, "zwei": north, "un": north, "deux": north}
   # Both French rows find "two": 2 * 1 / (1 + 2) for it, 0 for "one".
-  assert main_scores(task, known) == {"de": 1.0, "fr": pytest.approx(1 / 3)}
+  assert main_scores(task, known) == {"deu-Latn": 1.0, "fra-Latn": pytest.approx(1 / 3)}
 
 
 def test_both_sides_of_symmetric_tasks_have_the_instruction(tmp_path):
@@ -49,14 +50,14 @@ def test_both_sides_of_symmetric_tasks_have_the_instruction(tmp_path):
 def test_retrieval_finds_the_passage(tmp_path):
   task = load(tmp_path, "retrieval", lang=["de"] * 2, title=["a", "b"], passage=["x", "y"])
   known = {"a": [1.0, 0], "b": [0, 1.0], "x": [0.9, 0.1], "y": [0.8, 0.2]}
-  assert main_scores(task, known) == {"de": 1.0}
+  assert main_scores(task, known) == {"deu-Latn": 1.0}
 
 
 def test_all_passages_of_a_title_are_right(tmp_path):
   columns = {"title": ["a", "a", "b"], "passage": ["x", "y", "z"]}
   task = load(tmp_path, "retrieval", lang=["de"] * 3, **columns)
   known = {"a": [1.0, 0], "b": [0, 1.0], "x": [0.9, 0.1], "y": [0.8, 0.2], "z": [0, 1.0]}
-  assert main_scores(task, known) == {"de": 1.0}
+  assert main_scores(task, known) == {"deu-Latn": 1.0}
 
 
 def test_labels_are_learnt_in_the_language_or_in_english(tmp_path):
@@ -69,7 +70,7 @@ def test_labels_are_learnt_in_the_language_or_in_english(tmp_path):
   task = load(tmp_path, "classification", lang=lang, intent=intent, text=text, split=split)
   known = {"on 1": [1, 0], "off 1": [0, 1], "an": [0.8, 0.6], "aus": [0.9, 0.1]}
   known |= {"oui": [0, 1], "non": [1, 0], "u": [0, 1]}  # French is the other way round
-  assert main_scores(task, known) == {"de": 0.5, "fr": 1.0}
+  assert main_scores(task, known) == {"deu-Latn": 0.5, "fra-Latn": 1.0}
 
 
 def test_other_labels_are_another_task(tmp_path):
@@ -84,11 +85,11 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
   columns = {"label": ["a", "a", "b", "b"], "text": ["1", "2", "3", "4"]}
   task = load(tmp_path, "clustering", lang=["de"] * 4, **columns)
   east, north = [1.0, 0.0], [0.0, 1.0]
-  assert main_scores(task, {"1": east, "2": east, "3": north, "4": north}) == {"de": 1.0}
+  assert main_scores(task, {"1": east, "2": east, "3": north, "4": north}) == {"deu-Latn": 1.0}
   columns = {"query": ["1", "2", "3"], "passage": ["x"] * 3, "score": [0.1, 0.5, 1.0]}
   task = load(tmp_path, "scored_pairs", lang=["de"] * 3, **columns)
   known = {"1": north, "2": [0.6, 0.8], "3": east, "x": east}
-  assert main_scores(task, known) == {"de": pytest.approx(1.0)}
+  assert main_scores(task, known) == {"deu-Latn": pytest.approx(1.0)}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
     (
       "classification",
       {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["test"]},
-      "no rows with split 'support' to learn the labels from, neither in de nor in English",
+      "no rows with split 'support' to learn the labels from, neither in deu-Latn nor in English",
     ),
     ("clustering", {"lang": ["de"]}, "column label is missing"),
     (
@@ -115,12 +116,12 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
     (
       "scored_pairs",
       {"lang": ["de"] * 2, "query": ["a"] * 2, "passage": ["b"] * 2, "score": [1.0, None]},
-      "the scores of de are absent, not finite or all equal",
+      "the scores of deu-Latn are absent, not finite or all equal",
     ),
     (
       "scored_pairs",
       {"lang": ["de"] * 2, "query": ["a"] * 2, "passage": ["b"] * 2, "score": [1.0, np.inf]},
-      "the scores of de are absent, not finite or all equal",
+      "the scores of deu-Latn are absent, not finite or all equal",
     ),
     (
       "classification",
@@ -158,3 +159,85 @@ def test_the_digest_follows_all_that_scores_depend_on(tmp_path):
   assert load(tmp_path, "scored_pairs", **columns).digest == task.digest
   other = load(tmp_path, "scored_pairs", **columns | {"score": [0.5, 0.1]})
   assert other.texts == task.texts and other.digest != task.digest
+
+
+# One language, one name.
+
+LANGUAGES = CONVENTIONS[:4]
+ROWS = 24 * len(LANGUAGES)
+NUMBERS = [str(i) for i in range(ROWS)]
+OF_TYPE = {
+  "bitext": {"text": NUMBERS, "en": [f"en {i}" for i in range(ROWS)]},
+  "retrieval": {"title": NUMBERS, "passage": [f"p {i}" for i in range(ROWS)]},
+  "classification": {
+    "intent": [("on", "off")[i // 3 % 2] for i in range(ROWS)],
+    "text": NUMBERS,
+    "split": [("support", "test")[i // 6 % 2] for i in range(ROWS)],
+  },
+  "clustering": {"label": [("a", "b", "c")[i % 8 % 3] for i in range(ROWS)], "text": NUMBERS},
+  "scored_pairs": {
+    "query": NUMBERS,
+    "passage": [f"p {i}" for i in range(ROWS)],
+    "score": [float(i * 7 % 24) for i in range(ROWS)],
+  },
+}
+
+
+def tags_of(conventions):
+  """Returns a tag per row: 24 rows of each language, its tags in turn."""
+  return [tags[i % len(tags)] for tags in conventions for i in range(24)]
+
+
+@pytest.mark.parametrize("task_type", OF_TYPE)
+def test_tags_of_three_conventions_score_as_one_spelling(tmp_path, task_type, monkeypatch):
+  monkeypatch.setattr(scores, "BOOTSTRAPS", 1)  # of clusterings, which take 0.2 s each
+  columns = OF_TYPE[task_type]
+  one = load(tmp_path, task_type, lang=tags_of([tags[:1] for tags in LANGUAGES]), **columns)
+  three = load(tmp_path, task_type, lang=tags_of(LANGUAGES), **columns)
+  written = load(tmp_path, task_type, "as-written", lang=tags_of(LANGUAGES), **columns)
+  assert one.texts == three.texts
+  found = unit(np.random.default_rng(0).normal(size=(len(one.texts), 4)).astype(np.float32))
+  assert three.score(found) == one.score(found)
+  assert len(one.score(found)) == len(LANGUAGES)
+  assert len(written.score(found)) == 3 * len(LANGUAGES)
+  assert three.digest != written.digest
+
+
+def test_merged_pools_are_harder(tmp_path):
+  """Each pool of a spelling holds a third of the rows, so that chance alone scores higher."""
+  columns, tags = OF_TYPE["bitext"], tags_of(LANGUAGES)
+
+  def mean(scheme):
+    task = load(tmp_path, "bitext", scheme, lang=tags, **columns)
+    rng = np.random.default_rng(0)
+    found = task.score(unit(rng.normal(size=(len(task.texts), 16)).astype(np.float32)))
+    return np.mean([scores["accuracy"] for scores in found.values()])
+
+  assert mean("as-written") > 2 * mean("language-script")
+
+
+@pytest.mark.parametrize("english", ["en", "eng-Latn", "eng_Latn", "en-GB"])
+def test_english_teaches_however_its_tag_is_written(tmp_path, english):
+  columns = {"intent": ["on", "off", "on"], "text": ["a", "b", "c"]}
+  columns |= {"lang": [english, english, "iw"], "split": ["support", "support", "test"]}
+  task = load(tmp_path, "classification", **columns)
+  assert main_scores(task, {"a": [1, 0], "b": [0, 1], "c": [0.9, 0.1]}) == {"heb-Hebr": 1.0}
+
+
+def test_two_regions_with_one_translation_find_it(tmp_path):
+  columns = {"text": ["um", "hum", "dois"], "en": ["one", "one", "two"]}
+  task = load(tmp_path, "bitext", lang=["pt", "pt-BR", "pt"], **columns)
+  east, north = [1.0, 0.0], [0.0, 1.0]
+  known = {"one": east, "two": north, "um": east, "hum": east, "dois": north}
+  assert main_scores(task, known) == {"por-Latn": 1.0}
+
+
+def test_a_digest_without_merges_is_that_of_the_tags(tmp_path):
+  """0.1.0 hashed them, so what it scored is not scored again."""
+  columns = {"text": ["a", "b"], "en": ["x", "y"]}
+  digests = [
+    load(tmp_path, "bitext", scheme, lang=["iw", "de"], **columns).digest
+    for scheme in ("as-written", "language-script")
+  ]
+  assert digests[0] == digests[1]
+  assert load(tmp_path, "bitext", lang=["he", "de"], **columns).digest != digests[0]

@@ -102,7 +102,10 @@ def run_of(config: Config) -> Run:
       **material.entry("bitext", 4, "Retrieve translations."),
       "rows": 3000,
       "n_languages": 3,
-      "languages": {"no": 1200, "zh-hans": 900, "zh-hant": 500, "Python": 2000, "de": 400},
+      "languages": {
+        **{"no": 1200, "zh-hans": 900, "zh-hant": 500, "Python": 2000, "de": 400},
+        **{"iw": 600, "heb_Hebr": 500},  # one language, of more than 1,000 rows
+      },
       "licence": "MIT",
       "source": "phrases",
     },

@@ -355,7 +355,7 @@ def test_the_card_has_its_front_matter_headings_and_scores(
   _, front, body = text.split("---\n", 2)
   front = yaml.safe_load(front)
   assert front["library_name"] == "sentence-transformers"
-  assert front["language"] == ["no", "zh"]
+  assert front["language"] == ["he", "no", "zh"]
   assert front["tags"] == list(card.TAGS)
   found = [line.removeprefix("## ") for line in body.splitlines() if line.startswith("## ")]
   assert found == list(card.HEADINGS)
@@ -363,6 +363,8 @@ def test_the_card_has_its_front_matter_headings_and_scores(
   assert "| 2 | 0.4480 | 0.4560 | 0.4880 |" in body
   assert "| 4 |" not in body.split("## Results")[1], "a score of layers that are not in the folder"
   assert "| score | 0.3280 | 0.4080 | 0.4880 |" in body
+  assert "language: Python 2,000, nor-Latn 1,200, heb-Hebr 1,100, zho-Hans 900, " in body
+  assert "fewer than 1,000 rows: zho-Hans, zho-Hant, deu-Latn." in body
   assert "Warning" not in body
 
 

@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 
 from mlembed_jax.config import flatten, from_mapping
-from mlembed_jax.data import plan
+from mlembed_jax.data import languages, plan, records
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.parallel.sharding import make_mesh
 from mlembed_jax.training import inputs, loop
-from tests.material import config_dict, entry, pairs, prepare_dataset, scored, write_files
+from tests.material import (
+  CONVENTIONS,
+  config_dict,
+  entry,
+  pairs,
+  prepare_dataset,
+  scored,
+  write_files,
+)
 
 STEPS = 12
 TRANSLATE = entry("bitext", 4, "Translate.")
@@ -24,7 +32,10 @@ def uneven(rows):
   """Returns columns of which half the rows are German, a quarter Russian and so on."""
   columns = pairs(rows, 4)
   share = [
-    next((lang for k, lang in enumerate(("de", "ru", "hi")) if i % 2 ** (k + 1)), "zh")
+    next(
+      (lang for k, lang in enumerate(("de", "ru", "hi")) if i % 2 ** (k + 1)),
+      "zh" if i % 16 else "zho_Hans",
+    )
     for i in range(rows)
   ]
   return columns | {"lang": share}
@@ -83,6 +94,7 @@ OTHER = {
   "data.size_exponent": (0.5, {}),
   "data.language_temperature": (3.0, {}),
   "data.max_repeats": (1.5, {"data.language_temperature": 9.0}),
+  "data.language_key": ("as-written", {}),
   "data.query_instructions": (False, {"data.document_instructions": 0.0}),
   "data.document_instructions": (0.6, {}),
   "data.global_batch": (8, {}),
@@ -217,3 +229,74 @@ def test_a_run_records_what_decides_its_rows(folder):
 def test_what_cannot_be_read_is_refused_by_field(folder, fields, error, message):
   with pytest.raises(error, match=message):
     opened(folder, **fields)
+
+
+# One language, one name.
+
+
+@pytest.fixture(scope="module")
+def spelled(data, tmp_path_factory):
+  """The same rows, of 16 uneven languages, with tags in one convention and in three."""
+  found = {}
+  for name, conventions in (("one", [tags[:1] for tags in CONVENTIONS]), ("three", CONVENTIONS)):
+    found[name] = folder = tmp_path_factory.mktemp(name)
+    shutil.copyfile(data / "tokenizer.json", folder / "tokenizer.json")
+    columns, rows = pairs(480, 4), 480
+    mine = [conventions[int(len(conventions) * (i / rows) ** 2)] for i in range(rows)]
+    columns["lang"] = [tags[i % len(tags)] for i, tags in enumerate(mine)]
+    write_files(folder, {"train/bitext.parquet": (columns, TRANSLATE)})
+    prepare_dataset(folder)
+  return found
+
+
+def planned(folder, language_key="language-script"):
+  """Returns language -> (rows, rows of an epoch)."""
+  fields = {"data.language_temperature": 3.33, "data.language_key": language_key}
+  fields |= {"data.heldout": (), "data.manifest": ""}
+  _, found = opened(folder, **fields)
+  made = found.plan
+  return {u.language: (u.rows, int(n)) for u, n in zip(made.units, made.per_epoch, strict=True)}
+
+
+def test_tags_of_three_conventions_have_the_shares_of_one_spelling(spelled):
+  one, three = planned(spelled["one"]), planned(spelled["three"])
+  assert one == three and len(one) == len(CONVENTIONS)
+  written = planned(spelled["three"], "as-written")
+  assert len(written) == 3 * len(CONVENTIONS)
+  total = sum(count for _, count in one.values())
+  merged = {key: 0 for key in one}
+  for tag, (_, count) in written.items():
+    merged[languages.language_key(tag)] += count
+  moved = sum(abs(merged[key] - count) for key, (_, count) in one.items()) / 2 / total
+  assert merged != {key: count for key, (_, count) in one.items()}, moved
+
+
+def test_rows_of_merged_tags_all_come_once_and_keep_their_tags(spelled):
+  fields = {"data.heldout": (), "data.manifest": "", "data.max_repeats": 1.0}
+  _, found = opened(spelled["three"], **fields)
+  split, tags = found.split, set()
+  for number, unit in enumerate(split.units):
+    places = split.rows.place(np.full(unit.rows, number), np.arange(unit.rows))
+    assert len(set(places)) == unit.rows
+    messages = [split.queries[place] for place in places]
+    own = {row.language for _, row in map(records.decode_record, messages)}
+    assert {languages.language_key(tag) for tag in own} == {unit.language}
+    tags |= own
+  assert tags == {tag for tags in CONVENTIONS for tag in tags}
+
+
+def test_merges_are_printed_and_written(spelled, tmp_path, capsys):
+  _, found = opened(spelled["three"], **{"data.heldout": (), "data.manifest": ""})
+  inputs.report(found, 12, tmp_path)
+  assert "counted as one language:\n" in (printed := capsys.readouterr().out)
+  assert "  heb-Hebr: he, heb_Hebr, iw\n" in printed
+  written = json.loads((tmp_path / "plan.json").read_text())["merged"]
+  assert written["heb-Hebr"] == ["he", "heb_Hebr", "iw"] and len(written) == len(CONVENTIONS)
+  prepared = json.loads((spelled["three"] / "dataset/prepare_report.json").read_text())
+  assert prepared["merged"] == written
+  prepare_dataset(spelled["three"], out="again")
+  assert "  heb-Hebr: he, heb_Hebr, iw\n" in capsys.readouterr().out
+  _, found = opened(spelled["one"], **{"data.heldout": (), "data.manifest": ""})
+  inputs.report(found, 12, tmp_path)
+  assert "counted as one" not in capsys.readouterr().out
+  assert json.loads((tmp_path / "plan.json").read_text())["merged"] == {}

@@ -53,7 +53,7 @@ def line_of(model, steps, devices, chip, monkeypatch):
   window = metrics.Window(model, devices, chip)
   for batch, work in steps:
     window.add(batch, OTHERS | {name: value.item() for name, value in work.items()}, 0.5)
-  return window.summary()
+  return window.summary(len(steps))
 
 
 def test_a_line_gives_speed_and_mfu(steps, tiny, monkeypatch):

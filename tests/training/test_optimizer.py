@@ -16,7 +16,7 @@ from mlembed_jax.config_fields import OptimizerConfig
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
 from mlembed_jax.training import optimizer, train_state, train_step
-from mlembed_jax.training.checkpoint import Checkpoints
+from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.factored import scale_by_factored_rms
 from tests.benchmarks.common import load_config
 from tests.material import CONFIGS, batches_of, config_dict, kind_of
@@ -251,10 +251,10 @@ def test_a_state_is_saved_and_restored_onto_another_mesh(moments, tmp_path):
   other = dataclasses.replace(
     config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=8, tensor=1)
   )
-  mesh, checkpoints = make_mesh(other), Checkpoints(tmp_path)
+  mesh, checkpoints = make_mesh(other), Checkpoints(Retention(tmp_path, 1))
   checkpoints.save(3, state)
   tx = optimizer.make(other.optimizer, 20)
-  restored = checkpoints.restore(3, train_state.abstract(other, tx, mesh))
+  restored = checkpoints.restore(train_state.abstract(other, tx, mesh))
   checkpoints.close()
   for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
     assert a.dtype == b.dtype

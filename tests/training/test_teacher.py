@@ -19,7 +19,7 @@ from mlembed_jax.hf.export import TrainedModel, export_folder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
 from mlembed_jax.training import inputs, optimizer, train_state
-from mlembed_jax.training.checkpoint import Checkpoints
+from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.teacher import check_stored, open_teacher
 from mlembed_jax.training.train_step import BatchLoss
 from mlembed_jax.workdir import Run
@@ -52,7 +52,7 @@ def workdir(data, tokenizer, tmp_path_factory):
   config = from_mapping(config_dict(data, **WIDE))
   mesh = make_mesh(config)
   with on_mesh(mesh):
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(Retention(folder, 1))
     checkpoints.save(7, train_state.create(config, optimizer.make(config.optimizer, 20), mesh))
     checkpoints.close()
   Run(config, {}, {"dataset": "fingerprint", "units": {}}).save(folder)

@@ -33,7 +33,7 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_differences(other_data, 
   for message in (
     r"  data\.query_instructions: True in the workdir, False now\n",
     r"  dataset: [0-9a-f]{64} in the workdir, [0-9a-f]{64} now\n",
-    r"  train/topics\.parquet zh: 2\d rows, 2\d per epoch in the workdir, 2\d rows, 2\d per epo",
+    r"  train/topics\.parquet zho-Hans: 2\d rows, 2\d per epoch in the workdir, 2\d rows, 2\d per",
     r"--accept_changed_data goes on with other data",
   ):
     assert re.search(message, result.stderr), message
@@ -50,13 +50,13 @@ def test_other_data_can_be_accepted_but_no_other_model(other_data, twenty, tmp_p
   assert "topics.parquet" not in result.stderr
   result = run(other_data, tmp_path, more=accept)
   assert result.returncode == 0, result.stderr
-  said = result.stdout.partition("going on with other data:\n")[2]
-  assert "  dataset: " in said and "  train/topics.parquet zh: " in said
+  said = result.stdout.partition("going on with what was changed:\n")[2]
+  assert "  dataset: " in said and "  train/topics.parquet zho-Hans: " in said
   assert [line["step"] for line in lines(tmp_path)] == list(range(1, 21))
   plans = [Run.load(workdir).plan["dataset"] for workdir in (twenty, tmp_path)]
   assert plans[0] != plans[1]
   again = run(other_data, tmp_path)  # the workdir now holds a run of the other data
-  assert again.returncode == 0 and "going on with other data" not in again.stdout
+  assert again.returncode == 0 and "going on with what was changed" not in again.stdout
 
 
 def test_the_plan_is_printed_and_written(data, twenty, tmp_path):
@@ -69,7 +69,9 @@ def test_the_plan_is_printed_and_written(data, twenty, tmp_path):
   assert {f["name"]: f["rows"] for f in written["files"]} == {
     name: counts["train"] for name, counts in train.items()
   }
-  assert {f["name"] for f in written["languages"]} == {"de", "ru", "hi", "zh"}
+  assert {f["name"] for f in written["languages"]} == {
+    *("deu-Latn", "rus-Cyrl", "hin-Deva", "zho-Hans")
+  }
   for line in (*written["files"], *written["languages"]):
     assert line["repeats"] == pytest.approx(20 / per_epoch * line["per_epoch"] / line["rows"])
     assert re.search(rf"^{line['name']} +{line['rows']} +{line['per_epoch']} ", result.stdout, re.M)
