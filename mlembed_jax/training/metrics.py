@@ -167,10 +167,11 @@ def faults(path: pathlib.Path, start: int, every: int) -> list[str]:
   """
   found = _lines(path)
   damaged = sum(at is None for at, _ in found[:-1])  # a kill may cut the last one
-  ends = [0, *(at for at, _ in found if at is not None and at <= start), start // every * every]
-  gaps = [(a, b) for a, b in itertools.pairwise(ends) if b > a]
-  usual = max(every, min((b - a for a, b in gaps), default=every))
-  holes = [f"{a + 1} to {b}" for a, b in gaps if b - a > usual]
+  steps = [0, *(at for at, _ in found if at is not None and at <= start)]
+  usual = max(every, min((b - a for a, b in itertools.pairwise(steps)), default=every))
+  ends = [*steps, start // usual * usual + usual]  # where the next line will be
+  gaps = [(a + 1, b - usual) for a, b in itertools.pairwise(ends) if b - a > usual]
+  holes = [f"{first} to {last}" for first, last in gaps]
   return [f"{damaged} lines are damaged"] * (damaged > 0) + [
     f"there are no lines of steps {', '.join(holes)}"
   ] * bool(holes)

@@ -15,6 +15,8 @@ from mlembed_jax.training.checkpoint import Checkpoints, Retention, mean_score
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import StepScores
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
 
 def state(step):
   table = jax.random.normal(jax.random.key(step), (64, 48))
