@@ -16,6 +16,12 @@ class Family:
   paper: str
   qk_norm: bool = False  # RMSNorm on every query and key head
   qkv_bias: bool = False  # a bias on queries, keys and values
+  # What a config.json without these keys means, as transformers has it; the base is that of all.
+  max_position_embeddings: int = 32768
+  num_key_value_heads: int | None = None  # None: as many as there are heads
+  head_dim: int | None = None  # None: the width over the heads
+  rope_theta: float = 10_000.0
+  rms_norm_eps: float = 1e-6
   # Keys that every config.json of the family states, of those that others may leave out.
   stated_keys: tuple[str, ...] = ()
 
@@ -34,6 +40,8 @@ FAMILIES = {
       gguf="QWEN3",
       paper="arXiv:2505.09388",
       qk_norm=True,
+      num_key_value_heads=32,
+      head_dim=128,
       stated_keys=("head_dim", "attention_bias"),
     ),
     Family(
@@ -42,12 +50,14 @@ FAMILIES = {
       gguf="QWEN2",
       paper="arXiv:2407.10671",
       qkv_bias=True,
+      num_key_value_heads=32,
     ),
     Family(
       name="llama",
       architecture="LlamaForCausalLM",
       gguf="LLAMA",
       paper="arXiv:2302.13971",
+      max_position_embeddings=2048,
     ),
   )
 }

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.text_files import check_text
-from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file, stored_ranges
-from mlembed_jax.hf.folder import open_model_folder, read_json, read_model, read_positions, resolve
+from mlembed_jax.hf import recipe as recipes
+from mlembed_jax.hf.file_names import PROMPTS, TOKENIZER
+from mlembed_jax.hf.folder import check_folder, read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.hf.own_file import OwnFile
+from mlembed_jax.hf.recipe import LAST, Recipe
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.models.encoder import parameter_shapes
@@ -55,23 +57,13 @@ class Sizes:
 class Encoder:
   """A model on all devices of this process."""
 
-  def __init__(
-    self,
-    folder: pathlib.Path,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    sizes: Sizes,
-    *,
-    dim: int,
-    prompts: Mapping[str, str],
-    max_seq_length: int,
-  ):
+  def __init__(self, folder: pathlib.Path, model: ModelConfig, recipe: Recipe, sizes: Sizes):
     """Takes what `load` reads from a folder."""
-    self.sizes, self.dim, self.prompts = sizes, dim, dict(prompts)
-    self.max_seq_length = max_seq_length
+    self.folder, self.recipe, self.sizes = folder, recipe, sizes
+    self.dim, self.prompts = recipe.dim, dict(recipe.prompts)
+    self.max_seq_length = min(recipe.max_seq_length or WIDTHS[-1], WIDTHS[-1])
     self.truncated = 0  # texts that were cut to max_seq_length, so far
-    self.folder = folder
-    self._model, self._tokenizer = model, tokenizer
+    self._model = model
     self._mesh = Mesh(np.array(jax.local_devices()), ("data",))
     self._cut = functools.lru_cache(maxsize=2)(self._read_cut)
     self._ranges = functools.cache(lambda: stored_ranges.read(folder))
@@ -88,27 +80,21 @@ class Encoder:
       pooled_token: ends every text; needed where the folder does not say which token does.
 
     Raises:
-      LoadError: the folder cannot be imported, or does not say what ends a text.
+      LoadError: the folder cannot be imported, does not say what ends a text, says what cannot be
+        done here, or has more tokens than rows of the token table.
       DataError: its tokenizer cannot be read.
     """
     folder = resolve(os.fspath(path))
     platform = jax.local_devices()[0].platform
     model = dataclasses.replace(read_model(folder), dtype=dtype or DTYPES[platform])
-    open_model_folder(folder, model)  # what is wrong with it is said now
+    recipe = recipes.read(folder, pooled_token)
+    if recipe.pooling == LAST and not recipe.tokenizer.after:
+      raise LoadError(
+        f"{folder}: {TOKENIZER} puts no token after a text; say with pooled_token which one ends it"
+      )
+    check_folder(folder, model, recipe.tokenizer.size)  # what is wrong with it is said now
     _keep_programs()
-    own = own_file.read(folder)
-    token = pooled_token or (own and own.pooling.token) or _appended(folder)
-    bert = _json(folder / "sentence_bert_config.json")
-    positions = read_positions(folder) or WIDTHS[-1]
-    return cls(
-      folder,
-      model,
-      Tokenizer(folder / "tokenizer.json", token),
-      _sizes(own, model),
-      dim=own.dims.exported if own else model.width,
-      prompts=_prompts(folder / "config_sentence_transformers.json"),
-      max_seq_length=min(_length(folder, bert) or positions, WIDTHS[-1]),
-    )
+    return cls(folder, model, recipe, _sizes(own_file.read(folder), model, recipe))
 
   def encode(
     self,
@@ -118,7 +104,7 @@ class Encoder:
     depth: int | None = None,
     rank: int | None = None,
     dim: int | None = None,
-    normalize: bool = True,
+    normalize: bool | None = None,
     precision: str = "float32",
     untrained: bool = False,
     show_progress_bar: bool = False,
@@ -126,11 +112,13 @@ class Encoder:
   ) -> np.ndarray:
     """Returns a vector [D] of a text, or [N, D] of a list of them, in their order.
 
-    `prompt`, or the prompt of the folder that `prompt_name` names, stands before every text.
+    `prompt`, else the prompt of the folder that `prompt_name` names, else its default prompt if it
+    has one, stands before every text.
     `depth` layers, `rank` columns of the token table and `dim` coordinates are used; None: all.
-    `normalize`: to unit length. `precision`: see `quantize`; int8 and uint8 round by `ranges`
-    [2, D], else by those of the folder, else by those of at least 100 texts. Texts
-    longer than `max_seq_length` are cut, with a warning that counts them.
+    `normalize`: to unit length; None: where the folder does so, as every export does and a folder
+    without modules.json. `precision`: see `quantize`; int8 and uint8 round by `ranges` [2, D], else
+    by those of the folder, else by those of at least 100 texts. Texts longer than `max_seq_length`
+    are cut, with a warning that counts them.
 
     Raises:
       DataError: one of the texts is no string, or has half a surrogate pair.
@@ -139,14 +127,15 @@ class Encoder:
     """
     self.check(depth, rank, dim, untrained)
     listed = [texts] if isinstance(texts, str) else texts
-    for i, text in enumerate(listed):
-      check_text(text, f"texts[{i}] is no text")
+    normalize = self.recipe.normalized if normalize is None else normalize
     if precision not in LEVELED and ranges is not None:
       raise ValueError(f"ranges: vectors in {precision} have none; leave them out")
     if precision in LEVELED and ranges is None and normalize:
       ranges = self.ranges(depth, dim)
     check_precision(precision, len(listed), dim or self.dim, ranges)
-    ids = self.ids(listed, self._prompt(prompt_name) if prompt is None else prompt)
+    for i, text in enumerate(listed):
+      check_text(text, f"texts[{i}] is no text")
+    ids = self.ids(listed, self.prompt(prompt_name) if prompt is None else prompt)
     size = depth or self._model.layers
     states = self.states(ids, (size,), depth, rank, show_progress_bar)
     vectors = states[0, :, : dim or self.dim].copy()  # some indexes read a view wrongly
@@ -181,14 +170,18 @@ class Encoder:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
   def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
-    """Returns the vectors of queries: `encode` with the prompt `query`."""
-    options.setdefault("prompt_name", "query")
-    return self.encode(texts, **options)
+    """Returns the vectors of queries: `encode` with the prompt `query`, or none where it is not."""
+    return self.encode(texts, **self._prompted("query", options))
 
   def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
-    """Returns the vectors of documents: `encode` with the prompt `document`, if there is one."""
-    options.setdefault("prompt_name", "document" if "document" in self.prompts else None)
-    return self.encode(texts, **options)
+    """Returns the vectors of documents: as `encode_query`, with the prompt `document`."""
+    return self.encode(texts, **self._prompted("document", options))
+
+  def _prompted(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options of `encode`; a prompt that they name is kept."""
+    if options.get("prompt_name") is None and options.get("prompt") is None:
+      return options | {"prompt": self.prompts.get(name, "")}
+    return options
 
   def check(
     self, depth: int | None, rank: int | None, dim: int | None, untrained: bool = False
@@ -208,13 +201,24 @@ class Encoder:
         allow = "untrained=True (--untrained) allows it"
         raise ValueError(f"{name}: {size} was not trained; {near}; {allow}")
 
+  def check_similarity(self) -> None:
+    """Raises LoadError where the folder compares vectors by another measure than their cosine."""
+    if not self.recipe.compares_by_cosine:
+      raise LoadError(
+        f"{self.folder / PROMPTS}: similarity_fn_name is {self.recipe.similarity!r}; scores are "
+        "those of cosines. Evaluate it with sentence-transformers"
+      )
+
   def config(self, depth: int | None = None, rank: int | None = None) -> ModelConfig:
     """Returns the shape of a slice; None keeps the stored size."""
     return slice_config(self._whole_model(bool(rank)), Slice(depth=depth, rank=rank))
 
   def ids(self, texts: Sequence[str], prompt: str) -> list[list[int]]:
     """Returns the token ids of texts after a prompt; counts those that it cuts, with a warning."""
-    ids = self._tokenizer.encode([prompt + text for text in texts], self.max_seq_length + 1)
+    tokenizer = self.recipe.tokenizer
+    ids = tokenizer.encode([prompt + text for text in texts], self.max_seq_length + 1)
+    if empty := [i for i, row in enumerate(ids) if not row]:
+      raise ValueError(f"texts[{empty[0]}] has no tokens, and the folder puts none around it")
     cut = [row for row in ids if len(row) > self.max_seq_length]
     if cut:
       self.truncated += len(cut)
@@ -223,7 +227,7 @@ class Encoder:
         stacklevel=3,
       )
     for row in cut:
-      del row[-2]
+      del row[-1 - len(tokenizer.after)]
     return ids
 
   def states(
@@ -234,10 +238,14 @@ class Encoder:
     rank: int | None = None,
     show_progress_bar: bool = False,
   ) -> Float[np.ndarray, "E N D"]:
-    """Returns the final-norm states of token ids at each of `exits`, float32, not normalised.
+    """Returns the pooled states of token ids at each of `exits`, float32, not normalised.
 
-    One pass gives all exits. Raises ValueError where a state is not finite.
+    Modules of the folder after pooling, such as Dense, are applied. One pass gives all exits of a
+    folder that pools the last token. Raises ValueError where a state is not finite.
     """
+    if self.recipe.pooling != LAST and tuple(exits) != (depth or self._model.layers,):
+      passes = [self.states(ids, (e,), e, rank, show_progress_bar) for e in exits]
+      return np.concatenate(passes)
     # A cut at full depth would hold all layers a second time.
     model, params = self._cut(None if depth == self._model.layers else depth, rank)
     batching = Batching(
@@ -246,7 +254,9 @@ class Encoder:
       sharding=NamedSharding(self._mesh, PartitionSpec("data")),
     )
     with tqdm(total=len(ids), disable=not show_progress_bar, unit=" texts") as bar:
-      out = encode_batched(model, params, ids, exits, batching, bar.update)
+      out = encode_batched(model, params, ids, exits, batching, bar.update, self.recipe.pooling)
+    if self.recipe.modules:
+      out = np.stack([self.recipe.finish(states_ND) for states_ND in out])
     if bad := np.flatnonzero(~np.isfinite(out).all(axis=(0, 2))).tolist():
       raise ValueError(f"texts[{bad[0]}] and {len(bad) - 1} more have vectors that are not finite")
     return out
@@ -262,11 +272,12 @@ class Encoder:
       few *= 4
     return min(few, max(1, BATCH_TOKENS[platform] // width)) * self._mesh.size
 
-  def _prompt(self, name: str | None) -> str:
+  def prompt(self, name: str | None) -> str:
+    """Returns the prompt of a name, the default prompt for None; ValueError where it is unknown."""
     if name is not None and name not in self.prompts:
       known = ", ".join(self.prompts) or "none"
       raise ValueError(f"prompt_name: {name!r} is no prompt of {self.folder}; there are: {known}")
-    return self.prompts[name] if name is not None else ""
+    return self.prompts[name] if name is not None else self.recipe.default_prompt
 
   @property
   def _most_rank(self) -> int:
@@ -300,41 +311,10 @@ def _keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  return read_json(path) if path.is_file() else {}
-
-
-def _prompts(path: pathlib.Path) -> dict[str, str]:
-  found = _json(path).get("prompts")
-  listed = {} if found is None else found
-  if not isinstance(listed, dict) or not all(isinstance(t, str | None) for t in listed.values()):
-    raise LoadError(f"{path}: prompts are no texts by name")
-  return {name: text for name, text in listed.items() if text is not None}
-
-
-def _length(folder: pathlib.Path, bert: dict[str, Any]) -> int | None:
-  found = bert.get("max_seq_length")
-  if found is not None and (type(found) is not int or found < 1):
-    raise LoadError(f"{folder}/sentence_bert_config.json: max_seq_length is no count of tokens")
-  return found
-
-
-def _appended(folder: pathlib.Path) -> str:
-  """Returns the token that tokenizer.json puts after every text."""
-  processor = _json(folder / "tokenizer.json").get("post_processor") or {}
-  for one in [processor, *processor.get("processors", ())]:
-    last = one.get("single", [{}])[-1] if one.get("type") == "TemplateProcessing" else {}
-    if special := last.get("SpecialToken"):
-      return special["id"]
-  raise LoadError(
-    f"{folder}: tokenizer.json puts no token after a text; say with pooled_token which one ends it"
-  )
-
-
-def _sizes(own: OwnFile | None, model: ModelConfig) -> Sizes:
+def _sizes(own: OwnFile | None, model: ModelConfig, recipe: Recipe) -> Sizes:
   """Returns what mlembed.json says; of other folders, that the whole was trained."""
   if not own:
-    return Sizes((model.layers,), (), (model.width,))
+    return Sizes((model.layers,), (), (recipe.dim,))
   most = own.table.rank_exported if own.table.uv_file or own.table.form == "uv" else None
   return Sizes(
     depths=tuple(depth for depth in own.exits.trained if depth <= model.layers),

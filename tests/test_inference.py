@@ -302,7 +302,7 @@ def test_a_folder_that_does_not_say_what_ends_a_text_is_refused(exported, tmp_pa
 def test_all_that_an_encoder_reads_is_downloaded(exported):
   for file in exported["full"].glob("*.json"):
     downloaded = any(fnmatch.fnmatch(file.name, pattern) for pattern in FILES)
-    assert downloaded == (file.name not in ("modules.json", "parity.json")), file.name
+    assert downloaded == (file.name != "parity.json"), file.name
 
 
 def test_few_programs_serve_all_lengths(encoder):

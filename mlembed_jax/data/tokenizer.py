@@ -1,10 +1,12 @@
-"""Texts to token ids that always end with the pooled token."""
+"""Texts to token ids: those of training end with the pooled token, those of a folder as it says."""
 
 import hashlib
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
+from tokenizers import normalizers
 
 from mlembed_jax.errors import DataError
 
@@ -19,14 +21,14 @@ def with_instruction(instruction: str, text: str) -> str:
   return PREFIX.format(instruction=instruction) + QUERY.format(text=text) if instruction else text
 
 
-class Tokenizer:
-  """A `tokenizer.json` and the token whose state is the embedding."""
+class Vocabulary:
+  """A `tokenizer.json`; it cuts, pads and adds nothing."""
 
-  def __init__(self, path: str | pathlib.Path, pooled_token: str):
+  def __init__(self, path: str | pathlib.Path):
     """Reads the file.
 
     Raises:
-      DataError: the file is missing or unreadable, or does not know the pooled token.
+      DataError: the file is missing or unreadable.
     """
     self.path = pathlib.Path(path)
     if not self.path.is_file():
@@ -36,13 +38,9 @@ class Tokenizer:
     except Exception as error:  # the library raises bare Exception
       raise DataError(f"{path} is not a tokenizer.json: {error}") from error
     # Truncation and padding are ours; a file may carry settings of its own.
+    self.cut_side = (self._tokenizer.truncation or {}).get("direction")
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    pooled_id = self._tokenizer.token_to_id(pooled_token)
-    if pooled_id is None:
-      raise DataError(f"pooled_token: {path} has no token {pooled_token!r}")
-    self.pooled_token = pooled_token
-    self.pooled_id: int = pooled_id
 
   @property
   def size(self) -> int:
@@ -59,9 +57,35 @@ class Tokenizer:
     """Hash of the file."""
     return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
+  def id(self, token: str) -> int:
+    """Returns the id of a token; raises DataError where there is none."""
+    found = self._tokenizer.token_to_id(token)
+    if found is None:
+      raise DataError(f"pooled_token: {self.path} has no token {token!r}")
+    return found
+
   def ids(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of each whole text; no token is added."""
     return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+class Tokenizer(Vocabulary):
+  """A `tokenizer.json` and the token whose state is the embedding."""
+
+  def __init__(self, path: str | pathlib.Path, pooled_token: str):
+    """Reads the file.
+
+    Raises:
+      DataError: the file is missing or unreadable, or does not know the pooled token.
+    """
+    super().__init__(path)
+    self.pooled_token = pooled_token
+    self.pooled_id = self.id(pooled_token)
+
+  @property
+  def pooled_is_added(self) -> bool:
+    """Returns whether the pooled token is an added one, which splits no text but by its name."""
+    return self.pooled_id in self._tokenizer.get_added_tokens_decoder()
 
   def prefix(self, instruction: str) -> list[int]:
     """Returns the ids that stand before those of `Query: ...`.
@@ -81,3 +105,42 @@ class Tokenizer:
   def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Returns the ids of each text: its first `max_length` - 1 tokens, then the pooled token."""
     return [[*ids[: max_length - 1], self.pooled_id] for ids in self.ids(texts)]
+
+
+class TemplateTokenizer(Vocabulary):
+  """A `tokenizer.json` and the ids that its post-processor puts before and after every text."""
+
+  def __init__(self, path: str | pathlib.Path, pooled_token: str | None = None):
+    """Reads the file; a `pooled_token` stands in place of what it puts after a text.
+
+    Raises:
+      DataError: the file is missing or unreadable, gives no token to a text, or does not know the
+        pooled token.
+    """
+    super().__init__(path)
+    whole = self._tokenizer.encode("a")
+    # Ids that the post-processor added belong to no sequence.
+    inside = [i for i, sequence in enumerate(whole.sequence_ids) if sequence is not None]
+    if not inside:
+      raise DataError(f"{path} gives no token to the text 'a'; take another tokenizer.json")
+    self.before = whole.ids[: inside[0]]
+    self.after = whole.ids[inside[-1] + 1 :]
+    if pooled_token is not None:
+      self.after = [self.id(pooled_token)]
+
+  @property
+  def end(self) -> str | None:
+    """Returns the token that ends every text, None where nothing is put after a text."""
+    return self._tokenizer.id_to_token(self.after[-1]) if self.after else None
+
+  def lower_case(self) -> None:
+    """Makes every text lower case before it is read, but for special tokens in it."""
+    found, lower = self._tokenizer.normalizer, normalizers.Lowercase()
+    # The library declares the attribute as one that cannot be set.
+    both: Any = normalizers.Sequence([lower, found]) if found else lower
+    self._tokenizer.normalizer = both
+
+  def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Returns the ids of each text with what stands before and after it, `max_length` at most."""
+    kept = max(0, max_length - len(self.before) - len(self.after))
+    return [[*self.before, *ids[:kept], *self.after] for ids in self.ids(texts)]

@@ -130,10 +130,12 @@ class MTEBEncoder(AbsEncoder):
     """Returns the vectors of a loader's texts."""
     texts = [text for batch in inputs for text in batch["text"]]
     name = self.get_prompt_name(task_metadata, prompt_type)
-    prompt = "" if name is None else self.model.prompts[name]
+    # As in sentence-transformers, a query or a document never gets the default prompt.
+    prompt = "" if name is None and prompt_type else self.model.prompt(name)
     cut = self._cut
     if self._states is None:
-      return self.model.encode(texts, prompt=prompt, depth=cut.depth, rank=cut.rank, dim=cut.dim)
+      slices = {"depth": cut.depth, "rank": cut.rank, "dim": cut.dim}
+      return self.model.encode(texts, prompt=prompt, normalize=True, **slices)
     depth = cut.depth or self.model.config().layers
     vectors = self._states.read(texts, prompt, depth)[:, : cut.dim or self.model.dim]
     return unit(vectors)
@@ -217,8 +219,10 @@ def evaluate(
 
   Raises:
     DataError: an unknown task, one that does not consist of text, or one whose data is not here.
+    LoadError: the model's vectors are not compared by their cosine.
     ValueError: a size that the model lacks, or that was not trained.
   """
+  encoder.check_similarity()
   tasks = [find_task(name) if isinstance(name, str) else name for name in names]
   for task in tasks:
     _check_modalities(task)

@@ -246,7 +246,11 @@ def evaluate_encoder(
     out: folder where the scores of finished tasks are kept; those of the same settings are read.
     pooled_token: the token that was given to `Encoder.load`, if any.
     language_key: how the tasks were read, see `read_tasks`.
+
+  Raises:
+    LoadError: the model's vectors are not compared by their cosine.
   """
+  encoder.check_similarity()
   settings = _settings(encoder, axes, pooled_token)
   if language_key == languages.AS_WRITTEN:
     settings.append(language_key)

@@ -15,6 +15,7 @@ from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
 from mlembed_jax.errors import ExportError
 from mlembed_jax.families import FAMILIES, Family
 from mlembed_jax.hf import param_mapping
+from mlembed_jax.hf.file_names import CONFIG, MODULES
 from mlembed_jax.matryoshka import Matryoshka, axes_of
 from mlembed_jax.workdir import Run
 
@@ -180,8 +181,8 @@ def modules(variant: Variant) -> dict[str, dict[str, Any] | list[dict[str, Any]]
     }
     for i, name in enumerate(classes)
   ]
-  files = {f"{i}_{name}/config.json": value for i, (name, value) in enumerate(configs.items(), 1)}
-  return {"modules.json": listed, **files}
+  files = {f"{i}_{name}/{CONFIG}": value for i, (name, value) in enumerate(configs.items(), 1)}
+  return {MODULES: listed, **files}
 
 
 def _pooling(width: int) -> dict[str, Any]:
@@ -247,9 +248,9 @@ def tokenizer_spec(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
       f"tokenizer: {tokenizer.path} needs {tokenizer.size} rows but the table has {model.vocab}"
     )
   spec = json.loads(tokenizer.path.read_text(encoding="utf-8"))
-  token = tokenizer.pooled_token
-  if token not in _added_tokens(spec):
+  if not tokenizer.pooled_is_added:
     # Consumers would add it as one, and then split texts that hold its name in another way.
+    token = tokenizer.pooled_token
     raise ExportError(f"tokenizer: {tokenizer.path} has {token!r} outside of added_tokens")
   return {**spec, "truncation": None, "padding": None, "post_processor": _appending(tokenizer)}
 

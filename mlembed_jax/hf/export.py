@@ -31,7 +31,16 @@ from mlembed_jax.hf.checks import examine
 from mlembed_jax.hf.checks.finding import ERROR
 from mlembed_jax.hf.config_files import Variant
 from mlembed_jax.hf.factors import FACTORS
-from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.file_names import (
+  BERT,
+  CARD,
+  CONFIG,
+  INDEX,
+  PROMPTS,
+  TOKENIZER,
+  TOKENIZER_CONFIG,
+  WEIGHTS,
+)
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
@@ -196,11 +205,11 @@ def _write(
       write_text(folder / file, code)
   prompts = config_files.prompts(variant.run.datasets)
   for path, value in {
-    "config.json": config_files.model_config(variant, tokenizer, spec),
-    "tokenizer.json": spec,
-    "tokenizer_config.json": config_files.tokenizer_config(variant, tokenizer, spec),
-    "config_sentence_transformers.json": config_files.sentence_transformers_config(prompts),
-    "sentence_bert_config.json": config_files.sentence_bert_config(variant),
+    CONFIG: config_files.model_config(variant, tokenizer, spec),
+    TOKENIZER: spec,
+    TOKENIZER_CONFIG: config_files.tokenizer_config(variant, tokenizer, spec),
+    PROMPTS: config_files.sentence_transformers_config(prompts),
+    BERT: config_files.sentence_bert_config(variant),
     **config_files.modules(variant),
   }.items():
     write_json(folder / path, value)
@@ -209,7 +218,7 @@ def _write(
   write_json(folder / parity.FILE, parity.items(stored, variant, tokenizer, prompts["query"]))
   ranges_file = stored_ranges.write(folder, variant, stored, trained.sample)
   text = card(variant, tokenizer.pooled_token, prompts, trained.evaluation, ranges_file)
-  write_text(folder / "README.md", text)
+  write_text(folder / CARD, text)
   own_file.write(folder, _own_file(folder, variant, tokenizer, ranges_file))
 
 

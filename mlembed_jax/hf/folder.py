@@ -6,7 +6,7 @@ fit.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensors looks up)
@@ -17,18 +17,32 @@ from mlembed_jax import files
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES
-from mlembed_jax.hf import param_mapping
+from mlembed_jax.hf import own_file, param_mapping
+from mlembed_jax.hf.file_names import (
+  ADAPTER,
+  BERT,
+  CONFIG,
+  INDEX,
+  MODULES,
+  PROMPTS,
+  TOKENIZER,
+  TOKENIZER_CONFIG,
+  WEIGHTS,
+)
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32")
 PREFIXES = ("", "model.")
+POSITIONS = "max_position_embeddings"
+HEAD = "lm_head.weight"  # of a language model
 # What our encoder does and cannot be told otherwise; a key that is absent has this default.
 FIXED = {
   "hidden_act": "silu",
   "attention_bias": False,
   "mlp_bias": False,
   "use_sliding_window": False,
+  "is_causal": True,
+  "use_bidirectional_attention": False,
+  "partial_rotary_factor": 1.0,
 }
 # Types of keys beside the sizes, whose types are those of ModelConfig.
 OTHER_TYPES = {
@@ -36,7 +50,7 @@ OTHER_TYPES = {
   "rope_parameters": dict,
   "rope_parameters.rope_theta": float,
   "rope_scaling": dict,
-  "max_position_embeddings": int,
+  POSITIONS: int,
   param_mapping.RANK_KEY: int,
   "layer_types": list,
 }
@@ -51,10 +65,9 @@ RANGES |= dict.fromkeys(("rope_theta", "rope_parameters.rope_theta"), (1, 1e30))
 NAMES_SHOWN = 3  # each kind of problem lists so many names
 
 HUB = "hf:"  # begins the name of a model of the Hugging Face Hub
-FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json")
-FILES += ("mlembed/*", "mlembed.json", "U.pth", "V.pth")
-# Without these files an encoder would have no prompts, and would cut texts elsewhere.
-FILES += ("config_sentence_transformers.json", "sentence_bert_config.json")
+# Modules have folders of their own: their config.json and weights match the first patterns, too.
+FILES = ("*.safetensors", INDEX, CONFIG, f"*/{CONFIG}", TOKENIZER, TOKENIZER_CONFIG)
+FILES += ("mlembed/*", own_file.NAME, "U.pth", "V.pth", MODULES, PROMPTS, BERT, ADAPTER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +131,9 @@ def open_model_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
     LoadError: config.json is not that of `model`; a tensor is missing, unexpected or of another
       shape or dtype; a file is absent or unreadable.
   """
-  config = _read_config(path)
+  config = read_config(path)
   raise_all(path, _config_problems(config, model))
-  stored = _without_prefix(path, _open(path))
+  stored = _without_prefix(path, _open(path), config.get("tie_word_embeddings") is True)
   rows, rank = config["vocab_size"], _family_and_rank(config)[1]
   expected = param_mapping.tensors(dataclasses.replace(model, vocab=rows, rank=rank))
   raise_all(path, _tensor_problems(expected, stored))
@@ -131,8 +144,8 @@ def check_folder(path: pathlib.Path, model: ModelConfig, tokens: int) -> None:
   """Raises LoadError as `open_model_folder`, or where the table lacks rows; reads headers only."""
   if (rows := open_model_folder(path, model).rows) < tokens:
     raise LoadError(
-      f"E106 tokenizer: {tokens} ids but the table of {path} has {rows} rows. "
-      "Take the tokenizer.json of that folder."
+      f"E106 tokenizer: {tokens} ids but the table of {path} has {rows} rows. Take the "
+      f"{TOKENIZER} that its weights were trained with, or resize the table in transformers."
     )
 
 
@@ -150,11 +163,31 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  """Returns config.json, in which all that is stated has its type."""
-  config = read_json(path / "config.json")
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """Returns config.json, in which all that is stated has its type.
+
+  Raises:
+    LoadError: it cannot be read, has values of other types, or is not beside weights that are read.
+  """
+  _check_form(path)
+  config = read_json(path / CONFIG)
   raise_all(path, _type_problems(config) or _range_problems(config))
   return config
+
+
+def _check_form(path: pathlib.Path) -> None:
+  """Raises LoadError where the weights have a form that is not read."""
+  if (path / ADAPTER).is_file():
+    base = read_json(path / ADAPTER).get("base_model_name_or_path")
+    raise LoadError(
+      f"E104 file: {path} is an adapter of {base}: merge the two, by merge_and_unload() of peft, "
+      f"and save the whole model (without {ADAPTER})"
+    )
+  if not any(path.glob("*.safetensors*")) and (found := sorted(path.glob("*.bin"))):
+    raise LoadError(
+      f"E104 file: {path} has {found[0].name} and no {WEIGHTS}; only the latter is read. "
+      "Load it in transformers, and save it again by save_pretrained"
+    )
 
 
 def read_model(path: pathlib.Path) -> ModelConfig:
@@ -163,17 +196,17 @@ def read_model(path: pathlib.Path) -> ModelConfig:
   Raises:
     LoadError: the file is absent, lacks a field, or is of an architecture that is not known.
   """
-  config = _read_config(path)
+  config = read_config(path)
   raise_all(path, _family_problems(config))
   family, rank = _family_and_rank(config)
   shape = {field: _stated(config, field) for field in param_mapping.CONFIG_KEYS}
-  shape["rope_theta"] = next(filter(None, _thetas(config).values()), None)
+  shape["rope_theta"] = next(filter(None, _thetas(config).values()), FAMILIES[family].rope_theta)
   if absent := [field for field, value in shape.items() if value is None]:
     key = param_mapping.CONFIG_KEYS.get(absent[0], absent[0])
-    raise LoadError(f"E105 config: {path}/config.json has no {key}")
+    raise LoadError(f"E105 config: {path / CONFIG} has no {key}")
   if shape["heads"] % shape["kv_heads"] or shape["head_dim"] % 2:
     raise LoadError(
-      f"E105 config: {path}/config.json has {shape['heads']} heads of {shape['head_dim']} "
+      f"E105 config: {path / CONFIG} has {shape['heads']} heads of {shape['head_dim']} "
       f"coordinates and {shape['kv_heads']} key-value heads; the first must be a multiple of the "
       "last, and coordinates come in pairs"
     )
@@ -182,21 +215,28 @@ def read_model(path: pathlib.Path) -> ModelConfig:
 
 
 def read_positions(path: pathlib.Path) -> int | None:
-  """Returns how many positions config.json allows, in tokens; None where it does not say.
+  """Returns how many positions config.json allows, in tokens, or its family where it says nothing.
+
+  None is for an architecture that is not known.
 
   Raises:
     LoadError: the file cannot be read, or states something of a wrong type.
   """
-  return _read_config(path).get("max_position_embeddings")
+  config = read_config(path)
+  family = FAMILIES.get(_family_and_rank(config)[0])
+  return config.get(POSITIONS) or getattr(family, POSITIONS, None)
 
 
 def _stated(config: Mapping[str, Any], field: str) -> Any:
-  """Returns what config.json says of a field of the model; heads may leave out their width."""
-  found = config.get(param_mapping.CONFIG_KEYS[field])
+  """Returns what config.json says of a field of the model, or means by leaving it out."""
+  key = param_mapping.CONFIG_KEYS[field]
+  found = config.get(key)
+  if key not in config:
+    found = getattr(FAMILIES.get(_family_and_rank(config)[0]), key, None)
   width, heads = config.get("hidden_size"), config.get("num_attention_heads")
   if field == "head_dim" and found is None and width and heads:
     return width // heads
-  return found
+  return heads if field == "kv_heads" and found is None else found
 
 
 def _family_and_rank(config: Mapping[str, Any]) -> tuple[str, int]:
@@ -248,13 +288,24 @@ def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]
       continue  # the missing rows belong to no token and become zeros
     if found != wanted:
       lines.append(f"{key} is {found!r}, expected {wanted} (model.{field})")
-  lines += _rope_problems(config, model)
-  for key, wanted in FIXED.items():
-    if config.get(key, wanted) != wanted:
-      lines.append(f"{key} is {config[key]!r}; only {wanted!r} can be imported")
+  lines += _theta_problems(config, model)
+  lines = [f"E105 config: {CONFIG}: {line}." for line in lines]
+  return [*_family_problems(config), *lines, *body_problems(config)]
+
+
+def body_problems(config: Mapping[str, Any]) -> list[str]:
+  """Returns what config.json says that the encoder cannot do, whatever its sizes are."""
+  lines = [
+    f"{key} is {config[key]!r}; only {wanted!r} can be imported"
+    for key, wanted in FIXED.items()
+    if config.get(key) not in (None, wanted)
+  ]
   if others := {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention"}:
     lines.append(f"layer_types has {sorted(others)}; only 'full_attention' can be imported")
-  return _family_problems(config) + [f"E105 config: config.json: {line}." for line in lines]
+  if quantized := config.get("quantization_config"):
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    lines.append(f"the weights are quantized ({method}); take the model in bfloat16 or float32")
+  return [f"E105 config: {CONFIG}: {line}." for line in lines + _rope_problems(config)]
 
 
 def _thetas(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,18 +319,27 @@ def _thetas(config: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _rope_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
+def _theta_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
+  thetas = {key: theta for key, theta in _thetas(config).items() if theta is not None}
+  family = FAMILIES.get(_family_and_rank(config)[0])
+  if not thetas and family and family.rope_theta != model.rope_theta:
+    return [f"rope_theta is missing, expected {model.rope_theta} (model.rope_theta)"]
+  return [
+    f"{key} is {theta}, expected {model.rope_theta} (model.rope_theta)"
+    for key, theta in thetas.items()
+    if theta != model.rope_theta
+  ]
+
+
+def _rope_problems(config: Mapping[str, Any]) -> list[str]:
   lines = []
-  parameters, thetas = config.get("rope_parameters") or {}, _thetas(config)
-  if not any(thetas.values()):
-    lines.append(f"rope_theta is missing, expected {model.rope_theta} (model.rope_theta)")
-  for key, theta in thetas.items():
-    if theta is not None and theta != model.rope_theta:
-      lines.append(f"{key} is {theta}, expected {model.rope_theta} (model.rope_theta)")
-  for key, group in (("rope_scaling", config.get("rope_scaling")), ("rope_parameters", parameters)):
-    rope_type = group and group.get("rope_type", group.get("type", "default"))
-    if rope_type and rope_type != "default":
+  for key in ("rope_scaling", "rope_parameters"):
+    group = config.get(key) or {}
+    rope_type = group.get("rope_type", group.get("type")) or "default"
+    if rope_type != "default":
       lines.append(f"{key} is of type {rope_type!r}; only unscaled positions can be imported")
+    if group.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+      lines.append(f"{key} has a partial_rotary_factor; only whole heads that turn can be imported")
   return lines
 
 
@@ -334,30 +394,38 @@ def open_file(path: pathlib.Path) -> dict[str, Stored]:
   return {name: Stored(file, name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
 
 
-def _without_prefix(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _without_prefix(
+  path: pathlib.Path, stored: Mapping[str, Stored], tied: bool
+) -> dict[str, Stored]:
   """Returns the tensors of the encoder under names without the prefix that all of them share.
 
   Left out are a language-model head, of which an encoder has no use, and the rotary frequencies
-  that old versions of transformers stored.
+  that old versions of transformers stored. The head of a tied model is its token table, which may
+  be stored under this name alone.
   """
   body = {
     name: tensor
     for name, tensor in stored.items()
-    if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+    if name != HEAD and not name.endswith("rotary_emb.inv_freq")
   }
-  tables = [
-    name.removesuffix(row[1])
-    for name in body
-    for row in (param_mapping.TABLE, *param_mapping.FACTORS)
-    if name.endswith(row[1])
-  ]
-  prefix = tables[0] if tables else ""
+  prefix = _prefix(body)
   if prefix not in PREFIXES:
     raise LoadError(
       f"E102 {path}: tensors begin with {prefix!r}, expected 'model.' or nothing. "
       "Save the text model of this checkpoint on its own first."
     )
-  return {name.removeprefix(prefix): tensor for name, tensor in body.items()}
+  found = {name.removeprefix(prefix): tensor for name, tensor in body.items()}
+  return {param_mapping.TABLE[1]: stored[HEAD], **found} if tied and HEAD in stored else found
+
+
+def _prefix(names: Iterable[str]) -> str:
+  """Returns what stands before the name of the token table, or else of the first layers."""
+  tables = (param_mapping.TABLE, *param_mapping.FACTORS)
+  for end in (*(name for _, name, _ in tables), f"layers.0.{param_mapping.LAYER[0][1]}"):
+    for name in names:
+      if name.endswith(end):
+        return name.removesuffix(end)
+  return ""
 
 
 def _tensor_problems(
@@ -380,9 +448,15 @@ def _tensor_problems(
     if t.name in stored and stored[t.name].shape != t.shape:
       found = list(stored[t.name].shape)
       problems.append(f"E103 shape: {t.name} is {found}, expected {list(t.shape)} = {t.meaning}.")
+  others: dict[str, list[str]] = {}
   for name, tensor in stored.items():
-    if tensor.dtype not in DTYPES:
-      problems.append(f"E105 dtype: {name} is {tensor.dtype}, expected {', '.join(DTYPES)}.")
+    others.setdefault(tensor.dtype, []).append(name)
+  problems += [
+    f"E105 dtype: {len(names)} tensors are {dtype}, {_some(names)}, expected {', '.join(DTYPES)}. "
+    "Take the model before it was quantized."
+    for dtype, names in others.items()
+    if dtype not in DTYPES
+  ]
   return problems
 
 

@@ -14,6 +14,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.hf.config_files import Variant
 from mlembed_jax.hf.load import Params, load_params, on_device
+from mlembed_jax.hf.recipe import LAST, Recipe
 from mlembed_jax.models.batched import Batching, encode_batched
 
 FILE = "parity.json"
@@ -66,10 +67,17 @@ def items(
 
 
 def vectors(
-  folder: pathlib.Path, model: ModelConfig, ids: Sequence[Sequence[int]], dim: int
+  folder: pathlib.Path,
+  model: ModelConfig,
+  ids: Sequence[Sequence[int]],
+  dim: int,
+  recipe: Recipe | None = None,
 ) -> Float[np.ndarray, "N M"]:
-  """Returns the unit vectors of token ids by the weights of a folder, in little-endian float32."""
-  return _vectors(load(folder, model), model, ids, dim)
+  """Returns the unit vectors of token ids by the weights of a folder, in little-endian float32.
+
+  They are cut states of the last token, unless the recipe of the folder says otherwise.
+  """
+  return _vectors(load(folder, model), model, ids, dim, recipe)
 
 
 def load(folder: pathlib.Path, model: ModelConfig) -> Params:
@@ -78,20 +86,29 @@ def load(folder: pathlib.Path, model: ModelConfig) -> Params:
 
 
 def states(
-  params: Params, model: ModelConfig, ids: Sequence[Sequence[int]], exits: Sequence[int]
+  params: Params,
+  model: ModelConfig,
+  ids: Sequence[Sequence[int]],
+  exits: Sequence[int],
+  pooling: str = LAST,
 ) -> Float[np.ndarray, "E N D"]:
   """Returns the final-norm states of token ids at each exit, in float32, not normalised."""
   with jax.default_device(_exact_device()), jax.default_matmul_precision("highest"):
     batching = Batching(lengths=[*BUCKETS, max(map(len, ids))], rows=lambda _: 2)
-    return encode_batched(model, params, ids, exits, batching)
+    return encode_batched(model, params, ids, exits, batching, pooling=pooling)
 
 
 def _vectors(
-  params: Params, model: ModelConfig, ids: Sequence[Sequence[int]], dim: int
+  params: Params,
+  model: ModelConfig,
+  ids: Sequence[Sequence[int]],
+  dim: int,
+  recipe: Recipe | None = None,
 ) -> Float[np.ndarray, "N M"]:
-  found = states(params, model, ids, [model.layers])[0]
-  with jax.default_device(_exact_device()):
-    return np.ascontiguousarray(matryoshka.truncate(found, dim), "<f4")
+  found = states(params, model, ids, [model.layers], recipe.pooling if recipe else LAST)[0]
+  with jax.default_device(_exact_device()), jax.default_matmul_precision("highest"):
+    finished: Any = recipe.finish(found) if recipe else found
+    return np.ascontiguousarray(matryoshka.truncate(finished, dim), "<f4")
 
 
 def embedding(item: Mapping[str, Any]) -> Float[np.ndarray, " M"]:

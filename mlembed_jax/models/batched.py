@@ -27,11 +27,12 @@ class Batching:
 
 @functools.lru_cache(maxsize=64)
 def _program(
-  model: ModelConfig, exits: tuple[int, ...], out: NamedSharding | None
+  model: ModelConfig, exits: tuple[int, ...], pooling: str, out: NamedSharding | None
 ) -> Callable[..., Any]:
   @functools.partial(jax.jit, out_shardings=out)
   def run(params: Any, tokens: Any, lengths: Any) -> Any:
-    found: Any = Encoder(model, exits).apply({"params": params}, tokens, lengths[:, None] - 1)
+    encoder = Encoder(model, exits, pooling)
+    found: Any = encoder.apply({"params": params}, tokens, lengths[:, None] - 1)
     return found[:, :, 0].astype(jnp.float32)
 
   return run
@@ -44,6 +45,7 @@ def encode_batched(
   exits: Sequence[int],
   batching: Batching,
   progress: Callable[[int], Any] = lambda count: None,
+  pooling: str = "lasttoken",
 ) -> Float[np.ndarray, "E N D"]:
   """Returns the final-norm state of each text at each exit, float32, *before* L2 normalisation.
 
@@ -58,10 +60,11 @@ def encode_batched(
     exits: layer counts at which states are taken, ascending.
     batching: shapes of the batches.
     progress: is called with the number of texts of each batch that is on its way.
+    pooling: one of `models.pooling.POOLINGS`; all but "lasttoken" have the exit of full depth only.
   """
   sharding = batching.sharding
   whole = NamedSharding(sharding.mesh, PartitionSpec()) if sharding else None
-  program = _program(model, tuple(exits), whole)
+  program = _program(model, tuple(exits), pooling, whole)
   out = np.empty((len(exits), len(ids), model.width), np.float32)
   before: tuple[np.ndarray, Any] | None = None
   for chosen, inputs in _batches(ids, batching):

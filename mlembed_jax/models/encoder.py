@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.models.attention import SAVED, Rotation, attention, rotary, rotation
 from mlembed_jax.models.embedding import look_up
-from mlembed_jax.models.pooling import last_tokens, packed
+from mlembed_jax.models.pooling import last_tokens, packed, pooled
 from mlembed_jax.parallel import mesh_context
 
 _saved = jax.checkpoint_policies.save_only_these_names
@@ -193,6 +193,7 @@ class Encoder(nn.Module):
 
   config: ModelConfig
   exits: tuple[int, ...] = ()  # layer counts to give the states of; (): all
+  pooling: str = "lasttoken"  # others give the states of the full depth alone
 
   @nn.compact
   def __call__(
@@ -212,11 +213,13 @@ class Encoder(nn.Module):
     positions_BT, segments_BT = packed(ends_BK, tokens_BT.shape[1])
     x_BTD = self._embed(tokens_BT, rank_mask_R)
     turns = rotation(positions_BT, c.head_dim, c.rope_theta)
-    _, pooled_LBKD = self._layers()(c, name="layers")(x_BTD, turns, segments_BT, ends_BK)
-    exits = self.exits or range(1, c.layers + 1)
+    x_BTD, last_LBKD = self._layers()(c, name="layers")(x_BTD, turns, segments_BT, ends_BK)
     # Recomputed by the backward pass, which else keeps four times as much in float32.
     norm: Any = nn.remat(RMSNorm, prevent_cse=False)
-    return norm(c, name="final_norm")(pooled_LBKD[jnp.array(exits) - 1])
+    if self.pooling != "lasttoken":  # a mean is one of normed states
+      return pooled(norm(c, name="final_norm")(x_BTD), ends_BK, segments_BT, self.pooling)[None]
+    exits = self.exits or range(1, c.layers + 1)
+    return norm(c, name="final_norm")(last_LBKD[jnp.array(exits) - 1])
 
   def _embed(self, tokens_BT: Array, rank_mask_R: Array | None) -> Array:
     c = self.config

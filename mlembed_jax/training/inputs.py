@@ -24,9 +24,11 @@ from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.store import Split, open_split
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.errors import ConfigError, DataError
+from mlembed_jax.errors import ConfigError, DataError, LoadError
 from mlembed_jax.eval import tasks
 from mlembed_jax.files import write_json
+from mlembed_jax.hf import recipe
+from mlembed_jax.hf.file_names import MODULES
 from mlembed_jax.hf.folder import check_folder, resolve
 from mlembed_jax.parallel import processes
 from mlembed_jax.training.teacher import Teacher, check_stored, open_teacher
@@ -71,7 +73,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   """Returns the opened files, built first where `data.builder` says so.
 
   Raises:
-    ConfigError, DataError: a setting, a file or a tokenizer cannot be used.
+    ConfigError, DataError, LoadError: a setting, a file, a tokenizer or a folder cannot be used.
   """
   data = _built(config, workdir) if config.data.builder else config.data
   opened = catalog.load_catalog(pathlib.Path(data.dataset))
@@ -81,8 +83,14 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
       f"model.vocab: {config.model.vocab} rows are fewer than the {tokenizer.size} tokens of "
       f"{tokenizer.path}"
     )
+  if not tokenizer.pooled_is_added:
+    raise ConfigError(
+      f"data.pooled_token: {tokenizer.path} has {data.pooled_token!r} outside of added_tokens, so "
+      "readers of an export would split texts in another way; prepare the data with a tokenizer "
+      "that has it there, or with another pooled token"
+    )
   if config.train.init_from:
-    check_folder(resolve(config.train.init_from), config.model, tokenizer.size)
+    check_start(resolve(config.train.init_from), config, tokenizer)
   teacher = open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
   chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)
@@ -100,6 +108,16 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     tasks=[tasks.load_task(file, data.language_key) for file in heldout],
     teacher=teacher,
   )
+
+
+def check_start(folder: pathlib.Path, config: Config, tokenizer: Tokenizer) -> None:
+  """Raises LoadError where training cannot start from a folder, or would do otherwise than it."""
+  if recipe.is_embedder(folder) and (problems := recipe.training_problems(recipe.read(folder))):
+    raise LoadError(
+      f"train.init_from: {folder}: {'; '.join(problems)}. To start from its weights all the same, "
+      f"take a copy of the folder without {MODULES}"
+    )
+  check_folder(folder, config.model, tokenizer.size)
 
 
 def _built(config: Config, workdir: pathlib.Path) -> DataConfig:

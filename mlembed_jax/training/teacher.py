@@ -12,10 +12,11 @@ from mlembed_jax.config_fields import STORED, Config, ModelConfig
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.errors import ConfigError
-from mlembed_jax.hf import own_file
+from mlembed_jax.errors import ConfigError, LoadError
+from mlembed_jax.hf import own_file, recipe
 from mlembed_jax.hf.folder import check_folder, read_model
 from mlembed_jax.hf.load import load_params
+from mlembed_jax.hf.recipe import Recipe
 from mlembed_jax.matryoshka import axes_of
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.objective.distillation import match_exits
@@ -71,7 +72,8 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   Raises:
     ConfigError: it is no encoder, narrower than the student, of another vocabulary or pooled token,
       or its exits do not fit.
-    LoadError: a folder that cannot be imported.
+    LoadError: a folder that cannot be imported, or whose texts become vectors in another way than
+      those of the run.
   """
   if config.kd.teacher in ("", STORED):
     return None
@@ -154,10 +156,26 @@ def _from_workdir(path: pathlib.Path) -> _Found:
 
 def _from_folder(path: pathlib.Path) -> _Found:
   model, version = read_model(path), _weights_version(path)
-  if not (own := own_file.read(path)):
-    return _Found(model, (model.layers,), None, version)
+  own, end = own_file.read(path), None
+  if recipe.is_embedder(path):
+    end = _checked(path, recipe.read(path)).tokenizer.end
+  if not own:
+    return _Found(model, (model.layers,), end, version)
   trained = tuple(e for e in own.exits.trained if e <= model.layers)
   return _Found(model, trained or (model.layers,), own.pooling.token, version)
+
+
+def _checked(path: pathlib.Path, found: Recipe) -> Recipe:
+  """Returns the recipe of a teacher; raises LoadError where the run would not follow it."""
+  problems = recipe.training_problems(found)
+  if found.default_prompt:
+    problems.append(f"it puts {found.default_prompt!r} before every text; the run does not")
+  if problems:
+    raise LoadError(
+      f"kd.teacher: {path}: {'; '.join(problems)}. Encode the data with it, and set kd.teacher to "
+      f"{STORED!r}"
+    )
+  return found
 
 
 def _weights_version(path: pathlib.Path) -> str:

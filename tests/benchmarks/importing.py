@@ -27,7 +27,7 @@ import safetensors.numpy
 
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.hf import param_mapping
-from mlembed_jax.hf.folder import INDEX
+from mlembed_jax.hf.file_names import INDEX
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.parallel.sharding import logical_rules, make_mesh
 from mlembed_jax.training import train_state

@@ -226,7 +226,7 @@ TENSOR_FAULTS = {
   ),
   "integers": (
     replaced(Q, lambda t: t.astype(np.int8)),
-    rf"E105 dtype: {Q} is I8, expected BF16, F16, F32",
+    rf"E105 dtype: 1 tensors are I8, first {Q}, expected BF16, F16, F32",
   ),
   "not finite": (
     replaced(Q, with_nan),

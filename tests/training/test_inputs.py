@@ -232,6 +232,11 @@ def test_a_run_records_what_decides_its_rows(folder):
     ({"data.heldout": ("none",)}, DataError, r"data\.heldout: 'none' matches no file of"),
     ({"data.heldout": ("train/bitext*",)}, DataError, r"column text is missing; it has query"),
     ({"data.pooled_token": "<|x|>"}, DataError, r"pooled_token: .*has no token '<\|x\|>'"),
+    (
+      {"data.pooled_token": "a"},
+      ConfigError,
+      r"pooled_token: .* 'a' outside of added_tokens",
+    ),
     ({"data.global_batch": 64}, DataError, r"has fewer of its rows than data\.global_batch = 64"),
     ({"model.vocab": 500}, ConfigError, r"model\.vocab: 500 rows are fewer than the \d+ tokens of"),
   ],

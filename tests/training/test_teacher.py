@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -17,7 +18,7 @@ from mlembed_jax.files import copy_file
 from mlembed_jax.hf.export import TrainedModel, export_folder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
-from mlembed_jax.training import optimizer, train_state
+from mlembed_jax.training import inputs, optimizer, train_state
 from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.teacher import check_stored, open_teacher
 from mlembed_jax.training.train_step import BatchLoss
@@ -97,6 +98,34 @@ def test_a_folder_of_others_teaches_with_its_last_layer(exported, tokenizer):
     assert open_teacher(student(exported), tokenizer).shape.exits == (2, 2, 2)
   finally:
     (exported / "moved").rename(exported / "mlembed.json")
+
+
+DEFAULT = ("config_sentence_transformers.json", {"default_prompt_name": "query"})
+MEAN = ("1_Pooling/config.json", {"pooling_mode": "mean", "pooling_mode_lasttoken": False})
+
+
+@pytest.mark.parametrize(
+  ("edit", "said", "starts"),
+  [
+    (MEAN, "its pooling is mean; training pools the last token", False),
+    (DEFAULT, "it puts 'Instruct: .*before every text; the run does not", True),
+    (("config.json", {"is_causal": False}), "is_causal is False", False),
+  ],
+)
+def test_what_a_run_would_leave_out_of_a_folder_is_refused(
+  exported, tokenizer, tmp_path, edit, said, starts
+):
+  folder, (file, values) = pathlib.Path(shutil.copytree(exported, tmp_path / "copy")), edit
+  (folder / "mlembed.json").unlink()
+  (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+  with pytest.raises(LoadError, match=said):
+    open_teacher(student(folder), tokenizer)
+  config = from_mapping(config_dict(**WIDE | {"model.layers": 2, "matryoshka.exits": (1, 2)}))
+  if starts:
+    inputs.check_start(folder, config, tokenizer)
+  else:
+    with pytest.raises(LoadError, match=said):
+      inputs.check_start(folder, config, tokenizer)
 
 
 def distillation_of(config, teacher, params, mesh):

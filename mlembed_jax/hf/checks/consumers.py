@@ -79,8 +79,9 @@ CONSUMERS = (
     vectors.OURS,
     needs=(File.CONFIG, File.TOKENIZER, File.PROMPTS),
     reads=(
-      *(File.OWN, PARITY, Fact.FIRST_COORDINATES, Fact.LAST_TOKEN, Fact.MODEL_TYPE),
-      *(Fact.TEXT_LENGTH, Fact.TWO_FACTORS),
+      *(File.OWN, PARITY, File.MODULES, File.POOLING, File.BERT, Fact.DENSE_MODULE),
+      *(Fact.FIRST_COORDINATES, Fact.LAST_TOKEN, Fact.MODEL_TYPE, Fact.TEXT_LENGTH),
+      Fact.TWO_FACTORS,
     ),
   ),
   Consumer(
@@ -91,7 +92,7 @@ CONSUMERS = (
     ),
     reads=(
       *(File.CARD, *AUTO_CLASSES, Fact.DENSE_MODULE, Fact.EMBEDDING_DIMENSION),
-      *(Fact.FIRST_COORDINATES, Fact.LAST_TOKEN, Fact.MAX_SEQ_LENGTH, Fact.MODULE_TYPES),
+      *(Fact.FIRST_COORDINATES, Fact.LAST_TOKEN, Fact.MODULE_TYPES),
       *(Fact.TEXT_LENGTH, Fact.WORD_EMBEDDING_DIMENSION, File.POOLING),
     ),
     load=installed.sentence_transformers,

@@ -18,7 +18,6 @@ from mlembed_jax.hf.checks.finding import (
   Finding,
   Subject,
 )
-from mlembed_jax.hf.parity import FILE as PARITY
 
 # None computes vectors or imports torch; the weights are read once.
 CHECKS = (
@@ -38,7 +37,7 @@ CHECKS = (
   Check("D14", weights.check_factors, File.OWN, (File.OWN,)),
   Check("D15", small_files.check_card, "", (File.CARD, File.OWN)),  # people read the card
 )
-VECTORS = Check("D16", vectors.check_vectors, vectors.OURS, (PARITY, File.OWN))
+VECTORS = Check("D16", vectors.check_vectors, vectors.OURS)
 # VECTORS of the other programs, with torch; skipped where they are not installed.
 INSTALLED = tuple(
   Check(VECTORS.code, consumer.load, consumer.name) for consumer in CONSUMERS if consumer.load
@@ -53,6 +52,7 @@ class Verdict:
   level: str
   because: tuple[str, ...]  # checks
   note: str
+  ran: bool = False  # the verdict is that of running it, not of reading its files
 
   def __str__(self) -> str:
     """Returns the line of this program."""
@@ -60,8 +60,9 @@ class Verdict:
       OK: "ok",
       SKIPPED: "does not read it",
       WARNING: "warnings: " + ", ".join(self.because),
-      ERROR: "would fail because of " + ", ".join(self.because),
+      ERROR: f"{'fails' if self.ran else 'would fail'} because of " + ", ".join(self.because),
     }[self.level]
+    said = said if self.ran or self.level == SKIPPED else f"not run: {said}"
     return f"{self.consumer:<22} {said}" + (f"; {self.note}" if self.note else "")
 
 
@@ -88,7 +89,7 @@ def _run(subject: Subject, check: Check) -> Iterator[Finding]:
 
 
 def verdicts(path: pathlib.Path, findings: Sequence[Finding]) -> list[Verdict]:
-  """Returns one verdict for each program."""
+  """Returns one verdict for each program: of those that were run, what running them gave."""
   remote = Subject(path).is_remote
   return [
     Verdict(consumer.name, SKIPPED, (), "the token table is stored as two factors")
@@ -99,12 +100,20 @@ def verdicts(path: pathlib.Path, findings: Sequence[Finding]) -> list[Verdict]:
 
 
 def _verdict(name: str, findings: Sequence[Finding]) -> Verdict:
-  level = ERROR if any(f.level == ERROR for f in findings) else WARNING
-  because = tuple(dict.fromkeys(f.check for f in findings if f.level == level))
-  # A note says what is well, and what was skipped for this program alone.
+  ran = [f for f in findings if _is_of_running(name, f)]
+  level = ERROR if any(f.level == ERROR for f in ran or findings) else WARNING
+  because = tuple(dict.fromkeys(f.check for f in ran or findings if f.level == level))
+  # A note says what is well, what was skipped for this program alone, and what else was read.
   said = [f.found for f in findings if f.level == OK or _is_skipped_for(name, f)]
   notes = [found.removeprefix(name).lstrip(": ") for found in said if found]
-  return Verdict(name, level if because else OK, because, "; ".join(notes))
+  others = {f.check: None for f in findings if f.level in (WARNING, ERROR) and f not in ran}
+  if ran and others:
+    notes.append(f"other versions may heed {', '.join(others)}")
+  return Verdict(name, level if because else OK, because, "; ".join(notes), bool(ran))
+
+
+def _is_of_running(name: str, finding: Finding) -> bool:
+  return (finding.check, finding.fact) == (VECTORS.code, name) and finding.level != SKIPPED
 
 
 def _is_skipped_for(name: str, finding: Finding) -> bool:

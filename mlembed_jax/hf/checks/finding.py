@@ -12,7 +12,7 @@ import safetensors
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES, Family
 from mlembed_jax.files import read_json
-from mlembed_jax.hf import own_file, param_mapping
+from mlembed_jax.hf import file_names, own_file, param_mapping
 from mlembed_jax.hf.own_file import OwnFile
 
 OK, SKIPPED, WARNING, ERROR = LEVELS = ("ok", "skipped", "warning", "error")
@@ -22,14 +22,14 @@ AGAIN = "Take the folder as it was exported."
 class File(enum.StrEnum):
   """The small files of an exported folder, in the order in which check_files misses them."""
 
-  CONFIG = "config.json"
-  TOKENIZER = "tokenizer.json"
-  TOKENIZER_CONFIG = "tokenizer_config.json"
-  MODULES = "modules.json"
-  PROMPTS = "config_sentence_transformers.json"
-  BERT = "sentence_bert_config.json"
-  POOLING = "1_Pooling/config.json"
-  CARD = "README.md"
+  CONFIG = file_names.CONFIG
+  TOKENIZER = file_names.TOKENIZER
+  TOKENIZER_CONFIG = file_names.TOKENIZER_CONFIG
+  MODULES = file_names.MODULES
+  PROMPTS = file_names.PROMPTS
+  BERT = file_names.BERT
+  POOLING = f"1_Pooling/{file_names.CONFIG}"
+  CARD = file_names.CARD
   OWN = own_file.NAME
 
 
@@ -137,10 +137,9 @@ class Subject:
     return found if isinstance(found, dict) else {}
 
   @property
-  def pooled_id(self) -> int | None:
-    """Returns the id whose state is the embedding."""
-    stated = self.own.pooling.token_id if self.own else self.config.get("eos_token_id")
-    return stated if isinstance(stated, int) else None
+  def is_export(self) -> bool:
+    """Returns whether mlembed.json says that the folder was written here; it may be damaged."""
+    return self.has(File.OWN) and self._content(File.OWN) != {}
 
   @property
   def allowed(self) -> int | None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mlembed_jax.hf import config_files
-from mlembed_jax.hf.checks.finding import AGAIN, ERROR, SKIPPED, WARNING, File, Finding, Subject
+from mlembed_jax.hf import config_files, recipe
+from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, SKIPPED, WARNING, File, Finding, Subject
 from mlembed_jax.hf.checks.vectors import EXACT, Item, compare, items
-from mlembed_jax.hf.parity import FILE, TOLERANCE
+from mlembed_jax.hf.parity import TOLERANCE
 
 ST, TRANSFORMERS = "sentence-transformers", "transformers"  # names of the distributions, too
 
@@ -104,14 +104,24 @@ def _encode(
 
   def encode(item: Item) -> np.ndarray:
     model.max_seq_length = item.limit
-    return np.asarray(model.encode(item.text, show_progress_bar=False))
+    # Of an export, the module Normalize is examined, too.
+    options: dict[str, Any] = {"prompt": "", "normalize_embeddings": not s.is_export}
+    return np.asarray(model.encode(item.text, show_progress_bar=False, **options))
 
   ids = _ids(model.tokenizer)
   yield from compare(found, program, ids, lambda: [encode(item) for item in found], tolerance)
 
 
+def _of_last_token(s: Subject) -> bool:
+  """Returns whether vectors are cut states, which a program without modules can compute."""
+  if s.is_export:
+    return True
+  found = recipe.read(s.path)
+  return found.pooling == recipe.LAST and not found.modules and not found.lower_case
+
+
 def _only_loaded(program: str) -> Finding:
-  return Finding(SKIPPED, FILE, f"{program} loads it; no vectors to compare with")
+  return Finding(OK, "", f"{program} loads it; no vectors to compare with")
 
 
 def _ids(tokenizer: Any) -> Callable[[Item], list[int]]:
@@ -132,7 +142,7 @@ def _transformers(s: Subject, found: Sequence[Item]) -> Iterator[Finding]:
     yield Finding(ERROR, File.CONFIG, text, AGAIN)
     return
   tokenizer = AutoTokenizer.from_pretrained(s.path, **options)
-  if not found:
+  if not found or not _of_last_token(s):
     yield _only_loaded(program)
     return
 

@@ -12,9 +12,10 @@ from mlembed_jax.hf.card import HEADINGS, TAGS
 from mlembed_jax.hf.checks.consumers import Fact, needed_files
 from mlembed_jax.hf.checks.finding import AGAIN, ERROR, SKIPPED, WARNING, File, Finding, Subject
 from mlembed_jax.hf.checks.installed import foreign_code
-from mlembed_jax.hf.folder import INDEX, WEIGHTS
+from mlembed_jax.hf.file_names import INDEX, WEIGHTS
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.hf.parity import FILE as PARITY
+from mlembed_jax.hf.recipe import FLAGS, LAST
 
 LEGACY = "sentence_transformers.models."
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -176,19 +177,18 @@ def check_modules(s: Subject) -> Iterator[Finding]:
 
 
 def check_pooling(s: Subject) -> Iterator[Finding]:
-  """Pooling means the last token to old and new readers."""
+  """Pooling means the same to old and new readers, in an export the last token."""
   file = f"{s.module('Pooling') or '1_Pooling'}/config.json"
   pooling = s.json(file)
   chosen = [key for key, value in pooling.items() if value is True]
   mode = pooling.get("pooling_mode")
-  if chosen[:1] != ["pooling_mode_lasttoken"] or set(chosen[1:]) - {"include_prompt"}:
+  wanted = [key for key, name in FLAGS.items() if name == (LAST if s.is_export else mode)]
+  if chosen[:1] != (wanted or chosen[:1]) or not chosen or set(chosen[1:]) - {"include_prompt"}:
     found = f"the true keys are {chosen}; vLLM takes the first, TEI the only one"
-    remedy = "Only pooling_mode_lasttoken, then include_prompt."
-    # Ours pools nothing but the last token, and does not read this file.
-    fact = File.POOLING if mode == "lasttoken" else Fact.LAST_TOKEN
-    yield Finding(ERROR, file, found, remedy, fact)
-  if mode not in (None, "lasttoken"):
-    yield Finding(ERROR, file, f"pooling_mode is {mode!r}", "Write lasttoken.")
+    remedy = f"Only {(wanted or ['one pooling_mode_...'])[0]}, then include_prompt."
+    yield Finding(ERROR, file, found, remedy, File.POOLING)
+  if s.is_export and mode not in (None, LAST):
+    yield Finding(ERROR, file, f"pooling_mode is {mode!r}", f"Write {LAST}.")
   for key in ("pooling_mode_cls_token", "pooling_mode_mean_tokens"):
     if key not in pooling:
       found = f"{key} is absent; TEI and llama.cpp look it up"
@@ -204,7 +204,9 @@ def check_pooling(s: Subject) -> Iterator[Finding]:
 
 
 def check_prompts(s: Subject) -> Iterator[Finding]:
-  """There are prompts of queries and documents."""
+  """An export has prompts of queries and documents."""
+  if not s.is_export:
+    return
   for name in ("query", "document"):
     if name not in s.prompts:
       remedy = "Add it; document may be empty."

@@ -38,12 +38,9 @@ def check_pooled_token(s: Subject) -> Iterator[Finding]:
   except Exception as error:  # the library raises bare Exception
     yield Finding(ERROR, File.TOKENIZER, f"is not a tokenizer: {error}", AGAIN, Fact.MODEL)
     return
-  if s.pooled_id is None:
-    found = "neither mlembed.json nor eos_token_id says which token ends a text"
-    yield Finding(ERROR, File.CONFIG, found, "Write eos_token_id.")
-    return
-  yield from _endings(tokenizer, s.pooled_id)
-  yield from _names(s, tokenizer, s.pooled_id)
+  if (pooled := s.own.pooling.token_id if s.own else _end(tokenizer)) is not None:
+    yield from _endings(tokenizer, pooled)
+    yield from _names(s, tokenizer, pooled)
   yield from _class(s.json(File.TOKENIZER_CONFIG))
   size, rows = max(tokenizer.get_vocab().values()) + 1, s.config.get("vocab_size")
   if isinstance(rows, int) and size > rows:
@@ -57,6 +54,12 @@ def _open(s: Subject) -> tokenizers.Tokenizer:
   tokenizer.no_padding()
   tokenizer.no_truncation()
   return tokenizer
+
+
+def _end(tokenizer: tokenizers.Tokenizer) -> int | None:
+  """Returns the id that the post-processor puts after every text, None where it puts none."""
+  whole = tokenizer.encode("hello")
+  return whole.ids[-1] if whole.ids and whole.sequence_ids[-1] is None else None
 
 
 def _endings(tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Finding]:
@@ -73,14 +76,15 @@ def _endings(tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Finding]:
 
 
 def _names(s: Subject, tokenizer: tokenizers.Tokenizer, pooled: int) -> Iterator[Finding]:
+  """Compares the names of the end token: all but llama.cpp append what the post-processor says."""
   token = tokenizer.id_to_token(pooled)
   if (eos := s.config.get("eos_token_id")) != pooled and isinstance(eos, int):
     found = f"eos_token_id is {eos}, but texts end in {pooled}, {token}"
-    yield Finding(ERROR, File.CONFIG, found, f"Write {pooled}.")
+    yield Finding(WARNING, File.CONFIG, found, f"Write {pooled}.", Fact.GGUF)
   stated = s.json(File.TOKENIZER_CONFIG).get("eos_token")
   if (name := stated.get("content") if isinstance(stated, dict) else stated) != token:
     found = f"eos_token is {name!r}, but texts end in {token!r}"
-    yield Finding(ERROR, File.TOKENIZER_CONFIG, found, f"Write {token}.")
+    yield Finding(WARNING, File.TOKENIZER_CONFIG, found, f"Write {token}.", Fact.GGUF)
   if s.own and (ours := s.own.pooling.token) != token:
     found = f"pooling.token is {ours!r}, its token_id {pooled} is {token!r}"
     yield Finding(ERROR, File.OWN, found, AGAIN, File.OWN)
@@ -145,4 +149,5 @@ def _gguf(s: Subject, family: Family) -> Iterator[Finding]:
   if special.add_special_token.get("eos") is not True:
     found = "gguf does not see that a token is appended"
     remedy = "Let post_processor and eos_token name the same token."
-    yield Finding(ERROR, File.TOKENIZER, found, remedy)
+    level = ERROR if _end(_open(s)) is None else WARNING  # texts can be given with the token
+    yield Finding(level, File.TOKENIZER, found, remedy)

@@ -1,16 +1,18 @@
 """Check of the vectors of parity.json against those that a program computes from the folder."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError, LoadError
 from mlembed_jax.hf import parity
-from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, SKIPPED, File, Finding, Subject
-from mlembed_jax.hf.folder import read_model
+from mlembed_jax.hf import recipe as recipes
+from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, SKIPPED, WARNING, File, Finding, Subject
+from mlembed_jax.hf.folder import check_folder, read_model
+from mlembed_jax.hf.recipe import LAST, is_embedder
 
 OURS = "ours"
 EXACT = parity.TOLERANCE["float32"]
@@ -28,7 +30,16 @@ class Item:
 
 
 def items(s: Subject) -> list[Item]:
-  """Returns the texts of parity.json with the prompts of the folder; [] where there are none."""
+  """Returns texts and vectors to compare with: those of parity.json, or ours of a folder of others.
+
+  [] where an export is damaged, or our loader refuses a folder of others, or this does not say how
+  its states become vectors.
+  """
+  if not s.is_export:
+    try:
+      return _of_others(s) if is_embedder(s.path) else []
+    except (DataError, LoadError):
+      return []  # check_vectors says so
   if not s.own:
     return []
   limit = s.allowed or s.own.pooling.max_seq_length
@@ -41,6 +52,20 @@ def items(s: Subject) -> list[Item]:
       vector=parity.embedding(item),
     )
     for item in s.json(parity.FILE).get("items", [])
+  ]
+
+
+@functools.lru_cache(maxsize=1)  # asked for every program
+def _of_others(s: Subject) -> list[Item]:
+  recipe, model = recipes.read(s.path), read_model(s.path)
+  texts = {name: recipe.default_prompt + text for name, text in parity.TEXTS.items()}
+  limit = recipe.max_seq_length or max(map(len, texts.values()))
+  ids = recipe.tokenizer.encode(list(texts.values()), limit)
+  check_folder(s.path, model, recipe.tokenizer.size)
+  found = parity.vectors(s.path, model, ids, recipe.dim, recipe)
+  return [
+    Item(name, text, limit, row, vector)
+    for (name, text), row, vector in zip(texts.items(), ids, found, strict=True)
   ]
 
 
@@ -86,18 +111,32 @@ def _distances(
 
 def check_vectors(s: Subject) -> Iterator[Finding]:
   """Our own forward pass of the stored weights gives the vectors of parity.json."""
-  if not (own := s.own):
-    yield Finding(SKIPPED, File.OWN, "says nothing that can be used")
-    return
-  found = items(s)
   try:
-    tokenizer = Tokenizer(s.path / File.TOKENIZER, own.pooling.token)
-    ids: Any = lambda item: tokenizer.encode([item.text], item.limit)[0]  # noqa: E731
-    yield from compare(found, OURS, ids, lambda: _vectors(s, found, own.dims.exported), EXACT)
+    yield from _compared(s) if s.is_export else _loaded(s)
   except (DataError, LoadError) as error:
-    text = f"{OURS} refuses the folder: {str(error).splitlines()[-1]}"
-    yield Finding(ERROR, parity.FILE, text, AGAIN)
+    for line in str(error).splitlines()[1:] or [str(error)]:
+      yield Finding(ERROR, "", f"{OURS} refuses the folder: {line}", AGAIN)
+
+
+def _compared(s: Subject) -> Iterator[Finding]:
+  if not s.own or not s.has(parity.FILE):
+    yield Finding(SKIPPED, parity.FILE, "has nothing to compare with")
+    return
+  found, recipe = items(s), recipes.read(s.path)
+  ids: Any = lambda item: recipe.tokenizer.encode([item.text], item.limit)[0]  # noqa: E731
+  yield from compare(found, OURS, ids, lambda: _vectors(s, found, recipe.dim), EXACT)
 
 
 def _vectors(s: Subject, found: Sequence[Item], dim: int) -> Any:
   return parity.vectors(s.path, read_model(s.path), [item.ids for item in found], dim)
+
+
+def _loaded(s: Subject) -> Iterator[Finding]:
+  recipe, model = recipes.read(s.path), read_model(s.path)
+  check_folder(s.path, model, recipe.tokenizer.size)
+  if recipe.pooling == LAST and not recipe.tokenizer.after:
+    found = f"{OURS}: no token is put after a text; Encoder.load wants pooled_token"
+    yield Finding(WARNING, File.TOKENIZER, found, "Name the token that ended texts in training.")
+    return
+  said = "loads it" if items(s) else "loads it as a language model: the last token's state"
+  yield Finding(OK, "", f"{OURS}: {said}")

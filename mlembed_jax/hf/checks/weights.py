@@ -10,9 +10,9 @@ from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, param_mapping
 from mlembed_jax.hf.checks.consumers import Fact
 from mlembed_jax.hf.checks.finding import AGAIN, ERROR, OK, SKIPPED, WARNING, File, Finding, Subject
+from mlembed_jax.hf.file_names import WEIGHTS
 from mlembed_jax.hf.folder import (
   DTYPES,
-  WEIGHTS,
   Folder,
   Stored,
   open_file,
@@ -89,15 +89,18 @@ def check_depth(s: Subject) -> Iterator[Finding]:
 
 
 def check_dimension(s: Subject) -> Iterator[Finding]:
-  """A cut dimension is a Dense module that keeps the first coordinates, and is stated."""
+  """An export's cut dimension is a Dense module that keeps the first coordinates, and is stated."""
   width, path = s.config.get("hidden_size"), s.module("Dense")
   config = s.json(f"{path}/config.json")
   out: Any = width
   if path:
     out = config.get("out_features")
-    yield from _dense_config(f"{path}/config.json", config, width)
-    yield from _dense_weights(s, f"{path}/{WEIGHTS}", (out, width))
-    found = f"does not apply {path}: keep the first {out} coordinates and normalise again"
+    yield from _dense_config(s, f"{path}/config.json", config, width)
+    if s.is_export:
+      yield from _dense_weights(s, f"{path}/{WEIGHTS}", (out, width))
+    found = f"does not apply {path}"
+    if s.is_export:
+      found += f": keep the first {out} coordinates and normalise again"
     yield Finding(OK, f"{path}/config.json", found, "", Fact.WHOLE_WIDTH)
   exported = s.own.dims.exported if s.own else out
   if exported != out:
@@ -111,11 +114,13 @@ def check_dimension(s: Subject) -> Iterator[Finding]:
     yield Finding(level, File.CONFIG, found, remedy, Fact.MATRYOSHKA_DIMENSIONS)
 
 
-def _dense_config(file: str, config: Mapping[str, Any], width: Any) -> Iterator[Finding]:
+def _dense_config(
+  s: Subject, file: str, config: Mapping[str, Any], width: Any
+) -> Iterator[Finding]:
   if config.get("in_features") != width:
     found = f"in_features is {config.get('in_features')}, hidden_size {width}"
     yield Finding(ERROR, file, found, AGAIN)
-  if config.get("bias") is not False:
+  if s.is_export and config.get("bias") is not False:
     yield Finding(ERROR, file, f"bias is {config.get('bias')!r}", "Write false.")
   name = str(config.get("activation_function"))
   if not name.startswith(PREFIX) or name.rpartition(".")[2] not in ACTIVATIONS:
