@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 from tqdm import tqdm
 
+from mlembed_jax import programs
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.text_files import check_text
 from mlembed_jax.errors import LoadError
@@ -255,6 +256,7 @@ class Encoder:
     )
     with tqdm(total=len(ids), disable=not show_progress_bar, unit=" texts") as bar:
       out = encode_batched(model, params, ids, exits, batching, bar.update, self.recipe.pooling)
+    programs.note_new()
     if self.recipe.modules:
       out = np.stack([self.recipe.finish(states_ND) for states_ND in out])
     if bad := np.flatnonzero(~np.isfinite(out).all(axis=(0, 2))).tolist():
@@ -307,7 +309,7 @@ class Encoder:
 def _keep_programs() -> None:
   """Keeps compiled programs on disk for the next process, unless the caller chose a folder."""
   if not jax.config.values["jax_compilation_cache_dir"]:
-    jax.config.update("jax_compilation_cache_dir", str(factors.cache_folder() / "compiled"))
+    programs.keep(factors.cache_folder() / "compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

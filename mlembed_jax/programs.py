@@ -7,6 +7,8 @@ each has the SHA-256 of its content beside it, and one without is compiled anew.
 import contextlib
 import os
 import pathlib
+import sys
+import threading
 
 import jax
 
@@ -14,6 +16,9 @@ from mlembed_jax import files
 
 KEPT = "*-cache"  # how jax names them
 SUFFIX = ".sha256"
+MISS = "/jax/compilation_cache/cache_misses"  # jax says so before it compiles
+
+_compiled = threading.Event()  # a program was compiled that has no digest yet
 
 
 def keep(folder: pathlib.Path, *, writes: bool = True) -> None:
@@ -25,15 +30,22 @@ def keep(folder: pathlib.Path, *, writes: bool = True) -> None:
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
   if writes and (removed := _remove_damaged(folder)):
-    print(
-      f"{folder}: {removed} kept programs are damaged or not noted; they are compiled again",
-      flush=True,
-    )
+    said = f"{folder}: {removed} kept programs are damaged or not noted; they are compiled again"
+    print(said, file=sys.stderr, flush=True)
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.monitoring.register_event_listener(_listen)
+
+
+def _listen(event: str, **_: object) -> None:
+  if event == MISS:
+    _compiled.set()
 
 
 def note_new() -> None:
-  """Writes the digests of programs that were compiled since; call it after compiling."""
+  """Writes the digests of programs that were compiled since; costs nothing where none was."""
+  if not _compiled.is_set():
+    return
+  _compiled.clear()
   folder = jax.config.values["jax_compilation_cache_dir"]
   for program in pathlib.Path(folder).glob(KEPT) if folder else ():
     if not _beside(program).exists():

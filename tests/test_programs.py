@@ -31,7 +31,7 @@ def run(folder, *more):
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   command = [sys.executable, "-c", PROGRAM, str(folder), *more]
   found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-  return found.stdout
+  return found.stdout if not found.stderr else found.stderr + found.stdout
 
 
 @pytest.fixture(scope="module")
