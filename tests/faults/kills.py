@@ -66,10 +66,11 @@ class Running:
     return "".join(self.said)
 
   def _began(self) -> bool:
-    return any(line["step"] > self.first for line in _lines(self.workdir))
+    return any(line["step"] > self.first for line in metrics_lines(self.workdir))
 
 
-def _lines(workdir: pathlib.Path) -> list[dict]:
+def metrics_lines(workdir: pathlib.Path) -> list[dict]:
+  """Returns the whole lines of metrics.jsonl."""
   path = workdir / "metrics.jsonl"
   lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
   return [json.loads(line) for line in lines if line.endswith("}")]
@@ -87,7 +88,7 @@ def begin(data: pathlib.Path, workdir: pathlib.Path) -> Running:
     text=True,
   )
   found = Running(workdir, process)
-  found.first = max((line["step"] for line in _lines(workdir)), default=0)
+  found.first = max((line["step"] for line in metrics_lines(workdir)), default=0)
   threading.Thread(target=lambda: found.said.extend(process.stdout or ()), daemon=True).start()
   return found
 
@@ -127,7 +128,7 @@ def _worker(pid: int) -> int | None:
 
 def result(workdir: pathlib.Path) -> dict[str, object]:
   """Returns what a finished run has left, by name."""
-  lines = _lines(workdir)
+  lines = metrics_lines(workdir)
   scores = {
     path.name: {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
     for path in sorted((workdir / "eval").iterdir())
@@ -153,20 +154,24 @@ def finish(running: Running) -> str:
   return "".join(running.said)
 
 
-def run(folder: pathlib.Path, kills: int, seed: int) -> dict[tuple[str, str], collections.Counter]:
-  """Returns {(phase, how): counts} of so many kills."""
+def run(
+  folder: pathlib.Path, kills: int, seed: int, per_run: int = 5
+) -> dict[tuple[str, str], collections.Counter]:
+  """Returns {(phase, how): counts} of so many kills, `per_run` of each run."""
   data, rng = folder / "data", random.Random(seed)
   material.write(data)
   alone = begin(data, folder / "alone")
   finish(alone)
   expected = result(folder / "alone")
-  plan = itertools.cycle([*itertools.product(PHASES, HOW), ("step", "worker")])
+  cases = [*itertools.product(PHASES, HOW), ("step", "worker")]
+  rng.shuffle(cases)
+  plan = itertools.cycle(cases)
   table: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
   done = number = 0
   while done < kills:
     number += 1
     workdir, met = folder / f"run{number}", []
-    for phase, how in itertools.islice(plan, 5):  # so many kills of one run
+    for phase, how in itertools.islice(plan, per_run):
       running = begin(data, workdir)
       if kill(running, phase, how, rng.uniform(0.0, LONGEST_S.get(phase, 1.0))):
         met.append((phase, how))
