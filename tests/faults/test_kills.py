@@ -1,6 +1,5 @@
 """Kills of training; `--faults=long` makes 100 of them."""
 
-import pytest
 
 from tests.faults import kills
 
