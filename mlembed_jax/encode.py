@@ -36,7 +36,7 @@ from mlembed_jax.data.text_files import (
   read_records,
 )
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.files import digest, new_file
+from mlembed_jax.files import digest, new_file, storage_errors
 from mlembed_jax.quantize import LEAST_TEXTS, LEVELED, PRECISIONS, quantize, ranges
 
 MODEL = flags.DEFINE_string(
@@ -46,7 +46,13 @@ INPUT = flags.DEFINE_string(
   "input", None, f"File {KNOWN}; .txt and - (a pipe) have a text per line.", required=True
 )
 COLUMN = flags.DEFINE_string("column", "text", "Field or column that holds the texts.")
-OUT = flags.DEFINE_string("out", None, "File .npy or .parquet to write.", required=True)
+OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "File .npy or .parquet to write. Ranges of int8 and uint8 go beside it: v.ranges.npy for both "
+  "v.npy and v.parquet, which can stand in one folder only where they share them.",
+  required=True,
+)
 PROMPT_NAME = flags.DEFINE_string("prompt_name", None, "Prompt of the model before every text.")
 PROMPT = flags.DEFINE_string("prompt", None, "Another prompt.")
 DEPTH = flags.DEFINE_integer("depth", None, "Layers to use; a trained exit.")
@@ -66,6 +72,7 @@ RANGES = flags.DEFINE_string(
 PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
 
 DIGITS = 24  # of a digest in a name
+RANGES_SUFFIX = ".ranges.npy"  # follows the stem of OUT
 BATCH = 4096  # texts of a parquet file that are read at a time
 
 
@@ -248,14 +255,63 @@ def read_ranges(path: str, dim: int) -> np.ndarray:
   return found.astype(np.float32)
 
 
-def write_ranges(calibration: np.ndarray, out: pathlib.Path) -> None:
-  """Writes the ranges beside `out`, which is removed first where other ranges stand there."""
-  path = out.with_name(out.stem + ".ranges.npy")
-  with new_file(path) as new:
-    with new.open("wb") as file:
-      np.save(file, calibration)
-    if path.is_file() and digest(path) != digest(new):
-      out.unlink(missing_ok=True)  # vectors never stand beside ranges that are not theirs
+def ranges_path(out: pathlib.Path) -> pathlib.Path:
+  """Returns the file of the ranges of the vectors `out`."""
+  return out.with_name(out.stem + RANGES_SUFFIX)
+
+
+def check_ranges(out: pathlib.Path, precision: str, given: np.ndarray | None) -> None:
+  """Refuses what would leave vectors beside ranges that are not theirs.
+
+  Args:
+    out: the file of vectors to write.
+    precision: of the vectors.
+    given: their ranges, None where they have none or those of the first part, not yet known.
+
+  Raises:
+    ConfigError: vectors of the same stem in the other form have the same file of ranges, and it
+      would change.
+  """
+  other = out.with_suffix(".parquet" if out.suffix == ".npy" else ".npy")
+  path = ranges_path(out)
+  unknown = precision in LEVELED and given is None
+  if other.exists() and (unknown or _npy(given) != _content(path)):
+    remedy = f", or round by --ranges {path}" if precision in LEVELED and path.is_file() else ""
+    raise ConfigError(
+      f"--out: {other}, which stands beside {out.name}, would be left with ranges that are not its "
+      f"own, as both have {path.name}; choose another name{remedy}"
+    )
+
+
+def _npy(array: np.ndarray | None) -> bytes:
+  """Returns the content of the file of an array; of none, nothing."""
+  file = io.BytesIO()
+  if array is not None:
+    np.save(file, array)
+  return file.getvalue()
+
+
+def _content(path: pathlib.Path) -> bytes:
+  return path.read_bytes() if path.is_file() else b""
+
+
+def write_ranges(calibration: np.ndarray | None, out: pathlib.Path) -> None:
+  """Writes the ranges beside `out`; without any, removes those of an earlier run.
+
+  Where they change, `out` is removed first, so that vectors never stand beside ranges that are not
+  theirs, at whatever point the command is killed.
+  """
+  path, content = ranges_path(out), _npy(calibration)
+  if content == _content(path):
+    return
+  if content:
+    with new_file(path) as new:
+      new.write_bytes(content)
+      out.unlink(missing_ok=True)
+  else:
+    with storage_errors(path):
+      out.unlink(missing_ok=True)
+      path.unlink()
 
 
 def join_parts(files: Sequence[pathlib.Path], out: pathlib.Path) -> int:
@@ -271,8 +327,7 @@ def finish(
   parts: Parts, files: Sequence[pathlib.Path], calibration: np.ndarray | None, out: pathlib.Path
 ) -> int:
   """Writes `out` and its ranges, removes the parts, and returns the number of vectors."""
-  if calibration is not None:
-    write_ranges(calibration, out)
+  write_ranges(calibration, out)
   count = join_parts(files, out)
   shutil.rmtree(parts.folder)
   return count
@@ -309,6 +364,8 @@ def check_out(out: pathlib.Path) -> None:
     raise ConfigError(f"--out: {out} ends neither in .npy nor in .parquet")
   if out.is_dir():
     raise ConfigError(f"--out: {out} is a folder; name a file")
+  if out.name.endswith(RANGES_SUFFIX):
+    raise ConfigError(f"--out: {out} is a name of ranges, {RANGES_SUFFIX}; choose another")
   if out.exists() and INPUT.value != "-" and out.resolve() == pathlib.Path(INPUT.value).resolve():
     raise ConfigError(f"--out: {out} is also --input, which it would replace; choose another")
   try:
@@ -341,6 +398,7 @@ def main() -> None:
   given = read_ranges(RANGES.value, probe.shape[1]) if RANGES.value else None
   if given is None and PRECISION.value in LEVELED:
     given = encoder.ranges(DEPTH.value, DIM.value)  # of the folder, if the export stored them
+  check_ranges(out, PRECISION.value, given)
   parts = Parts(out)
   texts = parts_of(read_texts(INPUT.value, COLUMN.value), PART.value)
   if (first := next(texts, None)) is None:

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed_jax.errors import DataError
+from mlembed_jax import encode
+from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.inference import Encoder
 from mlembed_jax.quantize import quantize, ranges
 from tests.material import sentences
@@ -113,6 +114,53 @@ def test_parquet_in_and_out_with_ranges_of_the_model_or_the_first_part(
   np.testing.assert_allclose(of, wanted, atol=1e-6)
   difference = np.abs(found.astype(int) - quantize(expected, "int8", of))
   assert difference.max() <= 1  # on the edge of a level
+  if of_model:  # vectors that are not rounded would take away the ranges of these
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = run(model, tmp_path / "vectors.npy", tmp_path / "texts.parquet", *CUT)
+    assert done.returncode == 1 and "vectors.parquet, which stands beside" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content
+
+
+FIRST, SECOND = (np.array([[-end] * 4, [end] * 4], np.float32) for end in (1, 2))
+
+
+@pytest.mark.parametrize(
+  ("there", "precision", "given", "fits"),
+  [
+    (FIRST, "int8", FIRST, True),
+    (FIRST, "uint8", FIRST, True),
+    (FIRST, "int8", SECOND, False),
+    (FIRST, "int8", None, False),  # those of the first part are not known yet
+    (FIRST, "float32", None, False),
+    (None, "int8", FIRST, False),
+    (None, "float32", None, True),
+    (None, "binary", None, True),
+  ],
+)
+@pytest.mark.parametrize("suffixes", [(".npy", ".parquet"), (".parquet", ".npy")])
+def test_vectors_are_never_left_with_ranges_of_their_sibling(
+  suffixes, there, precision, given, fits, tmp_path
+):
+  first, second = (tmp_path / f"v{suffix}" for suffix in suffixes)
+  encode.write_ranges(there, first)
+  encode.check_ranges(second, precision, given)
+  first.write_bytes(b"vectors")
+  encode.check_ranges(first, precision, given)  # which are replaced, with their ranges
+  if fits:
+    return encode.check_ranges(second, precision, given)
+  with pytest.raises(ConfigError, match=rf"^--out: {first}.* v.ranges.npy; choose another name"):
+    encode.check_ranges(second, precision, given)
+
+
+def test_ranges_of_an_earlier_run_are_removed_with_its_vectors(tmp_path):
+  out = tmp_path / "v.npy"
+  encode.write_ranges(FIRST, out)
+  np.testing.assert_array_equal(np.load(tmp_path / "v.ranges.npy"), FIRST)
+  out.write_bytes(b"vectors")
+  encode.write_ranges(FIRST, out)
+  assert out.exists()
+  encode.write_ranges(None, out)
+  assert not list(tmp_path.iterdir())
 
 
 def test_ranges_of_few_texts_are_refused(full, tmp_path):
@@ -154,6 +202,7 @@ def test_lines_are_read_from_a_pipe(full, expected, tmp_path):
       "error: --ranges: .*test_encode.py cannot be read: ",
     ),
     (['"a"'], ("--out=x.txt",), "--out: .*x.txt ends neither in .npy nor in .parquet"),
+    (['"a"'], ("--out=v.ranges.npy",), "--out: .*v.ranges.npy is a name of ranges"),
     (['"a"'], ("--model=/absent",), "error: E104 file: /absent is no folder"),
     (['"a"'], ("--input=absent.txt",), "--input: absent.txt does not exist"),
     (['"a"'], (f"--out={__file__}/v.npy",), "--out: .*v.npy cannot be written: File exists"),

@@ -28,11 +28,11 @@ def model(texts):
   return np.sin(numbers[:, None] * np.arange(1, DIM + 1)) * (1 + numbers[:, None] // SIZE)
 
 
-def run(out, given=None, texts=TEXTS):
-  """Encodes the texts to `out` in int8."""
+def run(out, given=None, texts=TEXTS, precision="int8"):
+  """Encodes the texts to `out`."""
   parts = encode.Parts(out)
   texts = encode.parts_of(iter(texts), SIZE)
-  settings = {"precision": "int8"}
+  settings = {"precision": precision}
   files, calibration = encode.encode_parts(texts, parts, model, settings, given)
   encode.finish(parts, files, calibration, out)
 
@@ -41,7 +41,7 @@ def ranges_of(out):
   return out.with_name(out.stem + ".ranges.npy")
 
 
-def killed(out, number):
+def killed(out, number, precision):
   """Runs in a process that ends before operation `number`; returns whether it came to that."""
   child = os.fork()
   if not child:
@@ -55,37 +55,54 @@ def killed(out, number):
           os._exit(9)
 
     sys.addaudithook(count)
-    run(out)
+    run(out, precision=precision)
     os._exit(0)
   return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def content(out):
-  """Returns the vectors and their ranges, None where there are no vectors."""
-  return (np.load(out), np.load(ranges_of(out))) if out.is_file() else None
+  """Returns the vectors and their ranges, if they have some; None where there are no vectors."""
+  found = [out, ranges_of(out)] if ranges_of(out).is_file() else [out]
+  return tuple(map(np.load, found)) if out.is_file() else None
 
 
 def same(first, second):
-  return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+  return len(first) == len(second) and all(map(np.array_equal, first, second))
+
+
+def right(precision, ranges):
+  """Returns what a whole run leaves: vectors, and the ranges if they are rounded by some."""
+  vectors = model(TEXTS)
+  return (vectors,) if precision == "float32" else (quantize(vectors, precision, ranges), ranges)
 
 
 def main(out):
-  other = np.array([[-9.0] * DIM, [9.0] * DIM], np.float32)
-  vectors = model(TEXTS)
+  for before, after in (("int8", "int8"), ("int8", "float32"), ("float32", "int8")):
+    kill_at_each(out, before, after)
+
+
+def kill_at_each(out, before, after):
+  """Kills a run over vectors of an earlier one, before each of its operations."""
+  other = np.array([[-9.0] * DIM, [9.0] * DIM], np.float32) if before == "int8" else None
   wanted = np.stack([model(TEXTS[:SIZE]).min(0), model(TEXTS[:SIZE]).max(0)]).astype(np.float32)
-  new, old = ((quantize(vectors, "int8", r), r) for r in (wanted, other))
+  new, old = right(after, wanted), right(before, other)
   number, more = 0, True
   while more:
     shutil.rmtree(out.parent, ignore_errors=True)
     out.parent.mkdir()
-    run(out, other)
-    more = killed(out, number)
+    run(out, other, precision=before)
+    more = killed(out, number, after)
     found = content(out)
     state = "none" if found is None else "old" if same(found, old) else "new"
     whole = found is None or same(found, old) or same(found, new)
-    run(out)
+    run(out, precision=after)
     again = same(content(out), new) and not encode.Parts(out).folder.exists()
-    print(number, state, "whole" if whole else "TORN", "right" if again else "WRONG")
+    print(
+      f"{before}-{after}-{number}",
+      state,
+      "whole" if whole else "TORN",
+      "right" if again else "WRONG",
+    )
     number += 1
 
 
