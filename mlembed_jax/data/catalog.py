@@ -6,6 +6,7 @@
   features.json, dataset_info.json            read by TensorFlow Datasets
   mlembed-{train,validation,documents}.array_record-*   the records
   mlembed-*.lengths.npy, mlembed-*.vectors.npy          token counts and a teacher's vectors, by row
+  mlembed-*.vectors.npy.crc32.npy                       checksums of the vectors, by row
 
 catalog.json is written last: a folder that has it is complete. It holds size and digest of all
 other files, and a digest of itself.
@@ -26,9 +27,11 @@ from mlembed_jax.data.file_digests import FileDigest, digest_of, problem, proble
 from mlembed_jax.data.manifest import File, check_entry
 from mlembed_jax.data.names import (
   CATALOG,
+  CHECKSUMS,
   DATASET,
   METADATA,
   TOKENIZER,
+  VECTORS,
   names_of_rows,
   shard_name,
 )
@@ -281,20 +284,22 @@ def row_shard(value: dict[str, Any]) -> RowShard:
   return RowShard(value["file"], Written(**value["written"]), value["longest"], runs)
 
 
-def expected_names(
-  files: Mapping[str, File], shards: Mapping[str, list[RowShard]], documents: int
-) -> list[str]:
-  """Returns the names of all files that training reads."""
+def expected_names(catalog: Catalog) -> list[str]:
+  """Returns the names of all files that training reads.
+
+  Earlier versions wrote no checksums of vectors; these are expected where the catalog lists them.
+  """
+  documents = len(catalog.documents)
   names = [TOKENIZER, *(shard_name(records.DOCUMENTS, i, documents) for i in range(documents))]
-  for split, split_shards in shards.items():
+  for split, split_shards in catalog.shards.items():
     for i, shard in enumerate(split_shards):
-      names += names_of_rows(files[shard.file], split, i, len(split_shards))
-  return names
+      names += names_of_rows(catalog.files[shard.file], split, i, len(split_shards))
+  return [name for name in names if not name.endswith(CHECKSUMS) or name in catalog.digests]
 
 
 def _check_files(catalog: Catalog) -> None:
   there = {path.name for path in catalog.folder.iterdir()}
-  names = expected_names(catalog.files, catalog.shards, len(catalog.documents))
+  names = expected_names(catalog)
   wrong = {name: "is missing" for name in names if name not in there}
   if catalog.digests:
     if unknown := sorted(set(names) - set(catalog.digests)):
@@ -304,6 +309,13 @@ def _check_files(catalog: Catalog) -> None:
       wrong[TOKENIZER] = damaged
   elif not wrong:
     print(f"note: {unchecked(catalog.folder)}", file=sys.stderr)
+  if not wrong and missing_checksums(catalog.digests):
+    print(
+      f"note: {catalog.folder} was prepared by an earlier version, which kept no checksums of a "
+      "teacher's vectors; damaged bytes of them may not be noticed, until the command that "
+      "prepared it is run again and writes them",
+      file=sys.stderr,
+    )
   if wrong:
     raise DataError(
       f"{catalog.folder}: {described(wrong)}; copy the whole folder again, or run the command that "
@@ -318,8 +330,14 @@ def described(wrong: Mapping[str, str]) -> str:
 
 
 def unchecked(folder: pathlib.Path) -> str:
-  """Returns what is to be said of a folder that an earlier version prepared."""
+  """Returns what is to be said of a folder that 0.1.0 prepared."""
   return (
     f"{folder} was prepared by an earlier version, which kept no digests; damaged bytes of its "
     "files may not be noticed"
   )
+
+
+def missing_checksums(digests: Mapping[str, FileDigest]) -> list[str]:
+  """Returns the names of the checksums that an earlier version did not write beside vectors."""
+  names = [name + CHECKSUMS for name in digests if name.endswith(VECTORS)]
+  return [name for name in names if name not in digests]

@@ -10,6 +10,7 @@ METADATA = ("features.json", "dataset_info.json")  # named and read by TensorFlo
 
 DATASET = "mlembed"
 LENGTHS, VECTORS = ".lengths.npy", ".vectors.npy"  # files beside a shard of rows
+CHECKSUMS = ".crc32.npy"  # follows the name of a file whose rows have checksums
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:
@@ -19,7 +20,7 @@ def shard_name(split: str, shard: int, shards: int) -> str:
 
 def suffixes(file: File) -> list[str]:
   """Returns what follows the name of a shard of rows in the names of its files."""
-  return ["", LENGTHS, *([VECTORS] if file.vectors else [])]
+  return ["", LENGTHS, *([VECTORS, VECTORS + CHECKSUMS] if file.vectors else [])]
 
 
 def names_of_rows(file: File, split: str, shard: int, shards: int) -> list[str]:

@@ -146,6 +146,7 @@ class _Finished:
     self._digests = catalog.digests_of(self._value)
     if self._digests:
       self.wrong = problems(job.out, self._digests, quick=quick, threads=processes)
+      self.wrong |= dict.fromkeys(catalog.missing_checksums(self._digests), "is missing")
     else:
       print(f"note: {catalog.unchecked(job.out)}", flush=True)
       self.wrong = self._missing(job)
@@ -156,8 +157,7 @@ class _Finished:
 
   def _missing(self, job: Job) -> dict[str, str]:
     """Returns what a folder without digests lacks."""
-    opened = catalog.opened(job.out, self._value or {})
-    names = catalog.expected_names(opened.files, opened.shards, len(opened.documents))
+    names = catalog.expected_names(catalog.opened(job.out, self._value or {}))
     return {name: "is missing" for name in names if not (job.out / name).is_file()}
 
   def digests(self, names: Sequence[str]) -> dict[str, FileDigest] | None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from mlembed_jax.data import records, vectors
 from mlembed_jax.data.file_digests import FileDigest, NewFile
 from mlembed_jax.data.manifest import File
-from mlembed_jax.data.names import LENGTHS, VECTORS, shard_name, suffixes
+from mlembed_jax.data.names import CHECKSUMS, LENGTHS, VECTORS, shard_name, suffixes
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
@@ -249,7 +249,8 @@ def write_rows(
     cut += int(is_cut.sum())
     _save(paths[split][LENGTHS], counts)
     if file.vectors:
-      digest = vectors.copy(file, table["row"].to_numpy(), paths[split][VECTORS])
+      digest, checksums = vectors.copy(file, table["row"].to_numpy(), paths[split][VECTORS])
+      _save(paths[split][VECTORS + CHECKSUMS], checksums)
       written = dataclasses.replace(written, digest=f"{written.digest} {digest}")
     runs = _runs(file, table["language"].to_pylist(), counts)
     made[split] = RowShard(file.name, written, int(counts.max(initial=0)), runs)

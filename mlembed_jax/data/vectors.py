@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+import io
 import math
 import pathlib
+import zlib
 
 import numpy as np
 
@@ -72,21 +74,32 @@ def _parts(rows: np.ndarray) -> list[np.ndarray]:
   return np.array_split(rows, -(-rows.size // 1024) or 1)
 
 
-def copy(file: File, rows: np.ndarray, target: pathlib.Path) -> str:
+def copy(file: File, rows: np.ndarray, target: pathlib.Path) -> tuple[str, np.ndarray]:
   """Writes the vectors of these rows as .npy [N, C, D]: query, positives, negatives.
 
-  Returns a digest of them.
+  Returns a digest of them, and the CRC-32 of the file's header and of each row, [1 + N] uint32: a
+  row is checked by itself, for a batch reads few rows of each of many files.
   """
   arrays, digest = [_open(path) for path in file.vectors.values()], hashlib.sha256()
-  header = np.concatenate([_rows(array, rows[:0]) for array in arrays], axis=1)
+  header = _header(np.concatenate([_rows(array, rows[:0]) for array in arrays], axis=1), rows.size)
+  checksums = [zlib.crc32(header)]
   with target.open("wb") as out:
-    described = np.lib.format.header_data_from_array_1_0(header)
-    np.lib.format.write_array_header_1_0(out, described | {"shape": (rows.size, *header.shape[1:])})
+    out.write(header)
     for part in _parts(rows):
-      data = np.concatenate([_rows(array, part) for array in arrays], axis=1).tobytes()
-      digest.update(data)
-      out.write(data)
-  return digest.hexdigest()
+      data = np.concatenate([_rows(array, part) for array in arrays], axis=1)
+      checksums += [zlib.crc32(row.tobytes()) for row in data]
+      content = data.tobytes()
+      digest.update(content)
+      out.write(content)
+  return digest.hexdigest(), np.array(checksums, np.uint32)
+
+
+def _header(empty: np.ndarray, rows: int) -> bytes:
+  """Returns the header of a .npy file of so many rows that are like those of `empty`, [0, C, D]."""
+  out = io.BytesIO()
+  described = np.lib.format.header_data_from_array_1_0(empty)
+  np.lib.format.write_array_header_1_0(out, described | {"shape": (rows, *empty.shape[1:])})
+  return out.getvalue()
 
 
 def _rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ KINDS = {
   "records of documents": "mlembed-documents.array_record-00003-of-00008",
   "lengths": "mlembed-train.array_record-00000-of-00002.lengths.npy",
   "vectors": "mlembed-train.array_record-00000-of-00002.vectors.npy",
+  "checksums": "mlembed-train.array_record-00000-of-00002.vectors.npy.crc32.npy",
   "catalog.json": "catalog.json",
   "tokenizer.json": "tokenizer.json",
   "features.json": "features.json",
@@ -178,7 +179,9 @@ def test_only_what_is_damaged_is_written_again(folder, whole, content):
   now = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
   written = {name for name in now if now[name] != times[name] and "mlembed" in name}
   rows = KINDS["records of rows"]
-  shard = {rows + suffix for suffix in ("", ".lengths.npy", ".vectors.npy")}
+  shard = {
+    rows + suffix for suffix in ("", ".lengths.npy", ".vectors.npy", ".vectors.npy.crc32.npy")
+  }
   shard |= {name.replace("train", "validation") for name in shard}
   assert written == shard | {KINDS["records of documents"]}
 
@@ -199,6 +202,50 @@ def test_a_folder_of_an_earlier_version_is_read_and_said_to_be_unchecked(
   prepare_dataset(folder)
   assert f"{KINDS['lengths']} is missing; it is written again" in capsys.readouterr().out
   assert all(map(same, read(whole), expected))
+
+
+def test_a_batch_reads_its_own_rows_of_vectors_alone(whole, expected):
+  """A batch of training touches nearly all files, which it cannot read whole."""
+  path = whole / KINDS["vectors"]
+  batches = batches_of(whole, ["train/a.parquet"], batch_size=8, shards=2, teacher_vectors=True)
+  offset, size = np.load(path, mmap_mode="r").offset, np.load(path)[0].nbytes
+  order = np.concatenate([batches._split.rows.place(*_chosen(batches, n)) for n in range(2)])
+  first, later = order[:8], np.setdiff1d(order[8:], order[:8])[0]
+  content = bytearray(path.read_bytes())
+  content[offset + later * size] ^= 1
+  path.write_bytes(content)
+  assert same(batches[0], expected[0]) and later not in first
+  with pytest.raises(MlembedError, match=rf"vectors.npy: row {later} is damaged; restore it"):
+    batches[1]
+
+
+def _chosen(batches, step):
+  return batches._order[step].units, batches._order[step].rows
+
+
+def test_the_header_of_vectors_has_a_checksum(whole):
+  """Another type of the same size would give other numbers from the same bytes."""
+  path = whole / KINDS["vectors"]
+  path.write_bytes(path.read_bytes().replace(b"'<f4'", b"'<i4'", 1))
+  with pytest.raises(MlembedError, match=r"vectors.npy: its header is damaged; restore it"):
+    read(whole)
+
+
+def test_vectors_without_checksums_are_read_with_a_note_and_get_them_by_preparing_again(
+  folder, whole, content, expected, capsys
+):
+  path = whole / "catalog.json"
+  value = catalog.read_catalog(whole)
+  assert value is not None
+  value["files"] = {n: v for n, v in value["files"].items() if not n.endswith(".crc32.npy")}
+  catalog.write_object(path, value)
+  for sums in whole.glob("*.crc32.npy"):
+    sums.unlink()
+  assert all(map(same, read(whole), expected))
+  assert "which kept no checksums of a teacher's vectors" in capsys.readouterr().err
+  assert prepared(folder, content, quick=True) == DETECTED
+  read(whole)
+  assert "checksums" not in capsys.readouterr().err
 
 
 def test_a_file_that_vanishes_while_it_is_used_is_said_to_be_missing(whole):
