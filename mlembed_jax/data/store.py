@@ -70,8 +70,9 @@ class Columns:
   Read without mapping the files to memory, whose pages would be counted as this process's. Files
   with checksums, those of vectors, are checked row by row as they are read: a batch of 1,024 rows
   touches all 305 files of 5 million rows, and with two vectors of 4,096 numbers in float16 each
-  process would read 82 GB to check them whole. The others are read whole once by each process: 2
-  bytes per text of a row, 260 MB for 5 million rows of 26 texts.
+  process would read 82 GB to check them whole. With the check, 1,024 rows in memory take 40 ms,
+  without it 25 (on a busy core). Other files are read whole once by each process: 2 bytes per text
+  of a row, 260 MB for 5 million rows of 26 texts.
   """
 
   def __init__(self, catalog: Catalog, split: str, suffix: str):
