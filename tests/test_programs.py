@@ -15,7 +15,9 @@ import pathlib, sys
 import jax, jax.numpy as jnp
 from mlembed_jax import programs
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-programs.keep(pathlib.Path(sys.argv[1]))
+folder = pathlib.Path(sys.argv[1])
+if programs.remove_damaged(folder):
+  programs.keep(folder)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
 f = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T)
@@ -64,5 +66,5 @@ def test_programs_that_a_killed_process_did_not_note_are_compiled_again(tmp_path
 def test_another_folder_of_the_caller_is_left_alone(tmp_path, monkeypatch):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
   (tmp_path / "x-cache").touch()
-  programs.keep(tmp_path)
+  assert not programs.remove_damaged(tmp_path)
   assert (tmp_path / "x-cache").exists()

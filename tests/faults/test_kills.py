@@ -1,6 +1,5 @@
 """Kills of training; `--faults=long` makes 100 of them."""
 
-
 from tests.faults import kills
 
 
