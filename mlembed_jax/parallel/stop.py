@@ -51,7 +51,7 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
     # A second Ctrl-C ends the program at once. SIGTERM stays caught: machines that are taken away
     # may get several, or one after a notice, while the checkpoint is being written.
     if number == signal.SIGINT:
-      signal.signal(number, self._previous[number])
+      signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
     self.request(number)
 
   def request(self, number: int = signal.SIGTERM) -> None:
