@@ -43,6 +43,7 @@ class Run:
   # What was changed on the way: {"step": from which on, "skip_steps": [...], ...}
   history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   tokenizer: str = ""  # digest of tokenizer.json; empty in workdirs of 0.1.0
+  digests_since: int | None = None  # checkpoints from this step on have digests; None: of 0.1.0
 
   @functools.cached_property
   def skipped_steps(self) -> frozenset[int]:
@@ -98,6 +99,7 @@ class _BesideConfig:
   plan: dict[str, Any]
   history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   tokenizer: str = ""
+  digests_since: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """Checkpoints by orbax: the whole state, saved in the background, restored onto any mesh.
 
 Orbax keeps no checksum of array data: a flipped bit is restored as another number. So every
-checkpoint holds `digests.json`, which names the SHA-256 of its files. It is written before the
-folder gets its final name, and checked before the folder is read.
+checkpoint holds `digests.json`, which names the SHA-256 of its files, and is checked before they
+are read. A machine that is taken away has no time to read what it has just written, so a checkpoint
+is complete before its digests are: until then `digests.json` says that they are to come.
 """
 
 import contextlib
 import dataclasses
 import pathlib
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,28 +28,41 @@ from mlembed_jax.training.saved import (
   ITEM,
   damage,
   first_line,
+  folder_of,
   held,
   steps_of,
+  unchecked,
 )
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import StepScores
 
+DAMAGED = "damaged"
+SEEN_WITHIN_S = 120.0  # NFS clients may list a folder as it was 60 s ago
 
-class Digested(ocp.StandardCheckpointHandler):
-  """Writes the digests of all files of a checkpoint as the last one, before it is complete."""
+
+class Marked(ocp.StandardCheckpointHandler):
+  """Marks a checkpoint as one whose digests are still to come, before it gets its final name."""
 
   def finalize(self, directory: Any) -> None:
-    """Runs in the background on every process; the first one merges what all have written."""
+    """Runs in the background, after all processes have written their part."""
     super().finalize(directory)
-    if processes.is_first():
-      folder = pathlib.Path(directory)
-      value = {"format_version": DIGESTS_FORMAT, "files": files.digests(folder)}
-      files.write_object(folder / DIGESTS, value)
+    _write_digests(pathlib.Path(directory), None)
 
   @classmethod
   def typestr(cls) -> str:
     """Returns the name that orbax notes in the checkpoint: any reader of its own may read it."""
     return ocp.StandardCheckpointHandler.typestr()
+
+
+def _write_digests(item: pathlib.Path, found: dict[str, str] | None) -> None:
+  files.write_object(item / DIGESTS, {"format_version": DIGESTS_FORMAT, "files": found})
+
+
+def digest_checkpoint(folder: pathlib.Path) -> None:
+  """Writes the digests of a checkpoint that has its final name."""
+  item = folder / ITEM
+  found = {name: value for name, value in files.digests(item).items() if name != DIGESTS}
+  _write_digests(item, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +102,11 @@ def mean_score(workdir: pathlib.Path, step: int) -> float:
   return float(np.mean(list(whole.values()))) if whole else np.nan
 
 
+def _say_unchecked(folder: pathlib.Path) -> None:
+  if why := unchecked(folder):
+    print(why, flush=True)
+
+
 class Checkpoints:
   """The checkpoints of one workdir."""
 
@@ -94,7 +114,7 @@ class Checkpoints:
     """Opens WORKDIR/checkpoints; removes what killed saves left there."""
     self._workdir = workdir = retention.workdir
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handler = Digested()
+    handler = Marked()
     registry.add(ITEM, ocp.args.StandardSave, handler)
     registry.add(ITEM, ocp.args.StandardRestore, handler)
     self._manager = ocp.CheckpointManager(
@@ -106,6 +126,8 @@ class Checkpoints:
       ),
       handler_registry=registry,
     )
+    self._digesting: threading.Thread | None = None
+    self._settled = threading.Event()  # the running save has ended
 
   def latest(self) -> int | None:
     """Returns the newest saved step that process 0 finds, None where there is none."""
@@ -117,10 +139,25 @@ class Checkpoints:
     Raises:
       StorageError: this or the save before cannot be written.
     """
-    if self._manager.latest_step() != step:
-      processes.on_first(lambda: self._check_room(state))
-      with self._saving(), jax.transfer_guard("allow"):  # orbax copies to the host
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+    if self.latest() == step:
+      return
+    self.wait()
+    processes.on_first(lambda: self._check_room(state))
+    with self._saving(), jax.transfer_guard("allow"):  # orbax copies to the host
+      self._manager.save(step, args=ocp.args.StandardSave(state))
+    if processes.is_first():
+      self._settled.clear()
+      self._digesting = threading.Thread(target=self._digest, args=(step,), daemon=True)
+      self._digesting.start()
+
+  def _digest(self, step: int) -> None:
+    """Writes the digests of a checkpoint as soon as it has its final name."""
+    folder = folder_of(self._workdir, step)
+    while not folder.is_dir():
+      if self._settled.wait(0.05) and not folder.is_dir():
+        return  # the save failed
+    with contextlib.suppress(OSError):  # it is taken without digests then, which is said
+      digest_checkpoint(folder)
 
   def _check_room(self, state: TrainState) -> None:
     """Raises StorageError where a save would fail: orbax may wait for minutes before it says so."""
@@ -152,8 +189,8 @@ class Checkpoints:
         f"folder back; the same command then {self._goes_on()}"
       ) from error
 
-  def restore(self, abstract: TrainState, *, strict: bool = False) -> TrainState:
-    """Returns the state of the newest checkpoint that is whole, laid out as `abstract` says.
+  def newest_whole(self, *, strict: bool = False) -> int | None:
+    """Returns the newest step whose checkpoint is whole, None where nothing was ever saved.
 
     Damaged ones are moved to WORKDIR/damaged, and said.
 
@@ -161,32 +198,41 @@ class Checkpoints:
       ConfigError: none is whole; or, with `strict`, the newest one is damaged.
     """
     self.wait()
-    for step in sorted(processes.gather(steps_of(self._workdir))[0], reverse=True):
-      folder = pathlib.Path(self._manager.directory) / str(step)
-      state, fault = self._read(step, abstract)
-      if fault is None:
-        return state
+    while steps := processes.gather(steps_of(self._workdir))[0]:
+      folder = folder_of(self._workdir, steps[-1])
+      if (fault := damage(folder)) is None:
+        processes.on_first(lambda f=folder: _say_unchecked(f))
+        return steps[-1]
       if strict:
         raise ConfigError(
           f"{fault}. Without --strict_restore the run goes on from the checkpoint before"
         )
-      processes.on_first(lambda f=folder, why=fault: self._set_aside(f, f"WARNING: {why}"))
-      self._manager.reload()
-    raise ConfigError(
-      f"{self._manager.directory}: no checkpoint is whole; all are in "
-      f"{self._workdir / 'damaged'}. "
-      "Use another --workdir to start from the beginning"
-    )
+      self._set_aside([folder], f"WARNING: {fault}")
+    processes.on_first(self._check_never_saved)
+    return None
 
-  def _read(self, step: int, abstract: TrainState) -> tuple[Any, str | None]:
-    """Returns the state of a step and None, or nothing and what is wrong with its folder."""
-    state, fault = None, damage(pathlib.Path(self._manager.directory) / str(step))
-    if fault is None:
-      try:
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-      except Exception as error:  # tensorstore's errors have no class of their own
-        fault = f"{self._manager.directory / str(step)} cannot be read: {first_line(error)}"
-    return state, next(filter(None, processes.gather(fault)), None)
+  def _check_never_saved(self) -> None:
+    if any((self._workdir / DAMAGED).glob("*")):
+      raise ConfigError(
+        f"{self._workdir}: no checkpoint is left, {DAMAGED}/ holds those that were set aside. Move "
+        "one back to checkpoints/STEP if you know it to be good, or use another --workdir"
+      )
+
+  def restore(self, step: int, abstract: TrainState) -> TrainState:
+    """Returns the state of a step, laid out as `abstract` says.
+
+    Raises:
+      ConfigError: it cannot be read; nothing is moved, for the cause may be memory or storage.
+    """
+    folder = folder_of(self._workdir, step)
+    try:
+      state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:  # tensorstore's errors have no class of their own
+      raise ConfigError(
+        f"{folder} cannot be read: {first_line(error)}. If it is damaged, --from_step goes on from "
+        "an earlier one"
+      ) from error
+    return state
 
   def go_back(self, step: int) -> None:
     """Sets aside all checkpoints after `step`.
@@ -199,22 +245,41 @@ class Checkpoints:
       raise ConfigError(
         f"--from_step: {self._manager.directory} has no step {step}; it has {steps}"
       )
-    for later in [other for other in steps if other > step]:
-      folder = pathlib.Path(self._manager.directory) / str(later)
-      why = f"{folder} is after step {step}, from which the run goes on"
-      processes.on_first(lambda f=folder, w=why: self._set_aside(f, w))
-    self._manager.reload()
+    later = [folder_of(self._workdir, other) for other in steps if other > step]
+    if later:
+      # The newest goes first: a kill on the way leaves a row without holes.
+      self._set_aside(later[::-1], f"the run goes on from step {step}")
 
-  def _set_aside(self, folder: pathlib.Path, why: str) -> None:
-    target = self._workdir / "damaged" / f"{folder.name}-{time.time_ns()}"
+  def _set_aside(self, folders: Sequence[pathlib.Path], why: str) -> None:
+    """Moves checkpoints away, until every process sees that."""
+    processes.on_first(lambda: [self._move(folder, why) for folder in folders])
+    end = time.monotonic() + SEEN_WITHIN_S
+    while True:
+      self._manager.reload()
+      listed = processes.gather(list(self._manager.all_steps()))
+      if all(steps == listed[0] for steps in listed):
+        return
+      if time.monotonic() > end:
+        raise StorageError(
+          f"{self._manager.directory}: processes see other checkpoints than process 0: {listed}"
+        )
+      time.sleep(1.0)
+
+  def _move(self, folder: pathlib.Path, why: str) -> None:
+    target = self._workdir / DAMAGED / f"{folder.name}-{time.time_ns()}"
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
-    print(f"{why}. It is moved to {target}; delete it when you have seen it", flush=True)
+    print(f"{why}. {folder} is moved to {target}; delete it when you have seen it", flush=True)
 
   def wait(self) -> None:
     """Waits for running saves; raises StorageError where one cannot be written."""
-    with self._saving():
-      self._manager.wait_until_finished()
+    try:
+      with self._saving():
+        self._manager.wait_until_finished()
+    finally:
+      self._settled.set()
+      if self._digesting:
+        self._digesting.join()
 
   def close(self) -> None:
     """Waits as `wait` does; nothing can be saved after that."""

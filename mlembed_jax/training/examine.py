@@ -45,10 +45,12 @@ def _check_checkpoints(workdir: pathlib.Path) -> Findings:
   for step in saved.steps_of(workdir):
     folder = saved.folder_of(workdir, step)
     name = folder.relative_to(workdir).as_posix()
-    if fault := saved.damage(folder):
-      yield Finding(ERROR, name, fault, "Training passes it over and sets it aside.")
-    elif not (folder / saved.ITEM / saved.DIGESTS).is_file():
-      yield Finding(WARNING, name, "no digests: damage cannot be found", "0.1.0 wrote none.")
+    with saved.holding(workdir, step):
+      fault = saved.damage(folder)
+      if fault and folder.is_dir():  # else the run has deleted it meanwhile
+        yield Finding(ERROR, name, fault, "Training passes it over and sets it aside.")
+      elif not fault and (why := saved.unchecked(folder)):
+        yield Finding(WARNING, name, why, "Damage of its bytes cannot be found.")
   for folder in sorted((workdir / "damaged").glob("*")):
     yield Finding(WARNING, f"damaged/{folder.name}", "was set aside", "Delete it to free space.")
 

@@ -60,6 +60,10 @@ class Goodput:
 
   def resume(self, step: int) -> None:
     """Notes the step from which this start goes on: what was trained after it is lost."""
+    self._switch(self._part)
+    if self._now.seconds[TRAINING]:  # it went back by itself: as if it had started anew
+      self._before.append(self._now)
+      self._now = Start(self._now.end, self._now.end, 0, dict.fromkeys(PARTS, 0.0), [])
     self._now.step = step
     for start in self._before:
       kept = max((s for at, s in start.saved if at <= step), default=0.0)

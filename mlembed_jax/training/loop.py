@@ -100,12 +100,12 @@ def make_batches(config: Config, inputs: Inputs, mesh: Mesh, steps: int) -> load
   return loader.Batches(inputs.split, order, inputs.tokenizer, inputs.options, placement, steps)
 
 
-def initial_state(training: Training, *, strict: bool) -> TrainState:
+def initial_state(training: Training) -> TrainState:
   """Returns the state to go on from: newest checkpoint, else `train.init_from`, else random."""
   config, mesh, checkpoints = training.config, training.mesh, training.checkpoints
   tx = optimizer.make(config.optimizer, len(training.batches))
-  if checkpoints.latest() is not None:
-    return checkpoints.restore(train_state.abstract(config, tx, mesh), strict=strict)
+  if (latest := checkpoints.latest()) is not None:
+    return checkpoints.restore(latest, train_state.abstract(config, tx, mesh))
   state = train_state.create(config, tx, mesh)
   if config.train.init_from:
     like = train_state.abstract(config, tx, mesh).params
@@ -250,39 +250,42 @@ def usage(folder: pathlib.Path) -> str:
   )
 
 
-def stored_run(
+def resumed(
   run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, resume: Resume
-) -> Run | None:
-  """Returns the run that the workdir holds, None for a new one.
+) -> tuple[Run, bool]:
+  """Returns the run as the workdir goes on with it, and whether the workdir holds one.
+
+  Its history tells what was changed on the way, by earlier starts and by this one, and it keeps its
+  micro-batch: another size would fit other memory as well, but round in another way.
 
   Raises:
-    ConfigError: the workdir holds a checkpoint of another run.
+    ConfigError: the workdir holds a checkpoint of another run, or none to go back to.
   """
-  latest = checkpoints.latest()
+  latest = checkpoints.newest_whole(strict=resume.strict_restore)
   if latest is None:
-    if resume.from_step or resume.skip_steps:
+    if resume.from_step is not None or resume.skip_steps:
       raise ConfigError(f"--from_step, --skip_steps: {workdir} holds no checkpoint to go on from")
     # Scores of a run that was stopped before its first checkpoint.
     processes.on_first(lambda: shutil.rmtree(workdir / "eval", ignore_errors=True))
-    return None
+    return dataclasses.replace(run, digests_since=0), False
   with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, resume)
-  return stored
-
-
-def with_history(run: Run, stored: Run, workdir: pathlib.Path, latest: int, resume: Resume) -> Run:
-  """Returns `run` with what was changed on the way, by earlier starts and by this one.
-
-  Scores of steps that are done again in another way are removed.
-
-  Raises:
-    ConfigError: a step that is to be passed over is done.
-  """
-  entry = resume.entry(stored.config, run.config, latest)
+    resume = resume.remaining(stored.history)
+    start = latest if resume.from_step is None else resume.from_step
+    entry = resume.entry(stored.config, run.config, start)
+  if resume.from_step is not None:
+    checkpoints.go_back(resume.from_step)
+  data = dataclasses.replace(run.config.data, micro_batch=stored.config.data.micro_batch)
+  run = dataclasses.replace(
+    run,
+    config=dataclasses.replace(run.config, data=data),
+    history=[*stored.history, *([entry] if entry else [])],
+    digests_since=latest + 1 if stored.digests_since is None else stored.digests_since,
+  )
   if entry:
-    processes.on_first(lambda: _drop_scores_after(workdir, latest))
-  return dataclasses.replace(run, history=[*stored.history, *([entry] if entry else [])])
+    processes.on_first(lambda: (run.save(workdir), _drop_scores_after(workdir, start)))
+  return run, True
 
 
 def _drop_scores_after(workdir: pathlib.Path, step: int) -> None:
@@ -356,11 +359,7 @@ def _train_locked(
   processes.check_same(run.plan)
   kept = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
   checkpoints = Checkpoints(Retention(workdir, *kept))
-  stored = stored_run(run, workdir, checkpoints, resume)
-  if resume.from_step is not None:
-    checkpoints.go_back(resume.from_step)
-  if stored:
-    run = with_history(run, stored, workdir, checkpoints.latest() or 0, resume)
+  run, stored = resumed(run, workdir, checkpoints, resume)
   processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with (
     jax.set_mesh(mesh),
@@ -369,8 +368,7 @@ def _train_locked(
     maintenance.watched(mesh, stop),
   ):
     processes.on_first(lambda: inputs.report(read, steps, workdir))
-    # Another size than before would fit other memory as well, but round in another way.
-    before = processes.gather(stored.config.data.micro_batch if stored else 0)[0]
+    before = processes.gather(run.config.data.micro_batch if stored else 0)[0]
     sized = micro_batch.with_micro_batch(
       config, before, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
     )
@@ -379,7 +377,7 @@ def _train_locked(
     step = make_step(sized, steps, mesh, read.teacher)
     batches = make_batches(sized, read, mesh, steps)
     training = Training(run, read, workdir, mesh, checkpoints, stop, lock, clock, step, batches)
-    state, training = _trained(training, strict=resume.strict_restore)
+    state, training = _trained(training)
     close(training)
     evaluate(training, state)
   report(training, state)
@@ -401,22 +399,25 @@ def _checked_mesh(config: Config, workdir: pathlib.Path) -> Mesh:
   return mesh
 
 
-def _trained(training: Training, *, strict: bool) -> tuple[TrainState, Training]:
+def _trained(training: Training) -> tuple[TrainState, Training]:
   """Returns the state after the last step, which is being saved, and the run as it was at last."""
   while True:
-    state = initial_state(training, strict=strict)
+    state = initial_state(training)
     start = int(state.step)
     training.goodput.resume(start)
     if evaluated_at(training.config, start):
       evaluate(training, state)
     training.stop.leave_if_received("no step is lost")
     span = start, len(training.batches)
-    with metrics.Recorder(training.workdir, *span, training.config, training.goodput) as recorder:
+    skipped = training.run.skipped_steps
+    with metrics.Recorder(
+      training.workdir, *span, training.config, training.goodput, skipped
+    ) as recorder:
       try:
         with training.goodput.during(TRAINING):
           return fit(training, state, recorder), training
-      except metrics.LossSpike as spike:
-        training = _rolled_back(training, spike)
+      except metrics.RollBack as fault:
+        training = _rolled_back(training, fault)
       except TrainingError as error:
         close(training)  # one may still be on its way to the disk
         raise TrainingError(
@@ -428,16 +429,13 @@ def _newest(training: Training) -> int:
   return max(steps_of(training.workdir), default=0)
 
 
-def _rolled_back(training: Training, spike: metrics.LossSpike) -> Training:
-  """Returns the run that passes over the steps from the newest checkpoint to a loss spike."""
-  training.checkpoints.wait()
-  newest = processes.gather(_newest(training))[0]
-  skipped = list(range(newest + 1, spike.step + 1))
-  entry = {"step": newest, "skip_steps": skipped, "why": str(spike)}
+def _rolled_back(training: Training, fault: metrics.RollBack) -> Training:
+  """Returns the run that goes back to its newest checkpoint and passes over the faulty steps."""
+  newest = training.checkpoints.newest_whole() or 0
+  skipped = [fault.step] if fault.alone else list(range(newest + 1, fault.step + 1))
+  entry = {"step": newest, "skip_steps": skipped, "why": str(fault)}
   run = dataclasses.replace(training.run, history=[*training.run.history, entry])
-  said = (
-    f"WARNING: {spike}. Back to step {newest}; steps {skipped[0]} to {skipped[-1]} are passed over"
-  )
+  said = f"WARNING: {fault}. Back to step {newest}; passed over: {skipped[0]} to {skipped[-1]}"
   processes.on_first(lambda: (run.save(training.workdir), print(said, flush=True)))
   processes.on_first(lambda: _drop_scores_after(training.workdir, newest))
   return dataclasses.replace(training, run=run)

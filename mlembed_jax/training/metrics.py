@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -126,13 +126,16 @@ class Window:
 class Writer:
   """Writes one line per logged step; rows beyond `start` from an earlier, killed run go first."""
 
-  def __init__(self, workdir: pathlib.Path, start: int, every: int):
-    """Opens the files; `start` is the step the run continues from, `every` the steps of a line."""
+  def __init__(self, workdir: pathlib.Path, start: int, every: int, skipped: Collection[int] = ()):
+    """Opens the files; `start` is the step the run continues from, `every` the steps of a line.
+
+    What is known of the rows of `skipped` steps stays, for they are not done again.
+    """
     self._path = workdir / "metrics.jsonl"
     for fault in faults(self._path, start, every):
       print(f"WARNING: {self._path}: {fault}", flush=True)
-    for path in (self._path, workdir / NONFINITE):
-      _keep_lines_to(path, start)
+    _keep_lines_to(self._path, start)
+    _keep_lines_to(workdir / NONFINITE, start, skipped)
     self._nonfinite = workdir / NONFINITE
     self._file = self._path.open("a", encoding="utf-8")
     # Steps after `purge_step` that a killed run wrote are hidden by TensorBoard.
@@ -177,10 +180,10 @@ def faults(path: pathlib.Path, start: int, every: int) -> list[str]:
   ] * bool(holes)
 
 
-def _keep_lines_to(path: pathlib.Path, step: int) -> None:
-  """Drops the lines of later steps and those that are damaged."""
+def _keep_lines_to(path: pathlib.Path, step: int, others: Collection[int] = ()) -> None:
+  """Drops the lines of later steps but `others`, and those that are damaged."""
   if path.exists():
-    kept = [line for at, line in _lines(path) if at is not None and at <= step]
+    kept = [line for at, line in _lines(path) if at is not None and (at <= step or at in others)]
     write_text(path, "".join(line + "\n" for line in kept))
 
 
@@ -222,12 +225,13 @@ def _postfix(line: dict[str, Any]) -> str:
   )
 
 
-class LossSpike(TrainingError):
-  """A loss far above those before; `steps` are to be passed over."""
+class RollBack(TrainingError):
+  """The state of a step is not to be kept: the run goes back to its newest checkpoint."""
 
-  def __init__(self, message: str, step: int):
+  def __init__(self, message: str, step: int, *, alone: bool):
+    """`alone`: only `step` is passed over then, else all steps since the checkpoint."""
     super().__init__(message)
-    self.step = step
+    self.step, self.alone = step, alone
 
 
 class SpikeWatch:
@@ -239,15 +243,16 @@ class SpikeWatch:
     self._losses: dict[str, collections.deque[float]] = {}
 
   def check(self, batch: Batch, loss: float) -> None:
-    """Raises LossSpike where the loss of a step is one; else remembers it."""
+    """Raises RollBack where the loss of a step is one; else remembers it."""
     losses = self._losses.setdefault(batch.dataset, collections.deque(maxlen=SPIKE_WINDOW))
     if self._factor and len(losses) >= SPIKE_FEWEST:
       usual = statistics.median(losses)
       if loss > self._factor * usual:
-        raise LossSpike(
+        raise RollBack(
           f"step {batch.step + 1} ({batch.dataset}): the loss {loss:.3f} is more than "
           f"{self._factor:g} times {usual:.3f}, the median of this file",
           batch.step + 1,
+          alone=False,
         )
     losses.append(loss)
 
@@ -256,14 +261,20 @@ class Recorder:
   """Takes the numbers of each finished step; writes and shows every `every`-th and the last."""
 
   def __init__(
-    self, workdir: pathlib.Path, start: int, total: int, config: Config, goodput: Goodput
+    self,
+    workdir: pathlib.Path,
+    start: int,
+    total: int,
+    config: Config,
+    goodput: Goodput,
+    skipped: Collection[int] = (),
   ):
-    """`start` and `total` count updates of the whole run."""
+    """`start` and `total` count updates of the whole run; `skipped` steps are passed over."""
     self._workdir, self._warned, self._goodput = workdir, False, goodput
     chip = chips.find_chip(jax.devices()[0].device_kind)
     # Every process reads the numbers, and so notices what is not finite; the first one writes them.
     every = config.train.log_every
-    self._writer = Writer(workdir, start, every) if processes.is_first() else None
+    self._writer = Writer(workdir, start, every, skipped) if processes.is_first() else None
     self._window = Window(config.model, jax.device_count(), chip)
     self._total, self._every = total, every
     self._spikes = SpikeWatch(config.train.spike_factor)
@@ -293,7 +304,7 @@ class Recorder:
 
     Raises:
       TrainingError: too many steps in a row were not finite.
-      LossSpike: see `SpikeWatch`.
+      RollBack: a loss is a spike, or the update of the step has overflowed.
     """
     if device_metrics is not None:
       values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
@@ -308,6 +319,13 @@ class Recorder:
     if not values.pop("finite"):
       self._not_finite(batch, values)
       return
+    if not values.pop("state_finite"):
+      raise RollBack(
+        f"step {batch.step + 1} ({batch.dataset}): the update has overflowed, loss and gradient "
+        "are finite",
+        batch.step + 1,
+        alone=True,
+      )
     self._in_a_row = 0
     self._spikes.check(batch, values["loss"])
     if values["empty_rows"] == batch.global_rows:

@@ -22,6 +22,16 @@ class Resume:
   from_step: int | None = None
   skip_steps: tuple[int, ...] = ()
 
+  def remaining(self, history: Sequence[dict[str, Any]]) -> "Resume":
+    """Returns what earlier starts have not done yet: launchers repeat a command with its flags."""
+    back = {entry.get("from_step") for entry in history}
+    skipped = {step for entry in history for step in entry.get("skip_steps", ())}
+    return dataclasses.replace(
+      self,
+      from_step=None if self.from_step in back else self.from_step,
+      skip_steps=tuple(step for step in self.skip_steps if step not in skipped),
+    )
+
   def entry(self, before: Config, now: Config, step: int) -> dict[str, Any] | None:
     """Returns what the history of a run says of this start, which goes on from `step`.
 

@@ -21,6 +21,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.parallel import processes
+from mlembed_jax.workdir import Run
 
 DIGESTS = "digests.json"
 DIGESTS_FORMAT = 1
@@ -51,18 +52,34 @@ def held(workdir: pathlib.Path) -> set[int]:
   return steps
 
 
-@contextlib.contextmanager
-def _hold(workdir: pathlib.Path, step: int) -> Iterator[None]:
-  """Keeps a run from deleting a checkpoint during the block; not where nothing can be written."""
-  path = workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}"
+def hold(workdir: pathlib.Path, step: int) -> None:
+  """Keeps a run from deleting a checkpoint until `release`, or for an hour.
+
+  Where nothing can be written, the reader has to take its chance.
+  """
   with contextlib.suppress(OSError):
-    path.parent.mkdir(exist_ok=True)
-    path.touch()
+    _held_by_us(workdir, step).parent.mkdir(exist_ok=True)
+    _held_by_us(workdir, step).touch()
+
+
+def release(workdir: pathlib.Path, step: int) -> None:
+  """Ends `hold`."""
+  with contextlib.suppress(OSError):
+    _held_by_us(workdir, step).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holding(workdir: pathlib.Path, step: int) -> Iterator[None]:
+  """Holds a checkpoint during the block, see `hold`."""
+  hold(workdir, step)
   try:
     yield
   finally:
-    with contextlib.suppress(OSError):
-      path.unlink(missing_ok=True)
+    release(workdir, step)
+
+
+def _held_by_us(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  return workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}"
 
 
 def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int, Read]:
@@ -71,18 +88,21 @@ def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int
   Damaged checkpoints are passed over, and said.
 
   Raises:
-    ConfigError: the workdir holds no finished checkpoint, or none is whole.
+    ConfigError: the workdir holds no finished checkpoint, none is whole, or one that is not known
+      to be damaged cannot be read.
   """
   faults: dict[int, str] = {}
   while steps := [step for step in steps_of(workdir) if step not in faults]:
     step, folder = steps[-1], folder_of(workdir, steps[-1])
-    with _hold(workdir, step):
-      if (fault := damage(folder)) is None:
+    with holding(workdir, step):
+      fault = damage(folder)
+      if fault is None:
         try:
           return step, read(step)
         except Exception as error:  # tensorstore's errors have no class of their own
-          fault = f"{folder} cannot be read: {first_line(error)}"
-      if folder.is_dir():  # else the run deleted it before it was held
+          if folder.is_dir():  # else the run deleted it before it was held
+            raise ConfigError(f"{folder} cannot be read: {first_line(error)}") from error
+      elif folder.is_dir():
         faults[step] = fault
         print(f"WARNING: {fault}. It is passed over", flush=True)
   if faults:
@@ -124,24 +144,17 @@ def first_line(error: Exception) -> str:
 def damage(folder: pathlib.Path) -> str | None:
   """Returns what is wrong with the files of a checkpoint, None where nothing is known to be.
 
-  Every process of a run calls it, and reads a part of the files. A checkpoint of an earlier version
-  has no digests, which is said.
+  Every process of a run calls it, and reads a part of the files.
+
+  Raises:
+    StorageError: a file cannot be read, which is no damage.
   """
-  path = folder / ITEM / DIGESTS
-  if not processes.gather(path.is_file())[0]:
-    if processes.is_first():
-      print(f"{folder} has no digests, as in 0.1.0: it is taken as it is", flush=True)
-    return None
-  try:
-    expected = files.read_object(path, DIGESTS_FORMAT)["files"]
-  except (ConfigError, KeyError, OSError) as error:
-    expected, fault = {}, f"{folder} is damaged: {error}"
-  else:
-    fault = None
+  with processes.agreed():
+    fault, expected = _expected(folder)
   if fault := next(filter(None, processes.gather(fault)), None):
-    return fault
+    return f"{folder} is damaged: {fault}"
   names = sorted(expected)
-  found = dict(zip(names, processes.shared(names, _digest_in(path.parent)), strict=True))
+  found = dict(zip(names, processes.shared(names, _digest_in(folder / ITEM)), strict=True))
   wrong = [name for name in names if found[name] != expected[name]]
   if not wrong:
     return None
@@ -150,11 +163,43 @@ def damage(folder: pathlib.Path) -> str | None:
   return f"{folder} is damaged: {ITEM}/{wrong[0]}{more} {how}"
 
 
+def unchecked(folder: pathlib.Path) -> str | None:
+  """Returns why nothing is known of the files of a checkpoint; None where they have digests."""
+  path = folder / ITEM / DIGESTS
+  if not path.is_file():
+    return f"{folder} has no digests, as in 0.1.0: it is taken as it is"
+  if files.read_object(path, DIGESTS_FORMAT).get("files") is None:
+    return f"{folder} has no digests, as the run ended right after the save: it is taken as it is"
+  return None
+
+
+def _expected(folder: pathlib.Path) -> tuple[str | None, dict[str, str]]:
+  """Returns what is wrong with the digests of a checkpoint, and the digests."""
+  path = folder / ITEM / DIGESTS
+  if not path.is_file():
+    since = _digests_since(folder.parent.parent)
+    gone = since is not None and int(folder.name) >= since
+    return (f"{ITEM}/{DIGESTS} is missing" if gone else None), {}
+  try:
+    found = files.read_object(path, DIGESTS_FORMAT)["files"]
+  except (ConfigError, KeyError) as error:
+    return str(error), {}
+  return None, found or {}
+
+
+def _digests_since(workdir: pathlib.Path) -> int | None:
+  try:
+    return Run.load(workdir).digests_since
+  except ConfigError:  # no checkpoint is used without run.json, which says what is wrong with it
+    return None
+
+
 def _digest_in(folder: pathlib.Path) -> Callable[[str], str | None]:
   def act(name: str) -> str | None:
-    try:
-      return files.digest(folder / name)
-    except OSError:
-      return None
+    with files.storage_errors(folder / name):
+      try:
+        return files.digest(folder / name)
+      except FileNotFoundError:
+        return None
 
   return act

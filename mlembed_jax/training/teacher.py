@@ -62,6 +62,7 @@ class Teacher:
     if self.step is None:
       return load_params(self.path, model, abstract)
     params = saved.load_params(self.path, self.step, model)
+    saved.release(self.path, self.step)
     cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
     return processes.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 
@@ -150,6 +151,7 @@ class _Found:
 
 def _from_workdir(path: pathlib.Path) -> _Found:
   config, (step, _) = Run.load(path).config, saved.read_newest(path, lambda _: None)
+  saved.hold(path, step)  # until its weights are read, minutes later
   exits = axes_of(config.model, config.matryoshka).exits
   return _Found(config.model, exits, config.data.pooled_token, f"step {step}", step)
 

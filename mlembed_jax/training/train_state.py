@@ -84,15 +84,18 @@ def is_finite(tree: Any) -> jax.Array:
 
 
 def updated_where(finite: Any, updated: TrainState, before: TrainState) -> TrainState:
-  """Returns `updated`, or `before` with the next step's number: its batch is passed over."""
-  kept = jax.tree.map(functools.partial(jnp.where, finite), updated, before)
-  return kept.replace(step=updated.step)
+  """Returns `updated`, or `before` with all counts of steps raised: the schedule goes on."""
+
+  def one(new: Any, old: Any) -> Any:
+    return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+  return jax.tree.map(one, updated, before)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def passed_over(state: TrainState) -> TrainState:
-  """Returns the state after a step whose batch is passed over."""
-  return state.replace(step=state.step + 1)
+  """Returns the state after a step whose batch is passed over: all counts of steps are raised."""
+  return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else x + 1, state)
 
 
 def create(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -145,7 +145,9 @@ def make(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns `step(state, batch, teacher_params, kind=...)`, jitted; the old state is reused.
 
-  A step that is not finite leaves all but the number of the step as it was.
+  A step whose loss or gradient is not finite changes no parameter and no moment. That is decided
+  before the update, which so needs no memory for a second state; `state_finite` says whether the
+  update itself has overflowed.
   """
   axes = axes_of(config.model, config.matryoshka)
   tx = optimizer.make(config.optimizer, steps)
@@ -174,12 +176,14 @@ def make(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)
     trained |= {"log_temperature": at_least_lowest(trained["log_temperature"])}
-    updated = TrainState(step=state.step + 1, opt_state=opt_state, **trained)
     norm = optax.tree.norm(grads)
-    finite = train_state.is_finite((result.loss, norm, updated))
+    finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
+    updated = TrainState(step=state.step + 1, opt_state=opt_state, **trained)
+    updated = train_state.updated_where(finite, updated, state)
     metrics = {
       "loss": result.loss,
       "finite": finite,
+      "state_finite": train_state.is_finite(updated),
       **{f"{name}_loss": jnp.mean(term) for name, term in result.terms.items()},
       "gradient_norm": norm,
       "learning_rate": rate(state.step),
@@ -189,6 +193,6 @@ def make(
       "empty_rows": result.empty_rows,
       **gradcache.work(batch.sheets),
     }
-    return train_state.updated_where(finite, updated, state), metrics
+    return updated, metrics
 
   return step

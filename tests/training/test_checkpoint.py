@@ -10,7 +10,7 @@ import pytest
 
 from mlembed_jax.errors import ConfigError, StorageError
 from mlembed_jax.slice_scores import SliceScore
-from mlembed_jax.training import saved
+from mlembed_jax.training import checkpoint, saved
 from mlembed_jax.training.checkpoint import Checkpoints, Retention, mean_score
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import StepScores
@@ -44,7 +44,8 @@ def save(workdir, *steps, newest=3, **others):
 def restore(workdir, **options):
   checkpoints = Checkpoints(Retention(workdir, 3))
   try:
-    return checkpoints.restore(ABSTRACT, **options)
+    step = checkpoints.newest_whole(**options)
+    return step and checkpoints.restore(step, ABSTRACT)
   finally:
     checkpoints.close()
 
@@ -84,8 +85,8 @@ def test_a_damaged_checkpoint_is_passed_over(two, tmp_path, capsys, file, damage
   DAMAGES[damage](file_of(workdir, 2, file))
   if (file, damage) == (saved.DIGESTS, "deleted"):
     assert_equal(restore(workdir), state(2))  # nothing that is read is damaged
-    assert "has no digests" in capsys.readouterr().out
-    return
+    assert "has no digests, as in 0.1.0" in capsys.readouterr().out
+    return  # the workdir has no run.json, which says since when there are digests
   step, _ = saved.read_newest(workdir, lambda step: step)  # as export and teacher read it
   assert step == 1 and "It is passed over" in capsys.readouterr().out
   with pytest.raises(ConfigError, match=r"checkpoints/2 is damaged.*--strict_restore"):
@@ -116,17 +117,41 @@ def test_without_any_whole_checkpoint_nothing_is_started(two, tmp_path):
     flip(file_of(workdir, step, "d"), 0.5)
   with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*/2 is .*/1 is damaged"):
     saved.read_newest(workdir, lambda step: step)
-  with pytest.raises(ConfigError, match=r"no checkpoint is whole; all are in .*damaged"):
-    restore(workdir)
+  for _ in range(2):  # a launcher that starts it again does not begin anew either
+    with pytest.raises(ConfigError, match="no checkpoint is left, damaged/ holds"):
+      restore(workdir)
 
 
-def test_checkpoints_without_digests_are_taken_unless_they_cannot_be_read(two, tmp_path):
+def test_what_cannot_be_read_for_another_reason_is_not_moved(two, tmp_path):
+  """As where memory or the storage fail: only files that differ from their digests are damaged."""
   workdir = shutil.copytree(two, tmp_path / "w")
-  for step in (1, 2):
-    file_of(workdir, step, saved.DIGESTS).unlink()
-  assert_equal(restore(workdir), state(2))
+  file_of(workdir, 2, saved.DIGESTS).unlink()
   file_of(workdir, 2, "manifest.ocdbt").write_bytes(b"")
-  assert_equal(restore(workdir), state(1))
+  with pytest.raises(ConfigError, match=r"checkpoints/2 cannot be read: .* --from_step"):
+    restore(workdir)
+  with pytest.raises(ConfigError, match="checkpoints/2 cannot be read"):
+    saved.read_newest(workdir, lambda step: 1 / (2 - step))
+  assert saved.steps_of(workdir) == [1, 2] and not (workdir / "damaged").exists()
+
+
+def test_a_checkpoint_is_complete_before_its_digests_are(tmp_path, monkeypatch, capsys):
+  """As where a machine is taken away right after the save."""
+  monkeypatch.setattr(checkpoint, "digest_checkpoint", lambda _: None)
+  save(tmp_path, 1)
+  assert_equal(restore(tmp_path), state(1))
+  assert "as the run ended right after the save" in capsys.readouterr().out
+
+
+def test_going_back_sets_later_ones_aside(two, tmp_path):
+  workdir = shutil.copytree(two, tmp_path / "w")
+  checkpoints = Checkpoints(Retention(workdir, 3))
+  with pytest.raises(ConfigError, match=r"has no step 7; it has \[1, 2\]"):
+    checkpoints.go_back(7)
+  checkpoints.go_back(1)
+  assert checkpoints.latest() == 1
+  checkpoints.save(2, state(5))
+  checkpoints.close()
+  assert_equal(restore(workdir), state(5))
 
 
 def test_newest_multiples_and_best_stay(tmp_path):

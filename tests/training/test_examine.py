@@ -21,7 +21,7 @@ def whole(tiny, data, tmp_path_factory):
   save(workdir, 10, 20)
   shutil.copy(data / "tokenizer.json", workdir)
   digest = files.digest(workdir / "tokenizer.json")
-  Run(tiny, {}, {}, tokenizer=digest).save(workdir)
+  Run(tiny, {}, {}, tokenizer=digest, digests_since=15).save(workdir)
   StepScores(20, {}, []).save(workdir)
   lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 21))
   (workdir / "metrics.jsonl").write_text(lines)
@@ -60,10 +60,11 @@ def test_missing_lines_of_metrics_are_found(whole, tmp_path):
 
 def test_the_command_names_damaged_checkpoints(whole, tmp_path):
   workdir = shutil.copytree(whole, tmp_path / "w")
-  flip(file_of(workdir, 20, "d"), 0.5)
-  file_of(workdir, 10, "digests.json").unlink()
+  for step in (10, 20):
+    file_of(workdir, step, "digests.json").unlink()
   command = [sys.executable, "-m", "mlembed_jax.doctor", str(workdir)]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 2
-  assert f"W03 error    checkpoints/20: {workdir}/checkpoints/20 is damaged" in result.stdout
-  assert "W03 warning  checkpoints/10: no digests" in result.stdout
+  damaged = f"{workdir}/checkpoints/20 is damaged: default/digests.json is missing"
+  assert f"W03 error    checkpoints/20: {damaged}" in result.stdout
+  assert "W03 warning  checkpoints/10: " in result.stdout

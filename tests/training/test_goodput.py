@@ -71,6 +71,18 @@ def test_going_back_behind_an_earlier_start_loses_all_of_it(tmp_path, clock):
   assert back.shares()[TRAINING] == pytest.approx(10 / 30)
 
 
+def test_a_start_that_goes_back_by_itself_loses_what_it_trained_since(tmp_path, clock):
+  found = Goodput(tmp_path, writes=True)
+  found.resume(0)
+  spend(found, clock, TRAINING, 10)
+  found.save(5)
+  spend(found, clock, TRAINING, 6)
+  found.resume(5)
+  spend(found, clock, TRAINING, 4)
+  assert found.shares()[TRAINING] == pytest.approx(14 / 20)
+  assert found.shares()[LOST] == pytest.approx(6 / 20)
+
+
 def test_a_damaged_file_is_said_and_begun_anew(tmp_path, clock, capsys):
   found = Goodput(tmp_path, writes=True)
   clock.now += 1

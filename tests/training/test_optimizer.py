@@ -254,7 +254,8 @@ def test_a_state_is_saved_and_restored_onto_another_mesh(moments, tmp_path):
   mesh, checkpoints = make_mesh(other), Checkpoints(Retention(tmp_path, 1))
   checkpoints.save(3, state)
   tx = optimizer.make(other.optimizer, 20)
-  restored = checkpoints.restore(train_state.abstract(other, tx, mesh))
+  checkpoints.wait()
+  restored = checkpoints.restore(3, train_state.abstract(other, tx, mesh))
   checkpoints.close()
   for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
     assert a.dtype == b.dtype
