@@ -309,7 +309,9 @@ class Encoder:
 def _keep_programs() -> None:
   """Keeps compiled programs on disk for the next process, unless the caller chose a folder."""
   if not jax.config.values["jax_compilation_cache_dir"]:
-    programs.keep(factors.cache_folder() / "compiled")
+    folder = factors.cache_folder() / "compiled"
+    if programs.remove_damaged(folder):
+      programs.keep(folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -5,42 +5,67 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+RELEASE_S = 1.0  # the storage may be what the process hangs on
 
-def _out_of_time(number: int, grace_s: float) -> None:
+
+def _out_of_time(number: int, grace_s: float, on_timeout: Callable[[], None] | None) -> None:
   said = f"signal {number}: --grace_s {grace_s:g} are over, the newest checkpoint is what is left"
   os.write(sys.stderr.fileno(), f"\n{said}\n".encode())
+  if on_timeout:
+    last = threading.Thread(target=on_timeout, daemon=True)
+    last.start()
+    last.join(RELEASE_S)
   os._exit(128 + number)
 
 
 class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
   """Turns SIGTERM, which preempted machines get, and Ctrl-C into a flag read between steps."""
 
-  def __init__(self, mesh: Mesh, grace_s: float = 0.0) -> None:
+  def __init__(
+    self, mesh: Mesh, grace_s: float = 0.0, on_timeout: Callable[[], None] | None = None
+  ) -> None:
     """Installs the handlers. Several processes exchange their flags over the devices of `mesh`.
 
-    The process ends `grace_s` seconds after a signal in any case, with the status that lets
-    launchers start it again; 0: it takes the time it needs.
+    Args:
+      mesh: the devices of all processes.
+      grace_s: the process ends so many seconds after the first signal in any case, with the status
+        that lets launchers start it again; 0: it takes the time it needs. This ends with the block.
+      on_timeout: called before that end, which waits a second for it.
     """
-    self._received, self._mesh, self._grace_s = 0, mesh, grace_s
+    self._received, self._mesh = 0, mesh
+    self._grace_s, self._on_timeout = grace_s, on_timeout
+    self._watchdogs: list[threading.Timer] = []
     whole = NamedSharding(mesh, PartitionSpec())
     self._largest = jax.jit(lambda flags: flags.max(), out_shardings=whole)
     stopping = (signal.SIGTERM, signal.SIGINT)
     self._previous = {number: signal.signal(number, self._receive) for number in stopping}
 
   def _receive(self, number: int, _: Any) -> None:
+    # A second Ctrl-C ends the program at once. SIGTERM stays caught: machines that are taken away
+    # may get several, or one after a notice, while the checkpoint is being written.
+    if number == signal.SIGINT:
+      signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+    self.request(number)
+
+  def request(self, number: int = signal.SIGTERM) -> None:
+    """Stops the run as the signal does; any thread may call this. Only the first one counts."""
+    if self._received:
+      return
     self._received = number
-    self.__exit__()  # a second one ends the program at once
     # print() could be in the middle of another one.
     os.write(sys.stderr.fileno(), f"\nsignal {number}: ending after this step\n".encode())
     if self._grace_s:
-      watchdog = threading.Timer(self._grace_s, _out_of_time, [number, self._grace_s])
+      args = [number, self._grace_s, self._on_timeout]
+      watchdog = threading.Timer(self._grace_s, _out_of_time, args)
       watchdog.daemon = True
+      self._watchdogs.append(watchdog)  # two, where a signal and a notice come at the same time
       watchdog.start()
 
   def exchange(self) -> jax.Array | None:
@@ -70,5 +95,7 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
       self.leave(number, saved)
 
   def __exit__(self, *_: Any) -> None:
+    for watchdog in self._watchdogs:
+      watchdog.cancel()  # what follows, as in a notebook, is not the run
     for number, handler in self._previous.items():
       signal.signal(number, handler)

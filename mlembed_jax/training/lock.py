@@ -1,11 +1,13 @@
 """One trainer per workdir: a file that says who trains there, and goes on saying so.
 
 WORKDIR/lock.json is written anew every `BEAT_S` seconds. On the same machine the process itself
-tells whether it lives. Of another machine, whose clock may differ, another start waits `STALE_S`
-seconds for the next beat before it takes over.
+tells whether it lives. Of another machine or container, whose clock may differ, another start
+waits `STALE_S` seconds for the next beat before it takes over. Where there is one, the start waits
+on for the end, `WAIT_S` seconds in all: a container that was told to end may still be saving.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -16,10 +18,13 @@ import time
 from typing import Any
 
 from mlembed_jax.errors import ConfigError, TrainingError
-from mlembed_jax.files import write_json
+from mlembed_jax.files import storage_errors, write_json
 
 BEAT_S = 10.0
 STALE_S = 120.0  # NFS clients may see a file as it was 60 s ago
+WAIT_S = 600.0
+SAY_S = 60.0
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # gcsfuse, FAT
 
 Record = dict[str, Any]
 
@@ -32,48 +37,87 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
 
     Raises:
       ConfigError: another process trains there; the message names it.
+      StorageError: the workdir cannot be written to or read.
     """
     self._path = workdir / "lock.json"
     self._record = _this_process() | {"started": _now(), "token": secrets.token_hex(8), "beat": 0}
     self._lost: Record | None = None
     self._done = threading.Event()
-    while not self._created():
-      _wait_for_end(self._path)
+    with storage_errors(self._path):
+      while not self._created():
+        _wait_for_end(self._path)
     self._thread = threading.Thread(target=self._beat, name="workdir lock", daemon=True)
     self._thread.start()
 
   def check(self) -> None:
-    """Raises TrainingError where another process took over, as this one had stood still."""
+    """Raises TrainingError where another process took over, as this one had stood still.
+
+    A lock that cannot be read is no proof of that.
+    """
+    with contextlib.suppress(OSError):
+      self._look()
     if self._lost:
       raise TrainingError(
         f"{self._path.parent} was taken over by {_name(self._lost)}, as this process gave no sign "
         f"of life for {STALE_S:.0f} s. Nothing of it is saved after that"
       )
 
-  def __exit__(self, *_: Any) -> None:
+  def release(self) -> None:
+    """Removes the lock, unless it is another's by now."""
     self._done.set()
     self._thread.join()
-    if not self._lost and (_read(self._path) or {}).get("token") == self._record["token"]:
-      with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+      if not self._lost and (_read(self._path) or {}).get("token") == self._record["token"]:
         self._path.unlink(missing_ok=True)
 
+  def __exit__(self, *_: Any) -> None:
+    self.release()
+
   def _created(self) -> bool:
+    """Returns whether there was no lock, so that it is this process's now."""
+    temporary = self._path.with_name(f".{self._path.name}.{self._record['token']}")
     try:
-      with self._path.open("x", encoding="utf-8") as file:
-        json.dump(self._record, file)
+      temporary.write_text(json.dumps(self._record), encoding="utf-8")
+      os.link(temporary, self._path)
+    except FileExistsError:  # so says NFS, too, of a request that it did and was sent again
+      return (_read(self._path) or {}).get("token") == self._record["token"]
+    except OSError as error:
+      if error.errno not in NO_LINKS:
+        raise
+      return self._written()
+    finally:
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+    return True
+
+  def _written(self) -> bool:
+    """Does what `_created` does where there are no links; readers may see half of the lock."""
+    try:
+      file = self._path.open("x", encoding="utf-8")
     except FileExistsError:
       return False
+    try:
+      with file:
+        json.dump(self._record, file)
+    except OSError:
+      self._path.unlink(missing_ok=True)
+      raise
     return True
 
   def _beat(self) -> None:
     while not self._done.wait(BEAT_S):
       with contextlib.suppress(OSError):  # a full disk or lost workdir is told by the next save
-        found = _read(self._path)
-        if found and found.get("token") != self._record["token"]:
-          self._lost = found
+        self._look()
+        if self._lost:
           return
         self._record["beat"] += 1
         write_json(self._path, self._record)
+
+  def _look(self) -> None:
+    """Notes whose the lock is, where it is another's."""
+    found = _read(self._path)
+    if found and found.get("token") != self._record["token"]:
+      self._lost = found
 
 
 def _wait_for_end(path: pathlib.Path) -> None:
@@ -82,31 +126,44 @@ def _wait_for_end(path: pathlib.Path) -> None:
   Raises:
     ConfigError: it lives.
   """
-  first, lives = _read(path), None
-  if first is None:
+  found = _read(path)
+  if found is None:
     return  # it ended by itself
-  if (lives := _lives(first)) is None:
-    print(f"{path}: waiting whether {_name(first)} still trains here", flush=True)
-    lives = _beats(path, first)
+  lives = _lives(found)
+  if lives is None:
+    found, lives = _watched(path, found)
   if lives:
     raise ConfigError(
-      f"{path.parent} is being trained by {_name(first)}; stop that run first, or use another "
+      f"{path.parent} is being trained by {_name(found)}; stop that run first, or use another "
       "--workdir"
     )
-  if _read(path) == first:  # nobody else took over
-    print(f"{path}: {_name(first)} is gone; its lock is taken over", flush=True)
+  if lives is False and _read(path) == found:  # nobody else took over
+    print(f"{path}: {_name(found)} is gone; its lock is taken over", flush=True)
     path.unlink(missing_ok=True)
 
 
-def _beats(path: pathlib.Path, first: Record) -> bool:
-  """Returns whether the lock changes within `STALE_S` seconds; one that ends has changed, too."""
-  end = time.monotonic() + STALE_S
-  while time.monotonic() < end:
+def _watched(path: pathlib.Path, lock: Record) -> tuple[Record, bool | None]:
+  """Returns a lock as it was at last, and whether its process lives.
+
+  False: it did not change for `STALE_S` seconds. True: it still does after `WAIT_S` seconds. None:
+  it ended, or is that of another process now.
+  """
+  start = changed = said = time.monotonic()
+  print(f"{path}: waiting whether {_name(lock)} still trains here", flush=True)
+  while (now := time.monotonic()) - changed < STALE_S:
     time.sleep(min(1.0, BEAT_S))
     found = _read(path)
-    if found != first:
-      return found is not None
-  return False
+    if found is None or (found and found.get("token") != lock.get("token")):
+      return lock, None
+    if found and found != lock:
+      lock, changed = found, now
+      if now - start > WAIT_S:
+        return lock, True
+    if now - said > SAY_S:
+      said = now
+      left = max(0.0, start + WAIT_S - now)
+      print(f"{path}: {_name(lock)} still trains here; waiting for {left:.0f} s more", flush=True)
+  return lock, False
 
 
 def _lives(record: Record) -> bool | None:
@@ -114,7 +171,8 @@ def _lives(record: Record) -> bool | None:
   here = _this_process()
   if here["namespace"] is None or any(record.get(k) != here[k] for k in ("boot", "namespace")):
     return None
-  return _started(record.get("pid")) == record.get("process_started")
+  started = _started(record.get("pid"))
+  return started is not None and started == record.get("process_started")
 
 
 def _this_process() -> Record:
@@ -135,9 +193,13 @@ def _namespace() -> str | None:
 
 
 def _started(pid: Any) -> str | None:
-  """Returns when a process started, in ticks since the start of the machine; None without it."""
+  """Returns when a process started, in ticks since the start of the machine; None without it.
+
+  One that ended and was not asked for its status yet (states Z and X) is none.
+  """
   stat = _text(f"/proc/{pid}/stat")
-  return stat.rpartition(")")[2].split()[19] if stat else None
+  fields = stat.rpartition(")")[2].split() if stat else ["X"]
+  return None if fields[0] in "ZXx" else fields[19]
 
 
 def _text(path: str) -> str | None:

@@ -364,8 +364,8 @@ def _train_locked(
   with (
     jax.set_mesh(mesh),
     nn.logical_axis_rules(logical_rules()),
-    StopSignals(mesh, grace_s) as stop,
-    maintenance.watched(mesh),
+    StopSignals(mesh, grace_s, lock.release if lock else None) as stop,
+    maintenance.watched(mesh, stop),
   ):
     processes.on_first(lambda: inputs.report(read, steps, workdir))
     before = processes.gather(run.config.data.micro_batch if stored else 0)[0]
@@ -391,8 +391,9 @@ def _checked_mesh(config: Config, workdir: pathlib.Path) -> Mesh:
   device = mesh.devices.flat[0]
   lowering.check_attention(config, device.platform)
   if device.platform != "cpu":  # those compile in seconds and are bound to one kind of processor
-    programs.keep(workdir / "compiled", writes=processes.is_first())
-    processes.gather(None)  # no process reads one before it is checked
+    folder = workdir / "compiled"  # no process reads one before it is checked
+    if processes.gather(processes.is_first() and programs.remove_damaged(folder))[0]:
+      programs.keep(folder)
   compiler.check_known(device)
   rows_of(jax.process_index(), mesh)
   return mesh
