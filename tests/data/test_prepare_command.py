@@ -253,7 +253,7 @@ def test_a_folder_that_holds_something_else_is_refused(own):
 @pytest.mark.parametrize(
   ("value", "message"),
   [
-    ("{", "catalog.json: Expecting property name"),
+    ("{", "catalog.json is not JSON: Expecting property name"),
     ("[]", "catalog.json: no JSON object. If it cannot be mended, delete the folder and prepare"),
     ('{"plan": 3}', "catalog.json is damaged: 'int' object is not subscriptable; restore it, or"),
     ('{"plan": {"version": 99}}', "was prepared by another version (99, this is 1); prepare it"),

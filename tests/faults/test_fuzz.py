@@ -217,7 +217,8 @@ def test_catalog(data, tmp_path, examples):
   for file in (data / "dataset").iterdir():
     (tmp_path / file.name).symlink_to(file)
   path = tmp_path / "catalog.json"
-  value = {name: field for name, field in value_of(path).items() if name not in ("files", "digest")}
+  later = ("files", "cut_texts", "sha256")  # fields that 0.1.0 did not write: no digest protects it
+  value = {name: field for name, field in value_of(path).items() if name not in later}
   path.unlink()
   write_json(path, value)
   assert catalog.load_catalog(tmp_path).fingerprint == value["fingerprint"]
