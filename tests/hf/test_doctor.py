@@ -280,6 +280,7 @@ def test_the_command_ends_with_1_for_warnings(copy: pathlib.Path):
 def test_the_command_refuses_what_is_no_folder(tmp_path: pathlib.Path):
   done = doctor(tmp_path)
   assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr == f"error: {tmp_path} is no model folder: it has no config.json\n"
+  said = "is neither a model folder (no config.json) nor a workdir (no run.json)"
+  assert done.stderr == f"error: {tmp_path} {said}\n"
   assert "DIR is missing" in doctor().stderr
   assert "unexpected argument 'b'; every option is a --flag" in doctor("a", "b").stderr
