@@ -360,7 +360,8 @@ def test_every_depth_can_be_pooled(copy: pathlib.Path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_keys_mean_what_transformers_takes_them_for(family: str, tmp_path: pathlib.Path):
   config = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}[family]
-  sizes = {"vocab_size": 8, "hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6}
+  # Qwen's default of 32 key-value heads has to divide the heads.
+  sizes = {"vocab_size": 8, "hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 64}
   stated = {"model_type": family, "intermediate_size": 4, **sizes}
   (tmp_path / "config.json").write_text(json.dumps(stated))
   theirs, ours = config(intermediate_size=4, **sizes), read_model(tmp_path)
