@@ -48,12 +48,17 @@ def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Pat
   workdir = pathlib.Path(path).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".write_test_{os.getpid()}"
-    probe.touch()
-    probe.unlink(missing_ok=True)  # in containers all processes may have one number
+    probe(workdir)
   except OSError as error:
     raise ConfigError(f"{flag}: {path} is not writable: {error.strerror}") from error
   return workdir
+
+
+def probe(folder: pathlib.Path) -> None:
+  """Raises OSError where nothing can be written into a folder."""
+  file = folder / f".write_test_{os.getpid()}"
+  file.touch()
+  file.unlink(missing_ok=True)  # in containers all processes may have one number
 
 
 def check_format(

@@ -1,6 +1,5 @@
 """Texts to token ids: those of training end with the pooled token, those of a folder as it says."""
 
-import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import tokenizers
 from tokenizers import normalizers
 
 from mlembed_jax.errors import DataError
+from mlembed_jax.files import digest
 
 # A query is PREFIX + QUERY. A line break ends a token for every tokenizer that we accept, so the
 # ids of the two parts, one after the other, are those of the whole.
@@ -55,7 +55,7 @@ class Vocabulary:
   @property
   def fingerprint(self) -> str:
     """Hash of the file."""
-    return hashlib.sha256(self.path.read_bytes()).hexdigest()
+    return digest(self.path)
 
   def id(self, token: str) -> int:
     """Returns the id of a token; raises DataError where there is none."""

@@ -40,6 +40,7 @@ from mteb.types import PromptType
 
 from mlembed_jax.data import languages
 from mlembed_jax.errors import DataError
+from mlembed_jax.files import digests
 from mlembed_jax.hf.export import variant_name
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
@@ -180,10 +181,8 @@ def _or_none(size: int | None, full: int) -> int | None:
 def _revision(folder: pathlib.Path, fingerprint: str, max_tokens: int, dtype: str) -> str:
   """Returns a hash of names and contents; `fingerprint` says when it is to be computed again."""
   found = hashlib.sha256(f"{max_tokens} {dtype}\n".encode())
-  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+  for name, digest in digests(folder).items():
+    found.update(f"{name} {digest}\n".encode())
   return found.hexdigest()[:40]
 
 

@@ -24,7 +24,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.errors import ExportError, LoadError
 from mlembed_jax.families import FAMILIES
-from mlembed_jax.files import replace_folder, write_json, write_safetensors, write_text
+from mlembed_jax.files import digests, replace_folder, write_json, write_safetensors, write_text
 from mlembed_jax.hf import config_files, own_file, param_mapping, parity, stored_ranges
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.checks import examine
@@ -319,7 +319,7 @@ def _own_file(
     pooling=_pooling(config, tokenizer),
     prompt_template=PREFIX.format(instruction="{task}") + QUERY,
     training=_training(variant),
-    files=_digests(folder),
+    files={name: own_file.Digest(found) for name, found in digests(folder).items()},
     ranges_file=ranges_file,
   )
 
@@ -368,13 +368,3 @@ def _training(variant: Variant) -> own_file.Training:
 
 def _config_sha256(config: Config) -> str:
   return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
-
-
-def _digests(folder: pathlib.Path) -> dict[str, own_file.Digest]:
-  """Returns the digests of all files of a folder, by path."""
-  found = {}
-  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found[path.relative_to(folder).as_posix()] = own_file.Digest(digest)
-  return found

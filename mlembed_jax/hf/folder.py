@@ -60,7 +60,7 @@ RANGES: dict[str, tuple[float, float]] = {
   key: (1, 10_000 if field == "layers" else 2**31 - 1)
   for field, key in (*param_mapping.CONFIG_KEYS.items(), ("rank", param_mapping.RANK_KEY))
 }
-RANGES |= {"rms_norm_eps": (0, 1), "max_position_embeddings": (1, 2**31 - 1)}
+RANGES |= {"rms_norm_eps": (0, 1), POSITIONS: (1, 2**31 - 1)}
 RANGES |= dict.fromkeys(("rope_theta", "rope_parameters.rope_theta"), (1, 1e30))
 NAMES_SHOWN = 3  # each kind of problem lists so many names
 

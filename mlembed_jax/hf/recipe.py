@@ -42,6 +42,7 @@ from mlembed_jax.hf.folder import (
 )
 from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.models.pooling import POOLINGS
+from mlembed_jax.quantize import unit
 
 LAST = "lasttoken"
 MODULE_KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")
@@ -167,11 +168,6 @@ class Dense:
     """Returns whether it only keeps the first coordinates."""
     plain = self.bias_M is None and self.activation == "Identity"
     return plain and np.array_equal(self.weight_MD, np.eye(*self.weight_MD.shape))
-
-
-def normalize(x_ND: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-  """Returns vectors at unit length, as the module Normalize does."""
-  return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
 
 
 Module = Callable[[np.ndarray], np.ndarray]
@@ -466,7 +462,7 @@ def _after_pooling(
       found += [module] if module else []
     elif kind == "Normalize":
       reading.object(file, NORMALIZE_RULES)
-      found.append(normalize)
+      found.append(unit)
     else:
       reading.object(file, DROPOUT_RULES)
   return found
@@ -521,7 +517,7 @@ def _activation(reading: _Reading, file: str, name: str) -> str | None:
 
 
 def _ends_with_normalize(modules: Sequence[Module]) -> bool:
-  return bool(modules) and modules[-1] is normalize
+  return bool(modules) and modules[-1] is unit
 
 
 def _without_cut(modules: Sequence[Module], width: int) -> tuple[list[Module], int]:

@@ -163,9 +163,7 @@ class Checkpoints:
     """Raises StorageError where a save would fail: orbax may wait for minutes before it says so."""
     folder = pathlib.Path(self._manager.directory)
     with files.storage_errors(folder):
-      probe = folder / ".write_test"
-      probe.touch()
-      probe.unlink()
+      files.probe(folder)
       free = shutil.disk_usage(folder).free
     if (need := sum(x.nbytes for x in jax.tree.leaves(state))) > free:
       raise StorageError(

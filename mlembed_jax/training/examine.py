@@ -8,6 +8,7 @@ from mlembed_jax import files
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.hf.checks.finding import ERROR, OK, WARNING, Finding
 from mlembed_jax.training import goodput, metrics, saved
+from mlembed_jax.training.checkpoint import DAMAGED
 from mlembed_jax.workdir import Run, StepScores, scored_steps
 
 Findings = Iterator[Finding]
@@ -51,8 +52,8 @@ def _check_checkpoints(workdir: pathlib.Path) -> Findings:
         yield Finding(ERROR, name, fault, "Training passes it over and sets it aside.")
       elif not fault and (why := saved.unchecked(folder)):
         yield Finding(WARNING, name, why, "Damage of its bytes cannot be found.")
-  for folder in sorted((workdir / "damaged").glob("*")):
-    yield Finding(WARNING, f"damaged/{folder.name}", "was set aside", "Delete it to free space.")
+  for folder in sorted((workdir / DAMAGED).glob("*")):
+    yield Finding(WARNING, f"{DAMAGED}/{folder.name}", "was set aside", "Delete it to free space.")
 
 
 def _check_scores(workdir: pathlib.Path) -> Findings:
@@ -74,7 +75,7 @@ def _check_metrics(workdir: pathlib.Path) -> Findings:
 
 def _check_goodput(workdir: pathlib.Path) -> Findings:
   """goodput.json can be read."""
-  path = workdir / "goodput.json"
+  path = workdir / goodput.FILE
   if path.is_file():
     try:
       files.read_object(path, goodput.FORMAT)

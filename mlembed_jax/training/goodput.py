@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.files import read_object, write_object
 
+FILE = "goodput.json"
 FORMAT = 1
 # The first call of a program counts as compiling; an evaluation has programs of its own.
 TRAINING, COMPILING, WAITING = "training", "compiling", "waiting_for_data"
@@ -37,7 +38,7 @@ class Goodput:
 
   def __init__(self, workdir: pathlib.Path, *, writes: bool):
     """Begins a start; `writes` is whether this process writes the file."""
-    self._path, self._writes = workdir / "goodput.json", writes
+    self._path, self._writes = workdir / FILE, writes
     self._before = _load(self._path) if writes else []
     self._now = Start(time.time(), time.time(), 0, dict.fromkeys(PARTS, 0.0), [])
     self._part, self._since, self._written = START_UP, time.perf_counter(), 0.0
@@ -88,20 +89,24 @@ class Goodput:
     self._switch(self._part)
     self._written = time.perf_counter()
     if self._writes:
-      starts = [dataclasses.asdict(start) for start in [*self._before, self._now]]
+      starts = [dataclasses.asdict(start) for start in self._starts]
       write_object(self._path, {"format_version": FORMAT, "starts": starts})
+
+  @property
+  def _starts(self) -> list[Start]:
+    return [*self._before, self._now]
 
   def shares(self) -> dict[str, float]:
     """Returns the share of each part in the time since the first start; `stopped` is the rest."""
     self._switch(self._part)
-    starts = [*self._before, self._now]
+    starts = self._starts
     whole = max(self._now.end - starts[0].begin, 1e-9)
     found = {part: sum(start.seconds[part] for start in starts) / whole for part in PARTS}
     return found | {"stopped": max(0.0, 1.0 - sum(found.values()))}
 
   def summary(self) -> str:
     """Returns one line about the whole run."""
-    starts = [*self._before, self._now]
+    starts = self._starts
     whole = datetime.timedelta(seconds=round(self._now.end - starts[0].begin))
     parts = ", ".join(
       f"{name.replace('_', ' ')} {share:.1%}"
