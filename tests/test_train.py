@@ -59,8 +59,10 @@ def start(*args, **overrides):
 
 
 def lines(workdir):
+  """Returns the lines of metrics.jsonl; one that is being written is not there yet."""
   path = workdir / "metrics.jsonl"
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  text = path.read_text() if path.exists() else ""
+  return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def wait_for_step(workdir, step, seconds=300):

@@ -10,13 +10,16 @@ ways run in turn.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -29,13 +32,15 @@ from tests.benchmarks import common, step
 WAYS = ("without", "with")
 
 
-def _digests(way: str) -> None:
-  """Makes the next checkpoints with digests, or as orbax has them."""
-  plain = checkpoint.ocp.StandardCheckpointHandler.finalize
-  checkpoint.Digested.finalize = OWN if way == "with" else plain  # pyright: ignore
-
-
-OWN = checkpoint.Digested.finalize
+@contextlib.contextmanager
+def _digests(way: str) -> Iterator[None]:
+  """Makes the checkpoints inside with digests, or as orbax has them."""
+  with contextlib.ExitStack() as stack:
+    if way == "without":
+      plain = checkpoint.ocp.StandardCheckpointHandler.finalize
+      stack.enter_context(mock.patch.object(checkpoint.Marked, "finalize", plain))
+      stack.enter_context(mock.patch.object(checkpoint, "digest_checkpoint", lambda folder: None))
+    yield
 
 
 @dataclasses.dataclass
@@ -66,14 +71,14 @@ def measure(config: Config, folder: pathlib.Path, steps: int, repeats: int) -> d
     for repeat in range(repeats):
       alone.append(_steps(stepper, steps))
       for way in WAYS:
-        _one(times[way], way, stepper, folder / f"{way}{repeat}", steps)
+        with _digests(way):
+          _one(times[way], way, stepper, folder / f"{way}{repeat}", steps)
     parameters = sum(x.size for x in jax.tree.leaves(stepper.state.params))
   stored = sum(p.stat().st_size for p in (folder / "with0").rglob("*") if p.is_file())
   return {"times": times, "alone": alone, "bytes": stored / parameters, "parameters": parameters}
 
 
 def _one(times: Times, way: str, stepper: step.Stepper, workdir: pathlib.Path, steps: int) -> None:
-  _digests(way)
   checkpoints = Checkpoints(Retention(workdir, 1))
   start = time.perf_counter()
   checkpoints.save(1, stepper.state)
@@ -86,7 +91,9 @@ def _one(times: Times, way: str, stepper: step.Stepper, workdir: pathlib.Path, s
   )
   assert (workdir / "checkpoints/1/default" / saved.DIGESTS).exists() == (way == "with")
   start = time.perf_counter()
-  jax.block_until_ready(checkpoints.restore(abstract))
+  newest = checkpoints.newest_whole() if way == "with" else 1
+  assert newest == 1
+  jax.block_until_ready(checkpoints.restore(newest, abstract))
   times.restore.append(time.perf_counter() - start)
   checkpoints.close()
   if not workdir.name.startswith("with0"):

@@ -27,7 +27,7 @@ import threading
 import time
 
 from tests import material
-from tests.test_train import ENVIRONMENT, ROOT, TIMES, arrays, command
+from tests.test_train import ENVIRONMENT, ROOT, TIMES, arrays, command, lines
 
 STEPS, EVERY = 24, 4
 FLAGS = {
@@ -66,14 +66,7 @@ class Running:
     return "".join(self.said)
 
   def _began(self) -> bool:
-    return any(line["step"] > self.first for line in metrics_lines(self.workdir))
-
-
-def metrics_lines(workdir: pathlib.Path) -> list[dict]:
-  """Returns the whole lines of metrics.jsonl."""
-  path = workdir / "metrics.jsonl"
-  lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
-  return [json.loads(line) for line in lines if line.endswith("}")]
+    return any(line["step"] > self.first for line in lines(self.workdir))
 
 
 def begin(data: pathlib.Path, workdir: pathlib.Path) -> Running:
@@ -88,7 +81,7 @@ def begin(data: pathlib.Path, workdir: pathlib.Path) -> Running:
     text=True,
   )
   found = Running(workdir, process)
-  found.first = max((line["step"] for line in metrics_lines(workdir)), default=0)
+  found.first = max((line["step"] for line in lines(workdir)), default=0)
   threading.Thread(target=lambda: found.said.extend(process.stdout or ()), daemon=True).start()
   return found
 
@@ -128,7 +121,6 @@ def _worker(pid: int) -> int | None:
 
 def result(workdir: pathlib.Path) -> dict[str, object]:
   """Returns what a finished run has left, by name."""
-  lines = metrics_lines(workdir)
   scores = {
     path.name: {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
     for path in sorted((workdir / "eval").iterdir())
@@ -136,7 +128,7 @@ def result(workdir: pathlib.Path) -> dict[str, object]:
   weights = workdir / "export/tiny/model.safetensors"
   return {
     "arrays": [(a.shape, hashlib.sha256(a.tobytes()).hexdigest()) for a in arrays(workdir, STEPS)],
-    "metrics": [{k: v for k, v in line.items() if k not in TIMES} for line in lines],
+    "metrics": [{k: v for k, v in line.items() if k not in TIMES} for line in lines(workdir)],
     "scores": scores,
     "export": hashlib.sha256(weights.read_bytes()).hexdigest(),
   }
