@@ -236,20 +236,6 @@ def test_scores_of_a_run_that_never_saved_are_not_taken_over(data, tmp_path):
   assert not (tmp_path / "eval/step_0.json").exists()  # nothing was held out
 
 
-def test_a_run_goes_on_on_another_mesh(data, twenty, tmp_path):
-  """Not bit for bit: sums over eight devices have another order."""
-  shutil.copytree(twenty, tmp_path, dirs_exist_ok=True)
-  shutil.rmtree(tmp_path / "checkpoints/20")
-  eight = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "8"}
-  mesh = {"mesh.fsdp": 4, "mesh.tensor": 2}
-  result = subprocess.run(
-    command(data, tmp_path, **mesh), cwd=ROOT, env=eight, capture_output=True, text=True
-  )
-  assert result.returncode == 0, result.stderr
-  losses = [[line["loss"] for line in lines(workdir)] for workdir in (twenty, tmp_path)]
-  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
-
-
 def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_done_again(data, twenty, tmp_path):
   shutil.copytree(twenty, tmp_path, dirs_exist_ok=True)
   largest = max((tmp_path / "checkpoints/20").rglob("*"), key=lambda p: p.stat().st_size)

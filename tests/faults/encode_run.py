@@ -4,7 +4,7 @@
 
 Prints, for every k: what stood in the folder after a kill before operation k, and what the same
 command made of it. A kill ends a forked process at once; it is one of this script, which has no
-threads.
+threads. Ends with 1 where anything is half written or wrong.
 """
 
 import os
@@ -77,12 +77,14 @@ def right(precision, ranges):
 
 
 def main(out):
-  for before, after in (("int8", "int8"), ("int8", "float32"), ("float32", "int8")):
-    kill_at_each(out, before, after)
+  """Prints the lines of all kills; returns whether anything is wrong after one."""
+  changes = (("int8", "int8"), ("int8", "float32"), ("float32", "int8"))
+  lines = [line for change in changes for line in kill_at_each(out, *change)]
+  return any(line.split()[2:] != ["whole", "right"] for line in lines)
 
 
 def kill_at_each(out, before, after):
-  """Kills a run over vectors of an earlier one, before each of its operations."""
+  """Kills a run over vectors of an earlier one, before each of its operations; yields lines."""
   other = np.array([[-9.0] * DIM, [9.0] * DIM], np.float32) if before == "int8" else None
   wanted = np.stack([model(TEXTS[:SIZE]).min(0), model(TEXTS[:SIZE]).max(0)]).astype(np.float32)
   new, old = right(after, wanted), right(before, other)
@@ -97,14 +99,12 @@ def kill_at_each(out, before, after):
     whole = found is None or same(found, old) or same(found, new)
     run(out, precision=after)
     again = same(content(out), new) and not encode.Parts(out).folder.exists()
-    print(
-      f"{before}-{after}-{number}",
-      state,
-      "whole" if whole else "TORN",
-      "right" if again else "WRONG",
-    )
+    line = [f"{before}-{after}-{number}", state, "whole" if whole else "TORN"]
+    line.append("right" if again else "WRONG")
+    print(*line, flush=True)
+    yield " ".join(line)
     number += 1
 
 
 if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1]).absolute())
+  sys.exit(main(pathlib.Path(sys.argv[1]).absolute()))

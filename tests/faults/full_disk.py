@@ -7,7 +7,6 @@ sentence that names a path, leaves something half written, or gives other bytes 
 """
 
 import contextlib
-import hashlib
 import os
 import pathlib
 import shutil
@@ -17,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from tests import material
+from tests.faults.commands import digests, encode, module, prepare
 from tests.test_train import ENVIRONMENT, ROOT, command
 
 FLAGS = {"train.steps": 8, "train.checkpoint_every": 4, "train.keep_checkpoints": 2}
@@ -43,22 +43,9 @@ def run(args: Sequence[str]) -> subprocess.CompletedProcess:
   )
 
 
-def module(name: str, *flags: object) -> list[str]:
-  """Returns the command line of a module."""
-  return [sys.executable, "-m", f"mlembed_jax.{name}", *map(str, flags)]
-
-
-def digests(folder: pathlib.Path, pattern: str) -> dict[str, str]:
-  """Returns the digest of every file that a pattern names."""
-  paths = sorted(path for path in folder.glob(pattern) if path.is_file())
-  return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
 def commands(data: pathlib.Path, whole: pathlib.Path, disk: pathlib.Path) -> dict:
   """Returns, by command: its line, the kilobytes that are too few, and what it writes."""
-  model, texts = whole / "export", data / "train/bitext.parquet"
-  manifest = ("--manifest", data / "manifest.json", "--tokenizer", data / "tokenizer.json")
-  parts = ("--column", "query", "--part", 16)
+  model = whole / "export"
   return {
     "train": (command(data, disk / "run", **FLAGS), (64, 700), "run/export/tiny/*.safetensors"),
     "export": (
@@ -66,16 +53,8 @@ def commands(data: pathlib.Path, whole: pathlib.Path, disk: pathlib.Path) -> dic
       (64,),
       "out/*.safetensors",
     ),
-    "prepare": (
-      module("prepare", *manifest, "--out", disk / "dataset", "--partitions", 1),
-      (64,),
-      "dataset/*.array_record*",
-    ),
-    "encode": (
-      module("encode", "--model", model, "--input", texts, "--out", disk / "v.npy", *parts),
-      (24,),
-      "*.npy",
-    ),
+    "prepare": (prepare(data, disk / "dataset"), (64,), "dataset/*.array_record*"),
+    "encode": (encode(model, data, disk / "v.npy"), (24,), "*.npy"),
     "evaluate": (
       module("evaluate", "--model", model, "--tasks", data / "heldout", "--out", disk / "scores"),
       (4,),

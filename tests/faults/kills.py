@@ -1,11 +1,12 @@
-"""Kills training in each of its phases, and compares the end with a run that was left alone.
+"""Kills commands in each of their phases, and compares the end with one that was left alone.
 
   python -m tests.faults.kills --kills 100
 
-Prints one line per phase and signal: kills, those in which anything was lost, and the steps that
-were done again. A run that is killed goes on until its next kill; what is compared in the end are
-all arrays of the last checkpoint, metrics but times, held-out scores and the exported weights, byte
-for byte.
+Prints one line per phase and signal: kills, and those after which anything was lost. Seven in ten
+kill training, the others `prepare`, `encode` and one of two processes that train together. A
+command that is killed goes on until its next kill. What is compared in the end are all arrays of
+the last checkpoint, metrics but times, held-out scores and the exported weights; all prepared
+files; vectors and their ranges: byte for byte.
 """
 
 import argparse
@@ -25,9 +26,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 
 from tests import material
-from tests.test_train import ENVIRONMENT, ROOT, TIMES, arrays, command, lines
+from tests.faults.commands import digests, encode, prepare
+from tests.parallel.test_processes import children, launcher
+from tests.test_train import ENVIRONMENT, ROOT, TIMES, arrays, command, lines, wait_for_step
 
 STEPS, EVERY = 24, 4
 FLAGS = {
@@ -137,6 +141,7 @@ def result(workdir: pathlib.Path) -> dict[str, object]:
 PHASES = ("start", "compile", "restore", "step", "save", "evaluate", "export")
 LONGEST_S = {"start": 4.0, "compile": 2.0, "restore": 2.0, "step": 0.5, "save": 0.05}
 HOW = ("SIGKILL", "SIGTERM")
+Table = dict[tuple[str, str], collections.Counter]  # {(phase, how): counts of "kills" and "lost"}
 
 
 def finish(running: Running) -> str:
@@ -146,19 +151,19 @@ def finish(running: Running) -> str:
   return "".join(running.said)
 
 
-def run(
-  folder: pathlib.Path, kills: int, seed: int, per_run: int = 5
-) -> dict[tuple[str, str], collections.Counter]:
-  """Returns {(phase, how): counts} of so many kills, `per_run` of each run."""
+def run(folder: pathlib.Path, kills: int, seed: int, per_run: int = 5) -> Table:
+  """Returns the table of so many kills of training, `per_run` of each run.
+
+  FOLDER/data is the text then, FOLDER/alone the workdir of the run that was left alone.
+  """
   data, rng = folder / "data", random.Random(seed)
   material.write(data)
-  alone = begin(data, folder / "alone")
-  finish(alone)
+  finish(begin(data, folder / "alone"))
   expected = result(folder / "alone")
   cases = [*itertools.product(PHASES, HOW), ("step", "worker")]
   rng.shuffle(cases)
   plan = itertools.cycle(cases)
-  table: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
+  table: Table = collections.defaultdict(collections.Counter)
   done = number = 0
   while done < kills:
     number += 1
@@ -170,17 +175,101 @@ def run(
       if running.process.poll() is None:
         finish(running)  # a worker was killed
     finish(begin(data, workdir))
-    found = result(workdir)
-    wrong = [name for name in expected if found[name] != expected[name]]
-    for case in met:
-      table[case].update(kills=1, lost=bool(wrong))
+    _note(table, met, expected, result(workdir))
+    shutil.rmtree(workdir)
     done += len(met)
-    print(
-      f"{done} kills, run {number}: {', '.join(map('/'.join, met))}: {wrong or 'equal'}", flush=True
-    )
-    if not wrong:
-      shutil.rmtree(workdir)
   return table
+
+
+def _note(table: Table, met: Sequence[tuple[str, str]], expected: dict, found: dict) -> None:
+  """Counts kills, as lost where the end is not that of a command that was left alone."""
+  wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+  for case in met:
+    table[case].update(kills=1, lost=bool(wrong))
+  print(f"{', '.join(map('/'.join, met))}: {wrong or 'equal'}", flush=True)
+
+
+def run_commands(folder: pathlib.Path, kills: int, seed: int, per_run: int = 3) -> Table:
+  """Returns the table of so many kills of `prepare` and of `encode`; `run` has been called."""
+  rng, out = random.Random(seed), folder / "out"
+  model = folder / "alone/export/tiny"
+  lines = {
+    "prepare": prepare(folder / "data", out / "dataset"),
+    "encode int8": encode(model, folder / "data", out / "v.npy", "--precision", "int8"),
+  }
+  table: Table = collections.defaultdict(collections.Counter)
+  for (name, line), how in itertools.product(lines.items(), HOW):
+    seconds, expected = _left_alone(line, out)
+    for _ in range(-(-kills // (2 * len(HOW) * per_run))):
+      shutil.rmtree(out)
+      out.mkdir()
+      killed = [_killed(line, how, rng.uniform(0.3, 1.0) * seconds) for _ in range(per_run)]
+      _left_alone(line, out)
+      _note(table, [(name, how)] * sum(killed), expected, digests(out, "**/*"))
+    shutil.rmtree(out)
+  return table
+
+
+def _left_alone(line: Sequence[str], out: pathlib.Path) -> tuple[float, dict[str, str]]:
+  """Runs a command to its end; returns the seconds and the digests of what is in `out`."""
+  out.mkdir(exist_ok=True)
+  start = time.monotonic()
+  subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+  return time.monotonic() - start, digests(out, "**/*")
+
+
+def _killed(line: Sequence[str], how: str, delay_s: float) -> bool:
+  """Starts a command and kills it after so many seconds; returns whether it was still there."""
+  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+  process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **quiet)
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    process.wait(delay_s)
+    return False
+  _send(process.pid, signal.Signals[how])
+  return process.wait(300) != 0
+
+
+def run_together(folder: pathlib.Path, kills: int, seed: int, per_run: int = 3) -> Table:
+  """Returns the table of kills of one of two processes that train together; `run` was called."""
+  rng, data = random.Random(seed), folder / "data"
+  flags = FLAGS | {"data.manifest": data / "manifest.json"}
+  table: Table = collections.defaultdict(collections.Counter)
+
+  def together(name: str) -> tuple[pathlib.Path, list[str]]:
+    workdir = folder / name
+    return workdir, launcher(2, 1, *command(data, workdir, **flags)[1:])
+
+  alone, line = together("both")
+  _left_alone(line, alone)
+  for number in range(-(-kills // per_run)):
+    workdir, line = together(f"both{number}")
+    # A killed run begins again at its newest checkpoint.
+    steps = [STEPS // per_run * i + rng.randrange(STEPS // per_run) + 1 for i in range(per_run)]
+    killed = [_one_killed(line, workdir, step, rng) for step in steps]
+    _left_alone(line, workdir)
+    _note(table, [("step", "one of two")] * sum(killed), result(alone), result(workdir))
+  return table
+
+
+def _one_killed(line: Sequence[str], workdir: pathlib.Path, step: int, rng: random.Random) -> bool:
+  """Kills one of the processes of a launcher after a step; returns whether it was still there."""
+  process = subprocess.Popen(
+    line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  wait_for_step(workdir, step)
+  if len(found := children(process)) == 2:
+    _send(rng.choice(found), signal.SIGKILL)
+  return process.wait(300) != 0
+
+
+def run_all(folder: pathlib.Path, kills: int, seed: int) -> Table:
+  """Returns the table of so many kills of all commands."""
+  part = kills // 10
+  return {
+    **run(folder, kills - 3 * part, seed),
+    **run_commands(folder, 2 * part, seed),
+    **run_together(folder, part, seed),
+  }
 
 
 def main() -> int:
@@ -189,8 +278,8 @@ def main() -> int:
   parser.add_argument("--kills", type=int, default=100)
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
-  with tempfile.TemporaryDirectory() as folder:
-    table = run(pathlib.Path(folder), args.kills, args.seed)
+  with tempfile.TemporaryDirectory() as name:
+    table = run_all(pathlib.Path(name), args.kills, args.seed)
   print("\n| phase | how | kills | lost |\n| --- | --- | --- | --- |")
   for (phase, how), counts in sorted(table.items()):
     print(f"| {phase} | {how} | {counts['kills']} | {counts['lost']} |")

@@ -16,8 +16,7 @@ import threading
 import time
 
 from tests import material
-from tests.faults.kills import metrics_lines
-from tests.test_train import ENVIRONMENT, ROOT, command
+from tests.test_train import ENVIRONMENT, ROOT, command, lines
 
 EVERY = 200
 
@@ -42,7 +41,7 @@ def watch(process: subprocess.Popen, workdir: pathlib.Path, log: list[str]) -> l
   found: list[Held] = []
   while process.poll() is None:
     time.sleep(0.2)
-    step = max((line["step"] for line in metrics_lines(workdir)), default=0)
+    step = max((line["step"] for line in lines(workdir)), default=0)
     if step >= EVERY * (len(found) + 1):
       files = len(list(pathlib.Path(f"/proc/{process.pid}/fd").iterdir()))
       programs = sum("Finished XLA compilation" in line for line in log)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ SMALL = {
   "matryoshka.dims": "(16,48)",
   "matryoshka.ranks": "(24,)",
   "train.steps": STEPS,
-  "train.checkpoint_every": 8,
+  "train.checkpoint_every": 4,
   "export.at_end": True,
 }
 
@@ -110,6 +111,18 @@ def test_every_layout_gives_the_same_losses(alone, stopped, continued):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
   losses = [[line["loss"] for line in of] for of in (first, last)]
   assert max(losses[0]) > 1.1 * min(losses[0])  # there is something to compare
+
+
+def test_a_run_goes_on_on_fewer_devices_and_more_processes(data, alone, tmp_path):
+  shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+  for at, processes, devices, tensor in ((4, 1, 4, 2), (8, 1, 1, 1), (12, 2, 1, 1)):
+    arguments = training(data, tmp_path, **{"export.at_end": False, "mesh.tensor": tensor})
+    command = launcher(processes, devices, *arguments, "--from_step", at)
+    status, _, errors = finish(start(*command))
+    assert status == 0, errors
+  losses = [[line["loss"] for line in lines(workdir)] for workdir in (alone, tmp_path)]
+  assert losses[0] != losses[1]  # other layouts have computed them
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
 def test_every_layout_ends_with_the_same_state(alone, continued):
