@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from tensorboardX.proto import event_pb2
 
 from mlembed_jax import evaluate_model, export_model, train_model
 from mlembed_jax.config import from_mapping
-from mlembed_jax.errors import ConfigError
+from mlembed_jax.errors import ConfigError, MlembedError
 from mlembed_jax.eval.evaluation import Evaluation
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
@@ -87,6 +88,15 @@ def assert_same_state(a, b, step):
     np.testing.assert_array_equal(x, y)
 
 
+# One kind of batch and one exit compile in a quarter of the time that all of them take.
+SMALL = {
+  "data.train": "('train/bitext.parquet',)",
+  "data.global_batch": 8,
+  "data.lengths": "(32,)",
+  "model.layers": 2,
+  "matryoshka.exits": "(2,)",
+  "matryoshka.ranks": "(24,)",
+}
 TWENTY: dict[pathlib.Path, pathlib.Path] = {}
 
 
@@ -124,11 +134,19 @@ def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(data, twenty, tmp_path)
   assert untimed[0] == untimed[1]
 
 
-LONG = {"train.steps": 90, "train.checkpoint_every": 30}
+LONG = SMALL | {"train.steps": 45, "train.checkpoint_every": 15}
 
 
 @pytest.fixture(scope="module")
-def ninety(data, tmp_path_factory):
+def small(data, tmp_path_factory):
+  """The workdir of 20 uninterrupted steps of one kind, with checkpoints at 10 and 20."""
+  workdir = tmp_path_factory.mktemp("small")
+  assert run(data, workdir, **SMALL).returncode == 0
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def long(data, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("long")
   assert run(data, workdir, **LONG).returncode == 0
   return workdir
@@ -138,19 +156,19 @@ STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 
 
 @pytest.mark.parametrize(("sent", "status"), STOPS)
-def test_a_run_that_was_killed_goes_on_exactly(data, ninety, tmp_path, sent, status):
+def test_a_run_that_was_killed_goes_on_exactly(data, long, tmp_path, sent, status):
   process = start(data, tmp_path, **LONG)
-  wait_for_step(tmp_path, 35)
+  wait_for_step(tmp_path, 17)
   process.send_signal(sent)
   time.sleep(0.05)
   if sent == signal.SIGTERM:
     process.send_signal(sent)  # while it saves; a Spot machine gets several
   assert process.wait(300) == status
   reached = lines(tmp_path)[-1]["step"]
-  assert 35 <= reached < 90
+  assert 17 <= reached < 45
   assert run(data, tmp_path, **LONG).returncode == 0
-  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 91))
-  assert_same_state(ninety, tmp_path, 90)
+  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 46))
+  assert_same_state(long, tmp_path, 45)
 
 
 def test_a_signal_before_the_first_step_ends_without_a_traceback(data, tmp_path):
@@ -231,13 +249,13 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
 def test_scores_of_a_run_that_never_saved_are_not_taken_over(data, tmp_path):
   (tmp_path / "eval").mkdir()
   (tmp_path / "eval/step_0.json").write_text('{"step": 0, "scores": []}')
-  short = {"train.steps": 1, "optimizer.warmup_steps": 0}
+  short = SMALL | {"train.steps": 1, "optimizer.warmup_steps": 0}
   assert run(data, tmp_path, **short).returncode == 0
   assert not (tmp_path / "eval/step_0.json").exists()  # nothing was held out
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_done_again(data, twenty, tmp_path):
-  shutil.copytree(twenty, tmp_path, dirs_exist_ok=True)
+def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_done_again(data, small, tmp_path):
+  shutil.copytree(small, tmp_path, dirs_exist_ok=True)
   largest = max((tmp_path / "checkpoints/20").rglob("*"), key=lambda p: p.stat().st_size)
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
@@ -245,11 +263,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_done_again(data, tw
   exported = export("--checkpoint", tmp_path, "--out", tmp_path / "export")
   assert f"WARNING: {tmp_path}/checkpoints/20 is damaged" in exported.stdout
   assert "exported step 10" in exported.stdout and exported.returncode == 0
-  assert "checkpoints/20 is damaged" in run(data, tmp_path, ["--strict_restore"]).stderr
-  result = run(data, tmp_path)
+  assert "checkpoints/20 is damaged" in run(data, tmp_path, ["--strict_restore"], **SMALL).stderr
+  result = run(data, tmp_path, **SMALL)
   assert result.returncode == 0, result.stderr
   assert f"WARNING: {tmp_path}/checkpoints/20 is damaged" in result.stdout
-  assert_same_state(twenty, tmp_path, 20)
+  assert_same_state(small, tmp_path, 20)
 
 
 def test_steps_that_are_not_finite_are_named_and_too_many_end_the_run(data, tmp_path):
@@ -293,36 +311,49 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(data, twent
   ("overrides", "message"),
   [
     (
-      {"data.manifest": "/absent.json", "data.heldout": "('heldout/*',)"},
-      "error: /absent.json does not exist",
+      {"data.manifest": "/absent.json", "data.heldout": ("heldout/*",)},
+      "/absent.json does not exist",
     ),
-    ({"data.dataset": "/absent"}, "error: data.dataset: /absent is no prepared dataset; write"),
-    ({"data.train": "('nothing/*',)"}, "error: data.train: 'nothing/*' matches no file"),
+    ({"data.dataset": "/absent"}, "data.dataset: /absent is no prepared dataset; write"),
+    ({"data.train": ("nothing/*",)}, "data.train: 'nothing/*' matches no file"),
     ({"data.pooled_token": "<|x|>"}, "tokenizer.json has no token '<|x|>'"),
     (
       {"data.global_batch": 128},
       "an epoch has fewer of its rows than data.global_batch = 128; low",
     ),
     ({"data.max_rows": 8}, "an epoch has fewer of its rows than data.global_batch = 16; lower"),
-    ({"model.vocab": 500}, "error: model.vocab: 500 rows are fewer than the"),
-    ({"mesh.fsdp": 3}, "error: mesh: data 1 x fsdp 3"),
-    ({"model.heads": 3}, "error: model.heads: 3 is not a multiple of model.kv_heads = 2"),
-    ({"optimizer.warmup_steps": 21}, "error: optimizer.warmup_steps: 21 is longer than the run"),
-    ({"model.widht": 3}, "error: --config: unknown field 'widht'"),
-    ({"model.qk_norm": False}, "unknown field 'qk_norm'; did you mean family?"),
-    ({"model.width": "wide"}, "model.width"),
+    ({"model.vocab": 500}, "model.vocab: 500 rows are fewer than the"),
+    ({"mesh.fsdp": 3}, "mesh: data 1 x fsdp 3"),
+    ({"model.heads": 3}, "model.heads: 3 is not a multiple of model.kv_heads = 2"),
+    ({"optimizer.warmup_steps": 21}, "optimizer.warmup_steps: 21 is longer than the run"),
     ({"train.init_from": "/absent"}, "/absent"),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_input_ends_with_one_sentence_and_no_work(data, tmp_path, overrides, message):
+def test_bad_input_is_refused_before_any_work(data, tmp_path, overrides, message):
+  overrides = {"data.heldout": (), "data.manifest": ""} | overrides
+  with pytest.raises(MlembedError, match=re.escape(message)):
+    train_model(from_mapping(config_dict(data, **overrides)), tmp_path / "work")
+  assert not list(tmp_path.glob("work/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"data.dataset": "/absent"}, "error: data.dataset: /absent is no prepared dataset; write"),
+    ({"model.heads": 3}, "error: model.heads: 3 is not a multiple of model.kv_heads = 2"),
+    ({"model.widht": 3}, "error: --config: unknown field 'widht'"),
+    ({"model.qk_norm": False}, "unknown field 'qk_norm'; did you mean family?"),
+    ({"model.width": "wide"}, "model.width"),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_command_ends_with_one_sentence(data, tmp_path, overrides, message):
   result = run(data, tmp_path / "work", **overrides)
   assert result.returncode != 0
   assert message in result.stderr
   assert "Traceback" not in result.stderr
-  assert not (tmp_path / "work" / "checkpoints").exists() or not list(
-    (tmp_path / "work" / "checkpoints").iterdir()
-  )
+  assert not list(tmp_path.glob("work/checkpoints/*"))
 
 
 def export(*flags):
@@ -444,8 +475,9 @@ def test_what_is_refused_leaves_the_workdir_as_it_was(data, tmp_path):
   assert scores.exists() and not (tmp_path / "tokenizer.json").exists()
 
 
-def test_python_calls_it_twice_in_one_process(data, tmp_path):
+def test_python_calls_it_twice_in_one_process(data, tmp_path, fast_compile):
   overrides = {
+    "data.train": ("train/bitext.parquet",),
     "data.heldout": (),
     "data.manifest": "",
     "train.steps": 2,
@@ -466,13 +498,11 @@ def test_python_calls_it_twice_in_one_process(data, tmp_path):
   assert Evaluation.load(tmp_path / "scores" / "scores.json").scores == found.scores
 
 
-def test_a_run_passes_over_steps_and_lowers_its_rate_and_its_history_says_so(
-  data, twenty, tmp_path
-):
+def test_a_run_passes_over_steps_and_lowers_its_rate_and_its_history_says_so(data, small, tmp_path):
   """From step 10 on; a second start with the same rate needs no flag, and gives the same."""
   for workdir in (tmp_path / "at_once", tmp_path / "stopped"):
-    shutil.copytree(twenty, workdir)
-    lower = {"optimizer.learning_rate": 1e-4}
+    shutil.copytree(small, workdir)
+    lower = SMALL | {"optimizer.learning_rate": 1e-4}
     changed = ["--from_step=10", "--skip_steps=12-13,15", "--accept_changed_learning_rate"]
     assert "--accept_changed_learning_rate goes on" in run(data, workdir, **lower).stderr
     if workdir.name == "stopped":
@@ -497,13 +527,13 @@ def test_a_run_passes_over_steps_and_lowers_its_rate_and_its_history_says_so(
       "from_step": 10,
     }
   ]
-  before = arrays(twenty, 20)
+  before = arrays(small, 20)
   assert any((a != b).any() for a, b in zip(before, arrays(workdir, 20), strict=True))
 
 
-def test_a_loss_spike_sends_the_run_back_and_its_steps_are_passed_over(data, ninety, tmp_path):
-  shutil.copytree(ninety, tmp_path, dirs_exist_ok=True)
-  for step in (60, 90):
+def test_a_loss_spike_sends_the_run_back_and_its_steps_are_passed_over(data, long, tmp_path):
+  shutil.copytree(long, tmp_path, dirs_exist_ok=True)
+  for step in (30, 45):
     shutil.rmtree(tmp_path / f"checkpoints/{step}")
   result = run(data, tmp_path, **LONG, **{"train.spike_factor": 1.02})
   assert result.returncode == 0, result.stderr
@@ -512,15 +542,16 @@ def test_a_loss_spike_sends_the_run_back_and_its_steps_are_passed_over(data, nin
   skipped = Run.load(tmp_path).skipped_steps
   for entry in history:
     assert entry["skip_steps"] == list(range(entry["step"] + 1, entry["skip_steps"][-1] + 1))
-    assert "times" in entry["why"] and entry["step"] in (30, 60)
-  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 91))
+    assert "times" in entry["why"] and entry["step"] in (15, 30)
+  assert [line["step"] for line in lines(tmp_path)] == list(range(1, 46))
   assert {line["step"] for line in lines(tmp_path) if "loss" not in line} == skipped
 
 
 def test_a_second_trainer_is_refused_and_changes_nothing(data, tmp_path):
-  process = start(data, tmp_path, **LONG)
+  flags = SMALL | {"train.steps": 5000}  # more than it can do before the other one is there
+  process = start(data, tmp_path, **flags)
   wait_for_step(tmp_path, 2)
-  other = run(data, tmp_path, **LONG, **{"optimizer.learning_rate": 0.5})
+  other = run(data, tmp_path, **flags, **{"optimizer.learning_rate": 0.5})
   assert other.returncode == 1
   assert f"{tmp_path} is being trained by process {process.pid} on" in other.stderr
   assert Run.load(tmp_path).config.optimizer.learning_rate == 1e-3

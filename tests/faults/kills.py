@@ -31,16 +31,16 @@ from collections.abc import Sequence
 from tests import material
 from tests.faults.commands import digests, encode, prepare
 from tests.parallel.test_processes import children, launcher
-from tests.test_train import ENVIRONMENT, ROOT, TIMES, arrays, command, lines, wait_for_step
+from tests.test_train import ENVIRONMENT, ROOT, SMALL, TIMES, arrays, command, lines, wait_for_step
 
 STEPS, EVERY = 24, 4
-FLAGS = {
+FLAGS = SMALL | {
   "train.steps": STEPS,
   "train.checkpoint_every": EVERY,
   "train.keep_checkpoints": 3,
   "eval.every": 2 * EVERY,
   "export.at_end": True,
-  "data.heldout": "('heldout/*',)",
+  "data.heldout": "('heldout/bitext.parquet',)",
   "data.workers": 1,
 }
 

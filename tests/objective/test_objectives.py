@@ -17,7 +17,7 @@ from tests.material import (
   write_parquet,
   write_vectors,
 )
-from tests.test_train import lines, run
+from tests.test_train import SMALL, lines, run
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def test_a_run_with_everything_on_logs_every_term(taught):
 
 
 def test_a_workdir_teaches_a_smaller_student(files, taught, tmp_path):
-  small = {"model.layers": 2, "matryoshka.exits": "(1,2)", "data.micro_batch": 0}
+  small = {"model.layers": 2, "matryoshka.exits": "(1,2)", "data.lengths": "(32,)"}
+  small |= {"data.micro_batch": 0}
   result = run(files, tmp_path, **USEFUL, **small, **{"kd.teacher": taught})
   assert result.returncode == 0, result.stderr
   assert all(np.isfinite(line["distillation_loss"]) for line in lines(tmp_path))
@@ -78,7 +79,8 @@ def test_a_workdir_teaches_a_smaller_student(files, taught, tmp_path):
 
 
 def test_a_batch_of_one_text_is_counted_and_said_once(files, tmp_path):
-  result = run(files, tmp_path, **{"data.train": "('same*',)", "train.steps": 5})
+  flags = {"data.train": "('same*',)", "data.global_batch": 16, "train.steps": 5}
+  result = run(files, tmp_path, **SMALL | flags)
   assert result.returncode == 0, result.stderr
   assert [line["empty_rows"] for line in lines(tmp_path)] == [16] * 5
   assert [line["loss"] for line in lines(tmp_path)] == [0.0] * 5

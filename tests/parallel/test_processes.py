@@ -21,15 +21,10 @@ from tests.test_train import ENVIRONMENT, ROOT, arrays, lines, wait_for_step
 
 LAUNCHER = ROOT / "launch" / "local_processes.py"
 STEPS = 16
-# One kind of batch and one exit: every process compiles the step on its own.
-SMALL = {
-  "data.train": "('train/bitext.parquet',)",
+SMALL = test_train.SMALL | {
   "data.heldout": "('heldout/bitext.parquet',)",
-  "data.lengths": "(32,)",
-  "model.layers": 2,
-  "matryoshka.exits": "(2,)",
+  "data.global_batch": 16,
   "matryoshka.dims": "(16,48)",
-  "matryoshka.ranks": "(24,)",
   "train.steps": STEPS,
   "train.checkpoint_every": 4,
   "export.at_end": True,
