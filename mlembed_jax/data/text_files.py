@@ -10,7 +10,6 @@ After each may follow .gz, .bz2, .xz or .zst; capitals do not matter. Text is UT
 a mark. Bytes that are no UTF-8 become lone surrogates here, which no text may have.
 """
 
-import bz2
 import csv
 import gzip
 import io
@@ -44,12 +43,54 @@ OTHERS = {
   b"\x28\xb5\x2f\xfd": "compressed by zstd; add .zst to its name",
   b"PK\x03\x04": "a zip archive; unpack it",
 } | {b"BZh%d1AY&SY" % i: "compressed by bzip2; add .bz2 to its name" for i in range(1, 10)}
+CHUNK = 1 << 20  # bytes read at a time
+
+
+class _Xz(io.RawIOBase):
+  """Reads all streams of an xz file, where `lzma.LZMAFile` ends silently at a damaged one."""
+
+  def __init__(self, raw: Any):
+    """`raw` is the file as it is stored."""
+    self._raw, self._stream = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+  def readable(self) -> bool:
+    """Returns True."""
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    """Fills the buffer from its start; returns the number of bytes, 0 at the end of the file."""
+    found = b""
+    while not found:
+      if self._stream.eof:
+        data = self._next_stream()
+        if not data:
+          return 0
+        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+      else:
+        data = self._raw.read(CHUNK) if self._stream.needs_input else b""
+        if self._stream.needs_input and not data:
+          raise EOFError("it ends within a stream")
+      found = self._stream.decompress(data, len(buffer))
+    buffer[: len(found)] = found
+    return len(found)
+
+  def _next_stream(self) -> bytes:
+    """Returns the first bytes of the stream after this one and its padding, none at the end."""
+    rest = self._stream.unused_data.lstrip(b"\0")
+    while not rest and (data := self._raw.read(CHUNK)):
+      rest = data.lstrip(b"\0")
+    return rest
+
+
+def _arrow(codec: str) -> Callable[[Any], Any]:
+  return lambda raw: pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec)
+
+
 UNPACKED: dict[str, Callable[[Any], Any]] = {
   "gzip": lambda raw: gzip.GzipFile(fileobj=raw),
-  "bz2": bz2.BZ2File,
-  "xz": lzma.LZMAFile,
-  # Arrow's reader needs no other package.
-  "zstd": lambda raw: pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"),
+  "bz2": _arrow("bz2"),  # `bz2.BZ2File` ends silently where a stream after the first is damaged
+  "xz": _Xz,
+  "zstd": _arrow("zstd"),
 }
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 

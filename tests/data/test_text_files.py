@@ -85,6 +85,36 @@ def test_each_line_of_a_text_file_is_a_text_blank_ones_too(tmp_path):
     assert found[2].where == "line 3"
 
 
+PACKS = {
+  "gz": gzip.compress,
+  "bz2": bz2.compress,
+  "xz": lzma.compress,
+  "zst": lambda content: pa.compress(content, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", PACKS)
+def test_streams_after_the_first_are_read_or_refused(tmp_path, suffix):
+  """Large corpora are packed in many streams, as by pbzip2, pixz or `cat`."""
+  path, pack = tmp_path / f"a.txt.{suffix}", PACKS[suffix]
+  lines = [f"line {i} of many\n".encode() * 100 for i in range(1000)]
+  first, second = (pack(b"".join(part)) for part in (lines[:500], lines[500:]))
+  path.write_bytes(first + second)
+  read = [record.value for record in text_files.read_records(str(path))]
+  assert "\n".join(read) + "\n" == b"".join(lines).decode()
+  for damaged in (b"\x01" + second[1:], second[: len(second) // 2], second[:2], b"hello"):
+    path.write_bytes(first + damaged)
+    with pytest.raises(DataError, match="damaged file: "):
+      list(text_files.read_records(str(path)))
+
+
+def test_streams_of_xz_may_be_padded(tmp_path):
+  content = lzma.compress(b"one\n") + bytes(8) + lzma.compress(b"two\n") + bytes(4)
+  (tmp_path / "a.txt.xz").write_bytes(content)
+  found = text_files.read_records(str(tmp_path / "a.txt.xz"))
+  assert [record.value for record in found] == ["one", "two"]
+
+
 def test_places_are_lines_of_the_file(tmp_path):
   (tmp_path / "a.csv").write_bytes(b'text,lang\n\n"a\nb",x\nc,d,e\n')
   found = list(text_files.read_records(str(tmp_path / "a.csv")))

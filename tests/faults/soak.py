@@ -16,7 +16,7 @@ import threading
 import time
 
 from tests import material
-from tests.test_train import ENVIRONMENT, ROOT, command, lines
+from tests.test_train import ENVIRONMENT, ROOT, SMALL, command, lines
 
 EVERY = 200
 
@@ -55,7 +55,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--steps", type=int, default=3000)
   args = parser.parse_args()
-  flags = {"train.steps": args.steps, "train.log_every": 10, "train.checkpoint_every": 100}
+  flags = SMALL | {"train.steps": args.steps, "train.log_every": 10, "train.checkpoint_every": 100}
   flags |= {"train.keep_checkpoints": 2, "data.workers": 1}
   with tempfile.TemporaryDirectory() as folder:
     data, workdir = pathlib.Path(folder) / "data", pathlib.Path(folder) / "run"
