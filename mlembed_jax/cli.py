@@ -38,7 +38,7 @@ def run(main: Callable[..., None], *names: str) -> None:
     except OSError as error:
       if error.errno not in files.STORAGE:
         raise
-      sys.exit(f"error: {files.storage_message(pathlib.Path.cwd(), error)}")
+      sys.exit(f"error: {files.storage_message(None, error)}")
 
   if {"-h", "-help", "--help"} & set(sys.argv[1:]):
     app.usage(shorthelp=True, writeto_stdout=True)  # absl itself would end with status 1

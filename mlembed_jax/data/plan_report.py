@@ -8,6 +8,7 @@ import numpy as np
 
 from mlembed_jax.data.mixture import Unit
 from mlembed_jax.data.plan import Plan
+from mlembed_jax.files import new_file
 
 SHOWN = 12  # the printed table has so many files or languages at either end
 
@@ -98,4 +99,5 @@ def picture(path: pathlib.Path, files: Sequence[Line], languages: Sequence[Line]
   right.set_xlabel(f"{len(languages)} languages, most rows first")
   right.set_ylabel("share")
   right.legend()
-  figure.savefig(path, dpi=100)
+  with new_file(path) as new:
+    figure.savefig(new, dpi=100, format="png")
