@@ -125,9 +125,12 @@ def prepare_dataset(
       `max_dropped_share` of a file cannot be used.
   """
   finished = _Finished(job, processes, quick)
-  if finished.exists and not finished.wrong:
-    return _clear(job)
-  with _open_work(job, finished):
+  whole = finished.exists and not finished.wrong
+  if whole and not job.work.exists() and not _half_written(job):
+    return
+  with _open_work(job, finished):  # another command may be at work in it
+    if whole:
+      return _clear(job)
     _run(job, finished, processes, max_dropped_share)
 
 
@@ -219,8 +222,12 @@ def _finish(
 def _clear(job: Job) -> None:
   """Removes what is not part of the result, also what killed processes left half written."""
   shutil.rmtree(job.work, ignore_errors=True)
-  for path in job.out.glob(".*.[0-9]*"):
+  for path in _half_written(job):
     path.unlink()
+
+
+def _half_written(job: Job) -> list[pathlib.Path]:
+  return list(job.out.glob(".*.[0-9]*"))
 
 
 def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:

@@ -229,6 +229,24 @@ def test_a_command_that_was_killed_before_it_wrote_anything_goes_on(own):
   prepare_dataset(own)
 
 
+def test_a_command_that_finds_all_whole_leaves_one_that_is_at_work_alone(own, monkeypatch):
+  """The other one looks at names and sizes alone, and so does not see what is written again."""
+  name, read = "mlembed-documents.array_record-00000-of-00008", prepare._read_file
+  prepare_dataset(own)
+  before = (own / "dataset" / name).read_bytes()
+  (own / "dataset" / name).write_bytes(bytes(len(before)))
+
+  def second(job, number):
+    made = read(job, number)
+    with pytest.raises(DataError, match="another command is preparing"):
+      prepare_dataset(own, quick=True)
+    return made
+
+  monkeypatch.setattr(prepare, "_read_file", second)
+  prepare_dataset(own)
+  assert (own / "dataset" / name).read_bytes() == before
+
+
 def test_two_commands_at_a_time_are_refused(own, monkeypatch):
   def second(*_):
     with pytest.raises(DataError, match="another command is preparing"):
