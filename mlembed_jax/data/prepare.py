@@ -180,6 +180,21 @@ class _Finished:
     made = {s: row_shard(self._value["shards"][s][number]) for s in (TRAIN, VALIDATION)}
     return Made(made, digests, self.cut(shard_name(TRAIN, number, shards)))
 
+  def check_records(self, job: Job, fingerprint: str) -> None:
+    """Raises DataError where what was written again does not fit what was left as it was.
+
+    The input may be of the same size and version, and still another. What was written is removed.
+    """
+    if self._value is None or self._value.get("fingerprint") == fingerprint:
+      return
+    for name in self.wrong:
+      (job.out / name).unlink(missing_ok=True)
+    _clear(job)
+    raise DataError(
+      f"{job.out}: the input now gives other records than those that were prepared of it; restore "
+      "the input, or delete the folder and prepare it again"
+    )
+
 
 def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float) -> None:
   each = functools.partial(_each, job=job, processes=processes)
@@ -198,15 +213,20 @@ def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float
     (number, len(chunks), *chunk, finished.rows(job.recipe.files[chunk[0]], number, len(chunks)))
     for number, chunk in enumerate(chunks)
   ]
-  _finish(job, counts, documents, each("rows", _write_rows, items=numbered))
+  _finish(job, finished, counts, documents, each("rows", _write_rows, items=numbered))
 
 
 def _finish(
-  job: Job, counts: Sequence[FileCount], documents: Sequence[Made], rows_: Sequence[Made]
+  job: Job,
+  finished: _Finished,
+  counts: Sequence[FileCount],
+  documents: Sequence[Made],
+  rows_: Sequence[Made],
 ) -> None:
   """Writes what describes the records; catalog.json, which makes the folder complete, last."""
   shards = {split: [made.value[split] for made in rows_] for split in (TRAIN, VALIDATION)}
   written = [made.value for made in documents]
+  finished.check_records(job, catalog.fingerprint(job.recipe, shards, written))
   cut = catalog.cut_of(documents, rows_)
   if cut:
     print(f"note: {report.cut_texts(sum(cut.values()), job.recipe.max_tokens)}", flush=True)
