@@ -216,11 +216,18 @@ def storage_errors(path: pathlib.Path) -> Iterator[None]:
 def storage_message(path: pathlib.Path, error: OSError) -> str:
   """Returns one sentence about a path that cannot be read or written."""
   named = pathlib.Path(error.filename) if isinstance(error.filename, str) else path
-  there = next((folder for folder in [named, *named.parents] if folder.exists()), pathlib.Path("/"))
-  free = shutil.disk_usage(there).free / 1e9
-  room = f" ({free:,.2f} GB are free)" if error.errno in FULL else ""
+  free = _free_bytes(named) if error.errno in FULL else None
+  room = "" if free is None else f" ({free / 1e9:,.2f} GB are free)"
   remedy = STORAGE.get(error.errno or 0, "look at the disk")
   return f"{named}: {error.strerror}{room}; {remedy}, then run the same command again"
+
+
+def _free_bytes(path: pathlib.Path) -> int | None:
+  """Returns what is free where a path is or would be, None where the system does not say."""
+  for folder in [path, *path.parents]:
+    with contextlib.suppress(OSError):  # not there, or a mount that is gone, or a right that lacks
+      return shutil.disk_usage(folder).free
+  return None
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
