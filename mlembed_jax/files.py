@@ -9,11 +9,13 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from mlembed_jax.errors import ConfigError, MlembedError, StorageError
@@ -250,7 +252,38 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
   """
   rows = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
   with new_file(path) as new:
-    safetensors.numpy.save_file(rows, new, metadata={"format": "pt"})
+    try:
+      safetensors.numpy.save_file(rows, new, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+      raise _as_os_error(error) from error
+
+
+def _as_os_error(error: safetensors.SafetensorError) -> Exception:
+  """Returns the error of the system that safetensors hides in a message, else the error itself."""
+  number = re.search(r"\(os error (\d+)\)", str(error))
+  return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
+
+
+def save_npy(path: pathlib.Path, array: np.ndarray) -> None:
+  """Writes an array as .npy to a path that is renamed by the caller.
+
+  Into an open file numpy writes by itself, and its error on a full disk does not say which it is.
+
+  Raises:
+    StorageError: it cannot be written.
+  """
+  with storage_errors(path), path.open("wb") as file:
+    np.save(_Written(file), array)
+
+
+class _Written:
+  """No more of a file than its `write`."""
+
+  def __init__(self, file: BinaryIO):
+    self._file = file
+
+  def write(self, data: bytes, /) -> int:
+    return self._file.write(data)
 
 
 def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:

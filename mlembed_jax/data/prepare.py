@@ -37,7 +37,7 @@ from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
-from mlembed_jax.files import copy_file, new_file, write_json
+from mlembed_jax.files import copy_file, new_file, save_npy, write_json
 
 SHOWN = 12  # of many files that are written again the first are printed
 WORK = ".work"  # names the folder of what is not part of the result
@@ -402,8 +402,8 @@ def _write_documents(job: Job, item: tuple[int, dict[str, FileDigest] | None, in
         new, _document_parts(job, number), job.tokenizer, job.recipe.max_tokens
       )
   for kind in ("hashes", "lengths"):
-    with create(_index(number, kind)) as new, new.open("wb") as file:
-      np.save(file, getattr(documents, kind))
+    with create(_index(number, kind)) as new:
+      save_npy(new, getattr(documents, kind))
   return Made(written, digests, documents.cut)
 
 
