@@ -52,20 +52,21 @@ def held(workdir: pathlib.Path) -> set[int]:
   return steps
 
 
-def hold(workdir: pathlib.Path, step: int) -> None:
+def hold(workdir: pathlib.Path, step: int, purpose: str = "read") -> None:
   """Keeps a run from deleting a checkpoint until `release`, or for an hour.
 
-  Where nothing can be written, the reader has to take its chance.
+  Holds of several purposes end one by one. Where nothing can be written, the reader has to take its
+  chance.
   """
   with contextlib.suppress(OSError):
-    _held_by_us(workdir, step).parent.mkdir(exist_ok=True)
-    _held_by_us(workdir, step).touch()
+    _held_by_us(workdir, step, purpose).parent.mkdir(exist_ok=True)
+    _held_by_us(workdir, step, purpose).touch()
 
 
-def release(workdir: pathlib.Path, step: int) -> None:
+def release(workdir: pathlib.Path, step: int, purpose: str = "read") -> None:
   """Ends `hold`."""
   with contextlib.suppress(OSError):
-    _held_by_us(workdir, step).unlink(missing_ok=True)
+    _held_by_us(workdir, step, purpose).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -78,8 +79,8 @@ def holding(workdir: pathlib.Path, step: int) -> Iterator[None]:
     release(workdir, step)
 
 
-def _held_by_us(workdir: pathlib.Path, step: int) -> pathlib.Path:
-  return workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}"
+def _held_by_us(workdir: pathlib.Path, step: int, purpose: str) -> pathlib.Path:
+  return workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}-{purpose}"
 
 
 def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int, Read]:
