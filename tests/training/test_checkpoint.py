@@ -229,3 +229,11 @@ def test_a_checkpoint_that_is_held_twice_stays_until_the_last_release(two, tmp_p
   assert saved.held(workdir) == {step}
   saved.release(workdir, step, "teacher")
   assert not saved.held(workdir)
+
+
+def test_all_processes_read_the_step_that_the_first_one_finds(two, monkeypatch):
+  def gathered(value):
+    return [[1], value] if value == [1, 2] else [value, value]
+
+  monkeypatch.setattr(saved.processes, "gather", gathered)
+  assert saved.read_newest(two, lambda step: step) == (1, 1)
