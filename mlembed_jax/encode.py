@@ -36,7 +36,7 @@ from mlembed_jax.data.text_files import (
   read_records,
 )
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.files import digest, new_file, storage_errors
+from mlembed_jax.files import digest, new_file, save_npy, storage_errors
 from mlembed_jax.quantize import LEAST_TEXTS, LEVELED, PRECISIONS, quantize, ranges
 
 MODEL = flags.DEFINE_string(
@@ -159,8 +159,7 @@ class Parts:
     """Writes an array; returns its file."""
     self.folder.mkdir(exist_ok=True)
     temporary = self.folder / f"{name}.new"
-    with temporary.open("wb") as opened:
-      np.save(opened, array)
+    save_npy(temporary, array)
     return temporary.rename(self.folder / f"{name}-{digest(temporary)[:DIGITS]}.npy")
 
 

@@ -9,11 +9,13 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from mlembed_jax.errors import ConfigError, MlembedError, StorageError
@@ -216,11 +218,18 @@ def storage_errors(path: pathlib.Path) -> Iterator[None]:
 def storage_message(path: pathlib.Path, error: OSError) -> str:
   """Returns one sentence about a path that cannot be read or written."""
   named = pathlib.Path(error.filename) if isinstance(error.filename, str) else path
-  there = next((folder for folder in [named, *named.parents] if folder.exists()), pathlib.Path("/"))
-  free = shutil.disk_usage(there).free / 1e9
-  room = f" ({free:,.2f} GB are free)" if error.errno in FULL else ""
+  free = _free_bytes(named) if error.errno in FULL else None
+  room = "" if free is None else f" ({free / 1e9:,.2f} GB are free)"
   remedy = STORAGE.get(error.errno or 0, "look at the disk")
   return f"{named}: {error.strerror}{room}; {remedy}, then run the same command again"
+
+
+def _free_bytes(path: pathlib.Path) -> int | None:
+  """Returns what is free where a path is or would be, None where the system does not say."""
+  for folder in [path, *path.parents]:
+    with contextlib.suppress(OSError):  # not there, or a mount that is gone, or a right that lacks
+      return shutil.disk_usage(folder).free
+  return None
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -243,7 +252,38 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
   """
   rows = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
   with new_file(path) as new:
-    safetensors.numpy.save_file(rows, new, metadata={"format": "pt"})
+    try:
+      safetensors.numpy.save_file(rows, new, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+      raise _as_os_error(error) from error
+
+
+def _as_os_error(error: safetensors.SafetensorError) -> Exception:
+  """Returns the error of the system that safetensors hides in a message, else the error itself."""
+  number = re.search(r"\(os error (\d+)\)", str(error))
+  return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
+
+
+def save_npy(path: pathlib.Path, array: np.ndarray) -> None:
+  """Writes an array as .npy to a path that is renamed by the caller.
+
+  Into an open file numpy writes by itself, and its error on a full disk does not say which it is.
+
+  Raises:
+    StorageError: it cannot be written.
+  """
+  with storage_errors(path), path.open("wb") as file:
+    np.save(_Written(file), array)
+
+
+class _Written:
+  """No more of a file than its `write`."""
+
+  def __init__(self, file: BinaryIO):
+    self._file = file
+
+  def write(self, data: bytes, /) -> int:
+    return self._file.write(data)
 
 
 def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -110,10 +110,6 @@ def save(
     {split: [shard.written for shard in split_shards] for split, split_shards in shards.items()}
     | {records.DOCUMENTS: documents},
   )
-  record_digests = [
-    shard.written.digest for split_shards in shards.values() for shard in split_shards
-  ]
-  record_digests += [written.digest for written in documents]
   digests = {**digests, **{name: digest_of(folder / name) for name in METADATA}}
   value: dict[str, Any] = {
     "plan": recipe.as_json(),
@@ -124,9 +120,18 @@ def save(
     "files": {name: dataclasses.asdict(digests[name]) for name in sorted(digests)},
     "cut_texts": dict(sorted(cut.items())),
   }
-  decides = recipe.as_json() | {"inputs": record_digests}  # what was in the files, not when
-  value["fingerprint"] = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+  value["fingerprint"] = fingerprint(recipe, shards, documents)
   write_object(folder / CATALOG, value)
+
+
+def fingerprint(
+  recipe: Recipe, shards: Mapping[str, Sequence[RowShard]], documents: Sequence[Written]
+) -> str:
+  """Returns a hash of all records and of what decides them."""
+  digests = [shard.written.digest for split_shards in shards.values() for shard in split_shards]
+  digests += [written.digest for written in documents]
+  decides = recipe.as_json() | {"inputs": digests}  # what was in the files, not when
+  return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
 def cut_of(documents: Sequence[Made], rows: Sequence[Made]) -> dict[str, int]:

@@ -37,7 +37,7 @@ from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
-from mlembed_jax.files import copy_file, new_file, write_json
+from mlembed_jax.files import copy_file, new_file, save_npy, write_json
 
 SHOWN = 12  # of many files that are written again the first are printed
 WORK = ".work"  # names the folder of what is not part of the result
@@ -125,9 +125,12 @@ def prepare_dataset(
       `max_dropped_share` of a file cannot be used.
   """
   finished = _Finished(job, processes, quick)
-  if finished.exists and not finished.wrong:
-    return _clear(job)
-  with _open_work(job, finished):
+  whole = finished.exists and not finished.wrong
+  if whole and not job.work.exists() and not _half_written(job):
+    return
+  with _open_work(job, finished):  # another command may be at work in it
+    if whole:
+      return _clear(job)
     _run(job, finished, processes, max_dropped_share)
 
 
@@ -177,6 +180,21 @@ class _Finished:
     made = {s: row_shard(self._value["shards"][s][number]) for s in (TRAIN, VALIDATION)}
     return Made(made, digests, self.cut(shard_name(TRAIN, number, shards)))
 
+  def check_records(self, job: Job, fingerprint: str) -> None:
+    """Raises DataError where what was written again does not fit what was left as it was.
+
+    The input may be of the same size and version, and still another. What was written is removed.
+    """
+    if self._value is None or self._value.get("fingerprint") == fingerprint:
+      return
+    for name in self.wrong:
+      (job.out / name).unlink(missing_ok=True)
+    _clear(job)
+    raise DataError(
+      f"{job.out}: the input now gives other records than those that were prepared of it; restore "
+      "the input, or delete the folder and prepare it again"
+    )
+
 
 def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float) -> None:
   each = functools.partial(_each, job=job, processes=processes)
@@ -195,15 +213,20 @@ def _run(job: Job, finished: _Finished, processes: int, max_dropped_share: float
     (number, len(chunks), *chunk, finished.rows(job.recipe.files[chunk[0]], number, len(chunks)))
     for number, chunk in enumerate(chunks)
   ]
-  _finish(job, counts, documents, each("rows", _write_rows, items=numbered))
+  _finish(job, finished, counts, documents, each("rows", _write_rows, items=numbered))
 
 
 def _finish(
-  job: Job, counts: Sequence[FileCount], documents: Sequence[Made], rows_: Sequence[Made]
+  job: Job,
+  finished: _Finished,
+  counts: Sequence[FileCount],
+  documents: Sequence[Made],
+  rows_: Sequence[Made],
 ) -> None:
   """Writes what describes the records; catalog.json, which makes the folder complete, last."""
   shards = {split: [made.value[split] for made in rows_] for split in (TRAIN, VALIDATION)}
   written = [made.value for made in documents]
+  finished.check_records(job, catalog.fingerprint(job.recipe, shards, written))
   cut = catalog.cut_of(documents, rows_)
   if cut:
     print(f"note: {report.cut_texts(sum(cut.values()), job.recipe.max_tokens)}", flush=True)
@@ -219,8 +242,12 @@ def _finish(
 def _clear(job: Job) -> None:
   """Removes what is not part of the result, also what killed processes left half written."""
   shutil.rmtree(job.work, ignore_errors=True)
-  for path in job.out.glob(".*.[0-9]*"):
+  for path in _half_written(job):
     path.unlink()
+
+
+def _half_written(job: Job) -> list[pathlib.Path]:
+  return list(job.out.glob(".*.[0-9]*"))
 
 
 def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
@@ -375,8 +402,8 @@ def _write_documents(job: Job, item: tuple[int, dict[str, FileDigest] | None, in
         new, _document_parts(job, number), job.tokenizer, job.recipe.max_tokens
       )
   for kind in ("hashes", "lengths"):
-    with create(_index(number, kind)) as new, new.open("wb") as file:
-      np.save(file, getattr(documents, kind))
+    with create(_index(number, kind)) as new:
+      save_npy(new, getattr(documents, kind))
   return Made(written, digests, documents.cut)
 
 

@@ -24,6 +24,7 @@ from mlembed_jax.data.names import CHECKSUMS, LENGTHS, VECTORS, shard_name, suff
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, Row, Text
 from mlembed_jax.data.rows import hash64
 from mlembed_jax.data.tokenizer import QUERY, Tokenizer
+from mlembed_jax.files import save_npy
 from mlembed_jax.typed import Count, Size
 
 BATCH = 8192  # the tokenizer is given so many texts at a time
@@ -247,10 +248,10 @@ def write_rows(
     messages = _messages(file, table, places[chosen], texts, counts, is_cut)
     written = _write(paths[split][""], split, messages)
     cut += int(is_cut.sum())
-    _save(paths[split][LENGTHS], counts)
+    save_npy(paths[split][LENGTHS], counts)
     if file.vectors:
       digest, checksums = vectors.copy(file, table["row"].to_numpy(), paths[split][VECTORS])
-      _save(paths[split][VECTORS + CHECKSUMS], checksums)
+      save_npy(paths[split][VECTORS + CHECKSUMS], checksums)
       written = dataclasses.replace(written, digest=f"{written.digest} {digest}")
     runs = _runs(file, table["language"].to_pylist(), counts)
     made[split] = RowShard(file.name, written, int(counts.max(initial=0)), runs)
@@ -290,8 +291,3 @@ def _runs(file: File, languages: list[str], counts: np.ndarray) -> list[Language
     sums = (int(x.sum()) for x in (query, positives, negatives))
     runs.append(LanguageRun(str(name), len(part), *sums))
   return runs
-
-
-def _save(path: pathlib.Path, array: np.ndarray) -> None:
-  with path.open("wb") as file:  # np.save would add .npy to a temporary name
-    np.save(file, array)

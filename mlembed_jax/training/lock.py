@@ -137,9 +137,37 @@ def _wait_for_end(path: pathlib.Path) -> None:
       f"{path.parent} is being trained by {_name(found)}; stop that run first, or use another "
       "--workdir"
     )
-  if lives is False and _read(path) == found:  # nobody else took over
+  if lives is False and _removed(path, found):
     print(f"{path}: {_name(found)} is gone; its lock is taken over", flush=True)
-    path.unlink(missing_ok=True)
+
+
+def _removed(path: pathlib.Path, lock: Record) -> bool:
+  """Removes a lock, unless another start took over meanwhile; returns whether it did.
+
+  It is moved away first, which only one start can do, and looked at then: between a look and a
+  removal another one may put its own lock there.
+  """
+  aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+  try:
+    path.rename(aside)
+  except FileNotFoundError:
+    return False
+  same = _read(aside) == lock
+  if not same:  # it goes back, unless its owner has written it anew
+    _put_back(aside, path)
+  aside.unlink(missing_ok=True)
+  return same
+
+
+def _put_back(aside: pathlib.Path, path: pathlib.Path) -> None:
+  try:
+    os.link(aside, path)
+  except FileExistsError:
+    pass
+  except OSError as error:
+    if error.errno not in NO_LINKS:
+      raise
+    aside.rename(path)
 
 
 def _watched(path: pathlib.Path, lock: Record) -> tuple[Record, bool | None]:

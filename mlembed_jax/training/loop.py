@@ -271,7 +271,7 @@ def resumed(
   with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, resume)
-    resume = resume.remaining(stored.history)
+    resume = resume.remaining(stored.history, stored.config, run.config)
     start = latest if resume.from_step is None else resume.from_step
     entry = resume.entry(stored.config, run.config, start)
   if resume.from_step is not None:

@@ -22,15 +22,18 @@ class Resume:
   from_step: int | None = None
   skip_steps: tuple[int, ...] = ()
 
-  def remaining(self, history: Sequence[dict[str, Any]]) -> "Resume":
-    """Returns what earlier starts have not done yet: launchers repeat a command with its flags."""
-    back = {entry.get("from_step") for entry in history}
+  def remaining(self, history: Sequence[dict[str, Any]], before: Config, now: Config) -> "Resume":
+    """Returns what earlier starts have not done yet: launchers repeat a command with its flags.
+
+    The last start that went back is repeated only where nothing else is new; with other steps to
+    skip or another rate, the run goes back to the same step once more.
+    """
     skipped = {step for entry in history for step in entry.get("skip_steps", ())}
-    return dataclasses.replace(
-      self,
-      from_step=None if self.from_step in back else self.from_step,
-      skip_steps=tuple(step for step in self.skip_steps if step not in skipped),
-    )
+    skip = tuple(step for step in self.skip_steps if step not in skipped)
+    back = [entry["from_step"] for entry in history if "from_step" in entry]
+    rate = before.optimizer.learning_rate != now.optimizer.learning_rate
+    done = back[-1:] == [self.from_step] and not skip and not rate
+    return dataclasses.replace(self, from_step=None if done else self.from_step, skip_steps=skip)
 
   def entry(self, before: Config, now: Config, step: int) -> dict[str, Any] | None:
     """Returns what the history of a run says of this start, which goes on from `step`.

@@ -10,7 +10,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -52,20 +52,21 @@ def held(workdir: pathlib.Path) -> set[int]:
   return steps
 
 
-def hold(workdir: pathlib.Path, step: int) -> None:
+def hold(workdir: pathlib.Path, step: int, purpose: str = "read") -> None:
   """Keeps a run from deleting a checkpoint until `release`, or for an hour.
 
-  Where nothing can be written, the reader has to take its chance.
+  Holds of several purposes end one by one. Where nothing can be written, the reader has to take its
+  chance.
   """
   with contextlib.suppress(OSError):
-    _held_by_us(workdir, step).parent.mkdir(exist_ok=True)
-    _held_by_us(workdir, step).touch()
+    _held_by_us(workdir, step, purpose).parent.mkdir(exist_ok=True)
+    _held_by_us(workdir, step, purpose).touch()
 
 
-def release(workdir: pathlib.Path, step: int) -> None:
+def release(workdir: pathlib.Path, step: int, purpose: str = "read") -> None:
   """Ends `hold`."""
   with contextlib.suppress(OSError):
-    _held_by_us(workdir, step).unlink(missing_ok=True)
+    _held_by_us(workdir, step, purpose).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -78,33 +79,39 @@ def holding(workdir: pathlib.Path, step: int) -> Iterator[None]:
     release(workdir, step)
 
 
-def _held_by_us(workdir: pathlib.Path, step: int) -> pathlib.Path:
-  return workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}"
+def _held_by_us(workdir: pathlib.Path, step: int, purpose: str) -> pathlib.Path:
+  return workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}-{purpose}"
 
 
 def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int, Read]:
   """Returns the newest step whose checkpoint is whole, and what `read` returns of that step.
 
-  Damaged checkpoints are passed over, and said.
+  Damaged checkpoints are passed over, and said. All processes of a run call it, and go by the steps
+  that process 0 finds: a run may be saving others, or storage show them later elsewhere.
 
   Raises:
     ConfigError: the workdir holds no finished checkpoint, none is whole, or one that is not known
       to be damaged cannot be read.
   """
   faults: dict[int, str] = {}
-  while steps := [step for step in steps_of(workdir) if step not in faults]:
+  while steps := [s for s in processes.gather(steps_of(workdir))[0] if s not in faults]:
     step, folder = steps[-1], folder_of(workdir, steps[-1])
     with holding(workdir, step):
-      fault = damage(folder)
+      fault, found, error = damage(folder), None, ""
       if fault is None:
         try:
-          return step, read(step)
-        except Exception as error:  # tensorstore's errors have no class of their own
-          if folder.is_dir():  # else the run deleted it before it was held
-            raise ConfigError(f"{folder} cannot be read: {first_line(error)}") from error
-      elif folder.is_dir():
-        faults[step] = fault
-        print(f"WARNING: {fault}. It is passed over", flush=True)
+          found = read(step)
+        except Exception as cause:  # tensorstore's errors have no class of their own
+          error = first_line(cause) or type(cause).__name__
+      errors = list(filter(None, processes.gather(error)))
+      there = processes.gather(folder.is_dir())[0]  # else the run deleted it before it was held
+    if fault is None and not errors:
+      return step, cast("Read", found)
+    if fault is None and there:
+      raise ConfigError(f"{folder} cannot be read: {errors[0]}")
+    if fault and there:
+      faults[step] = fault
+      print(f"WARNING: {fault}. It is passed over", flush=True)
   if faults:
     raise ConfigError(f"{workdir}: no checkpoint is whole: " + "; ".join(faults.values()))
   raise ConfigError(f"{workdir}: no finished checkpoint yet")

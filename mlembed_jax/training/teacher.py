@@ -26,6 +26,8 @@ from mlembed_jax.training import saved
 from mlembed_jax.training.train_step import TeacherShape
 from mlembed_jax.workdir import Run
 
+TEACHER = "teacher"  # what its checkpoint is held for
+
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
@@ -62,7 +64,7 @@ class Teacher:
     if self.step is None:
       return load_params(self.path, model, abstract)
     params = saved.load_params(self.path, self.step, model)
-    saved.release(self.path, self.step)
+    saved.release(self.path, self.step, TEACHER)
     cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
     return processes.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 
@@ -150,8 +152,9 @@ class _Found:
 
 
 def _from_workdir(path: pathlib.Path) -> _Found:
-  config, (step, _) = Run.load(path).config, saved.read_newest(path, lambda _: None)
-  saved.hold(path, step)  # until its weights are read, minutes later
+  config = Run.load(path).config
+  # It is held until its weights are read, minutes later, and at no time in between is it not.
+  step, _ = saved.read_newest(path, lambda found: saved.hold(path, found, TEACHER))
   exits = axes_of(config.model, config.matryoshka).exits
   return _Found(config.model, exits, config.data.pooled_token, f"step {step}", step)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mlembed_jax.data import parquet_files, prepare, rows
+from mlembed_jax.data import catalog, parquet_files, prepare, rows
 from mlembed_jax.errors import DataError
 from tests.material import entry, pairs, prepare_dataset, scored, train_tokenizer, write_files
 
@@ -227,6 +227,46 @@ def interrupt(*_):
 def test_a_command_that_was_killed_before_it_wrote_anything_goes_on(own):
   (own / "dataset/.work").mkdir(parents=True)
   prepare_dataset(own)
+
+
+def test_a_command_that_finds_all_whole_leaves_one_that_is_at_work_alone(own, monkeypatch):
+  """The other one looks at names and sizes alone, and so does not see what is written again."""
+  name, read = "mlembed-documents.array_record-00000-of-00008", prepare._read_file
+  prepare_dataset(own)
+  before = (own / "dataset" / name).read_bytes()
+  (own / "dataset" / name).write_bytes(bytes(len(before)))
+
+  def second(job, number):
+    made = read(job, number)
+    with pytest.raises(DataError, match="another command is preparing"):
+      prepare_dataset(own, quick=True)
+    return made
+
+  monkeypatch.setattr(prepare, "_read_file", second)
+  prepare_dataset(own)
+  assert (own / "dataset" / name).read_bytes() == before
+
+
+def test_what_is_written_again_of_another_input_is_refused(own):
+  """Its size and time are those of the input that the dataset was prepared of."""
+  path, line = own / "train/a.jsonl", '{"query": "%s", "passage": "%s"}\n'
+  path.write_text("".join(line % (f"q {i:02}", f"p {i:02}") for i in range(40)))
+  (own / "manifest.json").write_text(json.dumps({"train/a.jsonl": entry("bitext", 0, "Find.")}))
+  times, before = path.stat(), path.read_text()
+  out = prepare_dataset(own)
+  expected = content(out)
+  for file in out.glob("*-documents.*"):
+    file.unlink()
+  path.write_text(before.replace("p 07", "p xx"))
+  os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+  with pytest.raises(DataError, match="the input now gives other records than those"):
+    prepare_dataset(own)
+  with pytest.raises(DataError, match="is missing"):
+    catalog.load_catalog(out)
+  path.write_text(before)
+  os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+  prepare_dataset(own)
+  assert content(out) == expected
 
 
 def test_two_commands_at_a_time_are_refused(own, monkeypatch):

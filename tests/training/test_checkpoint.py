@@ -218,3 +218,22 @@ def test_a_save_that_has_no_room_says_how_much_it_needs(two, tmp_path, monkeypat
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
   with pytest.raises(StorageError, match=r"needs 0.00 GB, 0.00 GB are free.*goes on from step 2"):
     checkpoints.save(3, state(3))
+
+
+def test_a_checkpoint_that_is_held_twice_stays_until_the_last_release(two, tmp_path):
+  workdir = pathlib.Path(shutil.copytree(two, tmp_path / "w"))
+  step, _ = saved.read_newest(workdir, lambda found: saved.hold(workdir, found, "teacher"))
+  assert saved.held(workdir) == {step}  # the one of the reading has ended
+  with saved.holding(workdir, step):
+    pass
+  assert saved.held(workdir) == {step}
+  saved.release(workdir, step, "teacher")
+  assert not saved.held(workdir)
+
+
+def test_all_processes_read_the_step_that_the_first_one_finds(two, monkeypatch):
+  def gathered(value):
+    return [[1], value] if value == [1, 2] else [value, value]
+
+  monkeypatch.setattr(saved.processes, "gather", gathered)
+  assert saved.read_newest(two, lambda step: step) == (1, 1)

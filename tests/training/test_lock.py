@@ -118,6 +118,33 @@ def test_a_lock_that_is_cut_short_is_replaced_when_nothing_happens(tmp_path, qui
     assert json.loads((tmp_path / "lock.json").read_text())["beat"] >= 0
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_find_a_stale_lock_one_takes_it_over(tmp_path, monkeypatch, links):
+  """The first does so right before the second would."""
+  if not links:
+    monkeypatch.setattr(os, "link", without_links)
+  gone = lock._this_process() | {"process_started": "1", "token": "gone", "beat": 0}
+  (tmp_path / "lock.json").write_text(json.dumps(gone))
+  first = []
+
+  def after_the_first(change):
+    def act(path, *args, **options):
+      if path.name == "lock.json" and not first:
+        first.append(None)
+        first[0] = WorkdirLock(tmp_path)
+      return change(path, *args, **options)
+
+    return act
+
+  for name in ("rename", "unlink"):
+    monkeypatch.setattr(pathlib.Path, name, after_the_first(getattr(pathlib.Path, name)))
+  with pytest.raises(ConfigError, match="is being trained by"):
+    WorkdirLock(tmp_path)
+  first[0].check()
+  assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+  first[0].release()
+
+
 def test_a_lock_that_was_taken_over_is_noticed_at_once(tmp_path):
   with WorkdirLock(tmp_path) as held:
     (tmp_path / "lock.json").write_text('{"token": ')  # no proof
