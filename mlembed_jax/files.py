@@ -107,7 +107,7 @@ def parse_json(text: str | bytes, where: Any, error: type[MlembedError] = Config
   """
   try:
     text = text.decode() if isinstance(text, bytes) else text
-    value = json.loads(text, object_pairs_hook=_once)
+    value = json.loads(text, object_pairs_hook=once)
     if "\\ud" in text.lower():  # all but valid pairs fail
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError as cause:
@@ -121,8 +121,12 @@ def parse_json(text: str | bytes, where: Any, error: type[MlembedError] = Config
   return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns the pairs of a JSON object, which would else lose one of two equal names."""
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns the pairs of a JSON object, which would else lose one of two equal names.
+
+  Raises:
+    ValueError: a name stands there twice.
+  """
   found = dict(pairs)
   if len(found) < len(pairs):
     names = collections.Counter(name for name, _ in pairs)
@@ -215,13 +219,18 @@ def storage_errors(path: pathlib.Path) -> Iterator[None]:
     raise StorageError(storage_message(path, error)) from error
 
 
-def storage_message(path: pathlib.Path, error: OSError) -> str:
-  """Returns one sentence about a path that cannot be read or written."""
+def storage_message(path: pathlib.Path | None, error: OSError) -> str:
+  """Returns one sentence about what cannot be read or written; None: only the error may name it."""
   named = pathlib.Path(error.filename) if isinstance(error.filename, str) else path
-  free = _free_bytes(named) if error.errno in FULL else None
-  room = "" if free is None else f" ({free / 1e9:,.2f} GB are free)"
+  free = _free_bytes(named) if named and error.errno in FULL else None
+  room = "" if free is None else f" ({readable_size(free)} are free)"
   remedy = STORAGE.get(error.errno or 0, "look at the disk")
-  return f"{named}: {error.strerror}{room}; {remedy}, then run the same command again"
+  return f"{named or 'a file'}: {error.strerror}{room}; {remedy}, then run the same command again"
+
+
+def readable_size(count: int) -> str:
+  """Returns so many bytes in the unit that people read, such as "96.31 GB" or "0.12 MB"."""
+  return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
 def _free_bytes(path: pathlib.Path) -> int | None:

@@ -178,7 +178,7 @@ class Recipe:
   """How the texts of a folder become vectors."""
 
   tokenizer: TemplateTokenizer  # puts the template around every text
-  max_seq_length: int | None  # the smallest that a file states, in tokens
+  max_seq_length: int | None  # in tokens; None where no file states one
   pooling: str  # one of POOLINGS
   modules: tuple[Module, ...]  # after pooling, in their order, without a last Normalize
   dim: int  # leading coordinates of what they give
@@ -354,10 +354,10 @@ def _max_seq_length(
   bert: Mapping[str, Any],
   of_tokenizer: Mapping[str, Any],
 ) -> int | None:
-  """Returns the smallest length that is stated.
+  """Returns the length of sentence_bert_config.json, else the smaller one of those that are stated.
 
-  The max_length under `truncation` of tokenizer.json is none of them: transformers does not read
-  it.
+  So does sentence-transformers. The max_length under `truncation` of tokenizer.json is none of
+  them: transformers does not read it.
   """
   stated = {
     f"{BERT}: max_seq_length": bert.get("max_seq_length"),
@@ -369,7 +369,8 @@ def _max_seq_length(
     if length is not None and not length > around:
       file, key = where.split(": ")
       reading.refuse(file, f"{key} is {length}, which leaves no token of a text")
-  return min((int(n) for n in stated.values() if n is not None and n < 2**63), default=None)
+  first, *others = (int(n) if n is not None and n < 2**63 else None for n in stated.values())
+  return first or min((n for n in others if n is not None), default=None)
 
 
 def _prompts(reading: _Reading, stated: Mapping[str, Any]) -> dict[str, str]:

@@ -167,8 +167,8 @@ class Checkpoints:
       free = shutil.disk_usage(folder).free
     if (need := sum(x.nbytes for x in jax.tree.leaves(state))) > free:
       raise StorageError(
-        f"{folder}: a checkpoint needs {need / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free. Free "
-        f"space; the same command then {self._goes_on()}"
+        f"{folder}: a checkpoint needs {files.readable_size(need)}, {files.readable_size(free)} "
+        f"are free. Free space; the same command then {self._goes_on()}"
       )
 
   def _goes_on(self) -> str:

@@ -166,15 +166,21 @@ class Writer:
 def faults(path: pathlib.Path, start: int, every: int) -> list[str]:
   """Returns what is wrong with the lines of a file up to step `start`: damaged and missing ones.
 
-  Lines may have been rarer or more frequent than `every` steps, the interval of now.
+  Earlier starts may have written a line at another interval than `every` steps, that of now. So
+  lines are missing where the steps between two are more than `every` and than those beside them.
   """
   found = _lines(path)
   damaged = sum(at is None for at, _ in found[:-1])  # a kill may cut the last one
   steps = [0, *(at for at, _ in found if at is not None and at <= start)]
-  usual = max(every, min((b - a for a, b in itertools.pairwise(steps)), default=every))
-  ends = [*steps, start // usual * usual + usual]  # where the next line will be
-  gaps = [(a + 1, b - usual) for a, b in itertools.pairwise(ends) if b - a > usual]
-  holes = [f"{first} to {last}" for first, last in gaps]
+  last = max([every, *(b - a for a, b in itertools.pairwise(steps[-2:]))])
+  steps.append(start // last * last + last)  # where the next line will be
+  gaps = [b - a for a, b in itertools.pairwise(steps)]
+  usual = [max(every, *gaps[max(0, i - 1) : i], *gaps[i + 1 : i + 2]) for i in range(len(gaps))]
+  holes = [
+    f"{before + 1} to {at - interval}"
+    for (before, at), gap, interval in zip(itertools.pairwise(steps), gaps, usual, strict=True)
+    if gap > interval
+  ]
   return [f"{damaged} lines are damaged"] * (damaged > 0) + [
     f"there are no lines of steps {', '.join(holes)}"
   ] * bool(holes)

@@ -120,10 +120,11 @@ def test_places_are_lines_of_the_file(tmp_path):
   found = list(text_files.read_records(str(tmp_path / "a.csv")))
   assert [record.where for record in found] == ["line 3", "line 5"]
   assert found[1].problem == "it has 3 fields, the header 2"
-  (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\n{\n')
+  (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\n{\n{"text": "a", "text": "b"}')
   found = list(text_files.read_records(str(tmp_path / "a.jsonl")))
-  assert [record.where for record in found] == ["line 2", "line 3"]
+  assert [record.where for record in found] == ["line 2", "line 3", "line 4"]
   assert "Expecting property name" in found[1].problem
+  assert found[2].problem == "'text' stands there twice; keep one"
 
 
 @pytest.mark.parametrize(

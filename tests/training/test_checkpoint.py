@@ -216,7 +216,7 @@ def test_a_save_that_has_no_room_says_how_much_it_needs(two, tmp_path, monkeypat
   checkpoints = Checkpoints(Retention(shutil.copytree(two, tmp_path / "w"), 3))
   usage = shutil.disk_usage(tmp_path)._replace(free=20_000)
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-  with pytest.raises(StorageError, match=r"needs 0.00 GB, 0.00 GB are free.*goes on from step 2"):
+  with pytest.raises(StorageError, match=r"needs 0.\d\d MB, 0.02 MB are free.*goes on from step 2"):
     checkpoints.save(3, state(3))
 
 

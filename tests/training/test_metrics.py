@@ -84,3 +84,21 @@ def test_the_progress_bar_shows_mfu_where_it_is_known(steps, tiny, monkeypatch):
   line = line_of(tiny.model, steps, 4, None, monkeypatch)
   assert "MFU" not in metrics._postfix(line)
   assert "tokens/s, MFU 41.2%, padding" in metrics._postfix(line | {"mfu": 0.412})
+
+
+@pytest.mark.parametrize(
+  ("steps", "start", "every", "holes"),
+  [
+    ([10, 20, 30, 33, 36, 39], 40, 3, []),  # written every 10 steps before
+    ([3, 6, 9, 10, 20, 30], 33, 10, []),
+    ([10, 20], 33, 3, ["21 to 30"]),
+    ([], 25, 10, ["1 to 20"]),
+    ([10, 40, 50], 50, 10, ["11 to 30"]),
+    ([30, 40], 45, 10, ["1 to 20"]),
+  ],
+)
+def test_missing_lines_are_told_from_lines_that_were_rarer(tmp_path, steps, start, every, holes):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+  said = [f"there are no lines of steps {', '.join(holes)}"] if holes else []
+  assert metrics.faults(path, start, every) == said
