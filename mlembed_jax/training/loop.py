@@ -271,9 +271,12 @@ def resumed(
   with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, resume)
-    resume = resume.remaining(stored.history)
+    asked, resume = resume, resume.remaining(stored.history, latest)
     start = latest if resume.from_step is None else resume.from_step
     entry = resume.entry(stored.config, run.config, start)
+  if asked.from_step != resume.from_step:
+    said = f"--from_step={asked.from_step} was done by an earlier start, see run.json"
+    processes.on_first(lambda: print(f"{said}; the run goes on from step {latest}", flush=True))
   if resume.from_step is not None:
     checkpoints.go_back(resume.from_step)
   data = dataclasses.replace(run.config.data, micro_batch=stored.config.data.micro_batch)
@@ -354,6 +357,8 @@ def _train_locked(
     mesh = _checked_mesh(config, workdir)
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
+    if (last := max(resume.skip_steps, default=0)) > steps:
+      raise ConfigError(f"--skip_steps: the run has {steps} steps, and none that is step {last}")
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
