@@ -105,7 +105,7 @@ def parse_json(text: str | bytes, where: Any, error: type[MlembedError] = Config
   """
   try:
     text = text.decode() if isinstance(text, bytes) else text
-    value = json.loads(text, object_pairs_hook=_once)
+    value = json.loads(text, object_pairs_hook=once)
     if "\\ud" in text.lower():  # all but valid pairs fail
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError as cause:
@@ -119,7 +119,7 @@ def parse_json(text: str | bytes, where: Any, error: type[MlembedError] = Config
   return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   """Returns the pairs of a JSON object, which would else lose one of two equal names."""
   found = dict(pairs)
   if len(found) < len(pairs):

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from mlembed_jax.data.manifest import open_input
 from mlembed_jax.errors import DataError
+from mlembed_jax.files import once
 
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}
 PARQUET, JSON_LINES, JSON, CSV, TSV, TEXT = "parquet", "jsonl", "json", "csv", "tsv", "txt"
@@ -174,7 +175,7 @@ def _json_lines(path: str, file: io.BufferedReader) -> Iterator[Record]:
 
 def _json_record(where: str, line: str) -> Record:
   try:
-    return Record(where, json.loads(line))
+    return Record(where, json.loads(line, object_pairs_hook=once))
   except (ValueError, RecursionError) as error:
     return Record(where, None, str(error))
 
@@ -187,7 +188,8 @@ def _json(path: str, file: io.BufferedReader) -> Iterator[Record]:
 
 def _json_array(path: str, file: io.BufferedReader) -> Iterator[Record]:
   try:
-    values = json.loads(file.read().decode("utf-8", "surrogateescape"))
+    text = file.read().decode("utf-8", "surrogateescape")
+    values = json.loads(text, object_pairs_hook=once)
   except (ValueError, RecursionError) as error:
     raise DataError(f"{path}: is not JSON: {error}") from error
   for number, value in enumerate(values, start=1):
