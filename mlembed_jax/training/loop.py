@@ -425,13 +425,16 @@ def _trained(training: Training) -> tuple[TrainState, Training]:
         training = _rolled_back(training, fault)
       except TrainingError as error:
         close(training)  # one may still be on its way to the disk
-        raise TrainingError(
-          f"{error}. The newest checkpoint is step {_newest(training)}"
-        ) from error
+        raise TrainingError(f"{error}. {_goes_on_from(training.workdir)}") from error
 
 
-def _newest(training: Training) -> int:
-  return max(steps_of(training.workdir), default=0)
+def _goes_on_from(workdir: pathlib.Path) -> str:
+  if saved := steps_of(workdir):
+    return f"The newest checkpoint is step {saved[-1]}"
+  return (
+    "There is no checkpoint yet, which --skip_steps needs: the next start begins anew, with any "
+    "optimizer.learning_rate"
+  )
 
 
 def _rolled_back(training: Training, fault: metrics.RollBack) -> Training:
