@@ -29,6 +29,7 @@ from mlembed_jax.data.parquet_files import Columns, read_parquet
 from mlembed_jax.data.text_files import (
   KNOWN,
   PARQUET,
+  TEXT,
   Record,
   check_text,
   form_of,
@@ -82,14 +83,14 @@ def read_texts(name: str, column: str) -> Iterator[str]:
   Raises:
     DataError: the file cannot be read, or a row has no text; the message names it.
   """
-  records = _parquet(name, column) if name != "-" and _is_parquet(name) else _records(name)
+  records = _parquet(name, column) if name != "-" and _form(name) == PARQUET else _records(name)
   while (record := _next(records)) is not None:
     yield _text(record, f"{name}, {record.where}", column)
 
 
-def _is_parquet(name: str) -> bool:
+def _form(name: str) -> str:
   try:
-    return form_of(name).kind == PARQUET
+    return form_of(name).kind
   except DataError as error:
     raise DataError(f"--input: {error}") from error
 
@@ -375,6 +376,17 @@ def check_out(out: pathlib.Path) -> None:
     raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
+def check_flags() -> None:
+  """Raises ConfigError where a flag would change nothing."""
+  if PROMPT.present and PROMPT_NAME.present:
+    raise ConfigError("--prompt, --prompt_name: only one can stand before a text; drop one of them")
+  if COLUMN.present and (INPUT.value == "-" or _form(INPUT.value) == TEXT):
+    raise ConfigError(
+      f"--column: {INPUT.value} has a text per line, and no columns; drop the flag, or name a file "
+      "of another form"
+    )
+
+
 def main() -> None:
   """Reads the flags, encodes part by part, and joins the parts."""
   # Imported here, jax does not slow down --help.
@@ -382,6 +394,7 @@ def main() -> None:
 
   out = pathlib.Path(OUT.value).absolute()
   check_out(out)
+  check_flags()
   encoder = Encoder.load(MODEL.value, pooled_token=POOLED_TOKEN.value)
   options: dict[str, Any] = {"prompt_name": PROMPT_NAME.value, "prompt": PROMPT.value}
   options |= {"depth": DEPTH.value, "rank": RANK.value, "dim": DIM.value}

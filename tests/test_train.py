@@ -287,6 +287,7 @@ def test_steps_that_are_not_finite_are_named_and_too_many_end_the_run(data, tmp_
     assert f"({line['dataset']}, rows {line['rows'][0]}, {line['rows'][1]}, " in result.stderr
     assert len(set(line["rows"])) == 16
   assert "5 in a row" in result.stderr and "--skip_steps" in result.stderr
+  assert "There is no checkpoint yet, which --skip_steps needs" in result.stderr
 
 
 def test_tensorboard_files_are_written(twenty):

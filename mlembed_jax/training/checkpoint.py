@@ -37,6 +37,7 @@ from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import StepScores
 
 DAMAGED = "damaged"
+TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # follows the step while orbax writes a checkpoint
 SEEN_WITHIN_S = 120.0  # NFS clients may list a folder as it was 60 s ago
 
 
@@ -102,6 +103,13 @@ def mean_score(workdir: pathlib.Path, step: int) -> float:
   return float(np.mean(list(whole.values()))) if whole else np.nan
 
 
+def _remove_unfinished(folder: pathlib.Path) -> None:
+  with files.storage_errors(folder):
+    for path in folder.glob(f"*{TMP_DIR_SUFFIX}*"):
+      if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+
+
 def _say_unchecked(folder: pathlib.Path) -> None:
   if why := unchecked(folder):
     print(why, flush=True)
@@ -113,6 +121,7 @@ class Checkpoints:
   def __init__(self, retention: Retention):
     """Opens WORKDIR/checkpoints; removes what killed saves left there."""
     self._workdir = workdir = retention.workdir
+    processes.on_first(lambda: _remove_unfinished(workdir / "checkpoints"))
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handler = Marked()
     registry.add(ITEM, ocp.args.StandardSave, handler)
@@ -122,7 +131,7 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=retention,
         enable_async_checkpointing=True,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=False,  # is done in a thread, which fails where the program ends
       ),
       handler_registry=registry,
     )

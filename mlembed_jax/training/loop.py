@@ -271,9 +271,14 @@ def resumed(
   with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, resume)
-    resume = resume.remaining(stored.history, stored.config, run.config)
+    before, now = stored.config.optimizer, run.config.optimizer
+    same = before.learning_rate == now.learning_rate
+    asked, resume = resume, resume.remaining(stored.history, latest, same_rate=same)
     start = latest if resume.from_step is None else resume.from_step
     entry = resume.entry(stored.config, run.config, start)
+  if asked.from_step != resume.from_step:
+    said = f"--from_step={asked.from_step} was done by an earlier start, see run.json"
+    processes.on_first(lambda: print(f"{said}; the run goes on from step {latest}", flush=True))
   if resume.from_step is not None:
     checkpoints.go_back(resume.from_step)
   data = dataclasses.replace(run.config.data, micro_batch=stored.config.data.micro_batch)
@@ -281,7 +286,7 @@ def resumed(
     run,
     config=dataclasses.replace(run.config, data=data),
     history=[*stored.history, *([entry] if entry else [])],
-    digests_since=latest + 1 if stored.digests_since is None else stored.digests_since,
+    digests_since=start + 1 if stored.digests_since is None else stored.digests_since,
   )
   if entry:
     processes.on_first(lambda: (run.save(workdir), _drop_scores_after(workdir, start)))
@@ -354,6 +359,8 @@ def _train_locked(
     mesh = _checked_mesh(config, workdir)
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
+    if (last := max(resume.skip_steps, default=0)) > steps:
+      raise ConfigError(f"--skip_steps: the run has {steps} steps, and none that is step {last}")
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
@@ -420,13 +427,16 @@ def _trained(training: Training) -> tuple[TrainState, Training]:
         training = _rolled_back(training, fault)
       except TrainingError as error:
         close(training)  # one may still be on its way to the disk
-        raise TrainingError(
-          f"{error}. The newest checkpoint is step {_newest(training)}"
-        ) from error
+        raise TrainingError(f"{error}. {_goes_on_from(training.workdir)}") from error
 
 
-def _newest(training: Training) -> int:
-  return max(steps_of(training.workdir), default=0)
+def _goes_on_from(workdir: pathlib.Path) -> str:
+  if saved := steps_of(workdir):
+    return f"The newest checkpoint is step {saved[-1]}"
+  return (
+    "There is no checkpoint yet, which --skip_steps needs: the next start begins anew, with any "
+    "optimizer.learning_rate"
+  )
 
 
 def _rolled_back(training: Training, fault: metrics.RollBack) -> Training:

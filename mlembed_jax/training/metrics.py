@@ -175,13 +175,13 @@ def faults(path: pathlib.Path, start: int, every: int) -> list[str]:
   last = max([every, *(b - a for a, b in itertools.pairwise(steps[-2:]))])
   steps.append(start // last * last + last)  # where the next line will be
   gaps = [b - a for a, b in itertools.pairwise(steps)]
-  usual = [max(every, *gaps[max(0, i - 1) : i], *gaps[i + 1 : i + 2]) for i in range(len(gaps))]
+  usual = [max([every, *gaps[max(0, i - 1) : i], *gaps[i + 1 : i + 2]]) for i in range(len(gaps))]
   holes = [
     f"{before + 1} to {at - interval}"
     for (before, at), gap, interval in zip(itertools.pairwise(steps), gaps, usual, strict=True)
     if gap > interval
   ]
-  return [f"{damaged} lines are damaged"] * (damaged > 0) + [
+  return [f"damaged lines: {damaged}"] * (damaged > 0) + [
     f"there are no lines of steps {', '.join(holes)}"
   ] * bool(holes)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,17 +23,19 @@ class Resume:
   from_step: int | None = None
   skip_steps: tuple[int, ...] = ()
 
-  def remaining(self, history: Sequence[dict[str, Any]], before: Config, now: Config) -> "Resume":
+  def remaining(
+    self, history: Sequence[dict[str, Any]], latest: int, *, same_rate: bool
+  ) -> "Resume":
     """Returns what earlier starts have not done yet: launchers repeat a command with its flags.
 
-    The last start that went back is repeated only where nothing else is new; with other steps to
-    skip or another rate, the run goes back to the same step once more.
+    The last return to a step is repeated only for something new: for another rate, and for steps to
+    be passed over that the run has done since, up to `latest`.
     """
     skipped = {step for entry in history for step in entry.get("skip_steps", ())}
     skip = tuple(step for step in self.skip_steps if step not in skipped)
     back = [entry["from_step"] for entry in history if "from_step" in entry]
-    rate = before.optimizer.learning_rate != now.optimizer.learning_rate
-    done = back[-1:] == [self.from_step] and not skip and not rate
+    new = not same_rate or any(step <= latest for step in skip)
+    done = back[-1:] == [self.from_step] and not new
     return dataclasses.replace(self, from_step=None if done else self.from_step, skip_steps=skip)
 
   def entry(self, before: Config, now: Config, step: int) -> dict[str, Any] | None:
@@ -45,8 +48,8 @@ class Resume:
     """
     if self.skip_steps and min(self.skip_steps) <= step:
       raise ConfigError(
-        f"--skip_steps: step {min(self.skip_steps)} is done, the newest checkpoint is step {step}; "
-        "go on from an earlier one with --from_step"
+        f"--skip_steps: step {min(self.skip_steps)} is done, the run goes on from step {step}; "
+        "go on from an earlier checkpoint with --from_step"
       )
     entry: dict[str, Any] = {}
     if self.skip_steps:
@@ -56,6 +59,10 @@ class Resume:
     if self.from_step is not None:
       entry["from_step"] = self.from_step
     return {"step": step} | entry if entry else None
+
+
+STEP = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")
+MOST_SKIPPED = 1_000_000  # all of them stand in run.json
 
 
 def parse_steps(text: str | Sequence[int]) -> tuple[int, ...]:
@@ -68,10 +75,13 @@ def parse_steps(text: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(text)))
   steps: set[int] = set()
   for part in filter(None, text.split(",")):
-    first, _, last = part.partition("-")
-    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+    found = STEP.fullmatch(part)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if first > last:
       raise ConfigError(f"--skip_steps: {part!r} is no step and no range such as 120-140")
-    steps.update(range(int(first), int(last or first) + 1))
+    if last - first >= MOST_SKIPPED:
+      raise ConfigError(f"--skip_steps: {part} has more than {MOST_SKIPPED:,} steps")
+    steps.update(range(first, last + 1))
   return tuple(sorted(steps))
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,17 @@ def test_what_a_killed_save_left_is_removed(two, tmp_path):
   save(workdir, 3)
   assert not half.exists()
   assert_equal(restore(workdir), state(3))
+
+
+def test_it_is_removed_before_a_program_can_end(tmp_path):
+  """A thread that is still at it then writes a traceback below the sentence of an error."""
+  for step in range(50):
+    (tmp_path / f"checkpoints/{step}.orbax-checkpoint-tmp-1/default").mkdir(parents=True)
+  before = set(threading.enumerate())
+  checkpoints = Checkpoints(Retention(tmp_path, 3))
+  assert not list((tmp_path / "checkpoints").iterdir())
+  assert set(threading.enumerate()) == before
+  checkpoints.close()
 
 
 def test_a_save_into_a_folder_that_is_gone_says_what_goes_on(tmp_path):

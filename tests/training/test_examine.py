@@ -55,7 +55,7 @@ def test_missing_lines_of_metrics_are_found(whole, tmp_path):
   lines = path.read_text().splitlines()
   path.write_text("\n".join([*lines[:3], lines[3][:5], *lines[6:]]) + "\n")
   found = {f.found for f in examine(workdir) if f.check == "W05"}
-  assert found == {"1 lines are damaged", "there are no lines of steps 4 to 6"}
+  assert found == {"damaged lines: 1", "there are no lines of steps 4 to 6"}
 
 
 def test_the_command_names_damaged_checkpoints(whole, tmp_path):

@@ -1,32 +1,44 @@
-"""What a start still has to do of its flags, which launchers repeat."""
+"""What the flags of a start ask for, and what of that earlier starts have done."""
 
 import pytest
 
-from mlembed_jax.config import from_mapping
-from mlembed_jax.training.resume import Resume
-from tests.material import config_dict
+from mlembed_jax.errors import ConfigError
+from mlembed_jax.training.resume import Resume, parse_steps
 
-BACK = {"step": 40, "from_step": 40, "skip_steps": [42]}
-
-
-def config(rate=1e-3):
-  return from_mapping(config_dict(None, **{"optimizer.learning_rate": rate}))
+BACK = {"step": 10, "from_step": 10, "skip_steps": [12, 13]}
 
 
 @pytest.mark.parametrize(
-  ("resume", "rate", "from_step", "skip_steps"),
+  ("asked", "remains"),
   [
-    (Resume(from_step=40, skip_steps=(42,)), 1e-3, None, ()),  # the same command again
-    (Resume(from_step=40, skip_steps=(42, 43)), 1e-3, 40, (43,)),
-    (Resume(from_step=40), 1e-4, 40, ()),
-    (Resume(from_step=20), 1e-3, 20, ()),
+    (Resume(from_step=10, skip_steps=(12, 13)), Resume()),
+    (Resume(from_step=10), Resume()),
+    (Resume(from_step=5), Resume(from_step=5)),
+    (Resume(from_step=10, skip_steps=(12, 15)), Resume(from_step=10, skip_steps=(15,))),
+    (Resume(from_step=10, skip_steps=(13, 25)), Resume(skip_steps=(25,))),
   ],
+  ids=["the same command", "back alone", "further back", "steps done since", "steps to come"],
 )
-def test_a_run_goes_back_to_a_step_once_more_for_something_new(resume, rate, from_step, skip_steps):
-  found = resume.remaining([BACK], config(), config(rate))
-  assert (found.from_step, found.skip_steps) == (from_step, skip_steps)
+def test_a_repeated_command_does_what_is_not_done(asked, remains):
+  assert asked.remaining([BACK], latest=20, same_rate=True) == remains
+
+
+def test_a_run_goes_back_once_more_for_another_rate():
+  resume = Resume(from_step=10)
+  assert resume.remaining([BACK], latest=20, same_rate=False) == resume
 
 
 def test_a_step_before_the_last_return_is_no_repetition():
-  history = [BACK, {"step": 20, "from_step": 20}]
-  assert Resume(from_step=40).remaining(history, config(), config()).from_step == 40
+  history = [BACK, {"step": 5, "from_step": 5}]
+  resume = Resume(from_step=10)
+  assert resume.remaining(history, latest=20, same_rate=True) == resume
+
+
+def test_steps_are_numbers_and_ranges():
+  assert parse_steps("15,12-13,12") == (12, 13, 15)
+
+
+@pytest.mark.parametrize("text", ["a", "4-3", "-4", "²", "1-", "1-2-3", "1-99999999999"])
+def test_what_names_no_steps_is_refused(text):
+  with pytest.raises(ConfigError, match=r"^--skip_steps: "):
+    parse_steps(text)
