@@ -66,7 +66,7 @@ def _blocks(path: str, columns: Columns, size: int) -> Iterator[list[Row]]:
       rows = [row and row | {n: _number(row.get(n)) for n in columns.numbers} for row in rows]
     yield rows
   if first:
-    raise DataError(f"{path}: no lines")
+    raise DataError(f"{path}: no rows")
 
 
 def _known(rows: Sequence[Row]) -> list[str]:

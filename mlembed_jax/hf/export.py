@@ -24,7 +24,14 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer
 from mlembed_jax.errors import ExportError, LoadError
 from mlembed_jax.families import FAMILIES
-from mlembed_jax.files import digests, replace_folder, write_json, write_safetensors, write_text
+from mlembed_jax.files import (
+  digests,
+  replace_folder,
+  storage_errors,
+  write_json,
+  write_safetensors,
+  write_text,
+)
 from mlembed_jax.hf import config_files, own_file, param_mapping, parity, stored_ranges
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.checks import examine
@@ -279,10 +286,11 @@ def _write_tensors(
     header[t.name] = entry
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-  with path.open("wb") as file:
+  with storage_errors(path), path.open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     for t in tensors:
-      _stored(params, t, dtype).tofile(file)
+      # Not `tofile`, whose error on a full disk has no number that tells it from others.
+      file.write(np.ascontiguousarray(_stored(params, t, dtype)).reshape(-1).view(np.uint8).data)
 
 
 def _stored(params: Mapping[str, Any], t: param_mapping.Tensor, dtype: np.dtype) -> np.ndarray:

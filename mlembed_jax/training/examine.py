@@ -43,7 +43,10 @@ def _check_tokenizer(workdir: pathlib.Path) -> Findings:
 
 def _check_checkpoints(workdir: pathlib.Path) -> Findings:
   """every checkpoint is whole."""
-  for step in saved.steps_of(workdir):
+  steps = saved.steps_of(workdir)
+  if not steps:
+    yield Finding(WARNING, "checkpoints", "none is there", "The next start begins at step 0.")
+  for step in steps:
     folder = saved.folder_of(workdir, step)
     name = folder.relative_to(workdir).as_posix()
     with saved.holding(workdir, step):

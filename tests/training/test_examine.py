@@ -49,6 +49,13 @@ def test_a_damaged_file_is_found(whole, tmp_path, file):
   assert found == [DAMAGES[file]]
 
 
+def test_a_workdir_without_checkpoints_is_said(whole, tmp_path):
+  workdir = shutil.copytree(whole, tmp_path / "w")
+  shutil.rmtree(workdir / "checkpoints")
+  found = [(f.check, f.level, f.found) for f in examine(workdir) if f.level != OK]
+  assert ("W03", WARNING, "none is there") in found
+
+
 def test_missing_lines_of_metrics_are_found(whole, tmp_path):
   workdir = shutil.copytree(whole, tmp_path / "w")
   path = workdir / "metrics.jsonl"
