@@ -1,7 +1,8 @@
 """Texts to token ids: those of training end with the pooled token, those of a folder as it says."""
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -21,6 +22,17 @@ def with_instruction(instruction: str, text: str) -> str:
   return PREFIX.format(instruction=instruction) + QUERY.format(text=text) if instruction else text
 
 
+@contextlib.contextmanager
+def told(path: pathlib.Path, what: str) -> Iterator[None]:
+  """Turns what the tokenizers library raises, bare Exception and panics, into a DataError."""
+  try:
+    yield
+  except BaseException as error:  # a panic of Rust code is no Exception
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise DataError(f"{path} {what}: {error}") from error
+
+
 class Vocabulary:
   """A `tokenizer.json`; it cuts, pads and adds nothing."""
 
@@ -33,10 +45,8 @@ class Vocabulary:
     self.path = pathlib.Path(path)
     if not self.path.is_file():
       raise DataError(f"{path} does not exist; give the path of a tokenizer.json")
-    try:
+    with told(self.path, "is not a tokenizer.json"):
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-      raise DataError(f"{path} is not a tokenizer.json: {error}") from error
     # Truncation and padding are ours; a file may carry settings of its own.
     self.cut_side = (self._tokenizer.truncation or {}).get("direction")
     self._tokenizer.no_truncation()
@@ -65,8 +75,14 @@ class Vocabulary:
     return found
 
   def ids(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each whole text; no token is added."""
-    return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    """Returns the ids of each whole text; no token is added.
+
+    Raises:
+      DataError: the tokenizer cannot read a text, such as one with a word that it has no token for.
+    """
+    with told(self.path, "cannot read a text"):
+      found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in found]
 
 
 class Tokenizer(Vocabulary):
@@ -118,7 +134,8 @@ class TemplateTokenizer(Vocabulary):
         pooled token.
     """
     super().__init__(path)
-    whole = self._tokenizer.encode("a")
+    with told(self.path, "cannot read the text 'a'"):
+      whole = self._tokenizer.encode("a")
     # Ids that the post-processor added belong to no sequence.
     inside = [i for i, sequence in enumerate(whole.sequence_ids) if sequence is not None]
     if not inside:

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import tokenizers
 
-from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
+from mlembed_jax.data.tokenizer import Tokenizer, Vocabulary, told, with_instruction
 from mlembed_jax.errors import DataError
 from tests.material import train_tokenizer
 
@@ -72,3 +73,20 @@ def test_missing_unreadable_and_unfitting_files(path, tmp_path):
 def test_instruction():
   assert with_instruction("Do.", "text") == "Instruct: Do.\nQuery: text"
   assert with_instruction("", "text") == "text"
+
+
+def test_a_word_without_a_token_is_told_with_the_file(tmp_path):
+  model = tokenizers.models.WordLevel({"one": 0, "two": 1}, unk_token="[UNK]")
+  tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+  vocabulary = Vocabulary(tmp_path / "tokenizer.json")
+  assert vocabulary.ids(["one"]) == [[0]]
+  with pytest.raises(DataError, match=r"tokenizer.json cannot read a text: .*UNK"):
+    vocabulary.ids(["three"])
+
+
+def test_a_panic_is_told_and_an_interrupt_is_not(path):
+  panic = type("PanicException", (BaseException,), {})  # as pyo3 makes it, beside Exception
+  with pytest.raises(DataError, match="tokenizer.json is odd: no entry"), told(path, "is odd"):
+    raise panic("no entry")
+  with pytest.raises(KeyboardInterrupt), told(path, "is odd"):
+    raise KeyboardInterrupt
