@@ -51,7 +51,7 @@ from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.goodput import COMPILING, TRAINING, Goodput
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.lock import WorkdirLock
-from mlembed_jax.training.resume import Resume, check_same_run, parse_steps
+from mlembed_jax.training.resume import Resume, check_same_run, parse_steps, same_rate
 from mlembed_jax.training.saved import steps_of
 from mlembed_jax.training.teacher import Teacher
 from mlembed_jax.training.train_state import TrainState
@@ -271,8 +271,7 @@ def resumed(
   with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, resume)
-    before, now = stored.config.optimizer, run.config.optimizer
-    same = before.learning_rate == now.learning_rate
+    same = same_rate(stored.config, run.config)
     asked, resume = resume, resume.remaining(stored.history, latest, same_rate=same)
     start = latest if resume.from_step is None else resume.from_step
     entry = resume.entry(stored.config, run.config, start)

@@ -54,11 +54,16 @@ class Resume:
     entry: dict[str, Any] = {}
     if self.skip_steps:
       entry["skip_steps"] = list(self.skip_steps)
-    if before.optimizer.learning_rate != now.optimizer.learning_rate:
+    if not same_rate(before, now):
       entry[RATE] = [before.optimizer.learning_rate, now.optimizer.learning_rate]
     if self.from_step is not None:
       entry["from_step"] = self.from_step
     return {"step": step} | entry if entry else None
+
+
+def same_rate(before: Config, now: Config) -> bool:
+  """Returns whether a run goes on with the learning rate that it had."""
+  return before.optimizer.learning_rate == now.optimizer.learning_rate
 
 
 STEP = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")

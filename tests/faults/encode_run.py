@@ -79,12 +79,14 @@ def right(precision, ranges):
 def main(out):
   """Prints the lines of all kills; returns whether anything is wrong after one."""
   changes = (("int8", "int8"), ("int8", "float32"), ("float32", "int8"))
-  lines = [line for change in changes for line in kill_at_each(out, *change)]
-  return any(line.split()[2:] != ["whole", "right"] for line in lines)
+  return not all([fine for change in changes for fine in kill_at_each(out, *change)])
 
 
 def kill_at_each(out, before, after):
-  """Kills a run over vectors of an earlier one, before each of its operations; yields lines."""
+  """Kills a run over vectors of an earlier one, before each of its operations.
+
+  Yields whether each kill left whole vectors, and the same command the right ones after it.
+  """
   other = np.array([[-9.0] * DIM, [9.0] * DIM], np.float32) if before == "int8" else None
   wanted = np.stack([model(TEXTS[:SIZE]).min(0), model(TEXTS[:SIZE]).max(0)]).astype(np.float32)
   new, old = right(after, wanted), right(before, other)
@@ -99,10 +101,9 @@ def kill_at_each(out, before, after):
     whole = found is None or same(found, old) or same(found, new)
     run(out, precision=after)
     again = same(content(out), new) and not encode.Parts(out).folder.exists()
-    line = [f"{before}-{after}-{number}", state, "whole" if whole else "TORN"]
-    line.append("right" if again else "WRONG")
-    print(*line, flush=True)
-    yield " ".join(line)
+    left, made = "whole" if whole else "TORN", "right" if again else "WRONG"
+    print(f"{before}-{after}-{number}", state, left, made, flush=True)
+    yield whole and again
     number += 1
 
 

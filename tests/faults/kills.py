@@ -204,8 +204,8 @@ def run_commands(folder: pathlib.Path, kills: int, seed: int, per_run: int = 3) 
       shutil.rmtree(out)
       out.mkdir()
       killed = [_killed(line, how, rng.uniform(0.3, 1.0) * seconds) for _ in range(per_run)]
-      _left_alone(line, out)
-      _note(table, [(name, how)] * sum(killed), expected, digests(out, "**/*"))
+      _, found = _left_alone(line, out)
+      _note(table, [(name, how)] * sum(killed), expected, found)
     shutil.rmtree(out)
   return table
 
@@ -218,10 +218,14 @@ def _left_alone(line: Sequence[str], out: pathlib.Path) -> tuple[float, dict[str
   return time.monotonic() - start, digests(out, "**/*")
 
 
+def _started(line: Sequence[str]) -> subprocess.Popen:
+  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+  return subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **quiet)
+
+
 def _killed(line: Sequence[str], how: str, delay_s: float) -> bool:
   """Starts a command and kills it after so many seconds; returns whether it was still there."""
-  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-  process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **quiet)
+  process = _started(line)
   with contextlib.suppress(subprocess.TimeoutExpired):
     process.wait(delay_s)
     return False
@@ -241,21 +245,20 @@ def run_together(folder: pathlib.Path, kills: int, seed: int, per_run: int = 3) 
 
   alone, line = together("both")
   _left_alone(line, alone)
+  expected = result(alone)
   for number in range(-(-kills // per_run)):
     workdir, line = together(f"both{number}")
     # A killed run begins again at its newest checkpoint.
     steps = [STEPS // per_run * i + rng.randrange(STEPS // per_run) + 1 for i in range(per_run)]
     killed = [_one_killed(line, workdir, step, rng) for step in steps]
     _left_alone(line, workdir)
-    _note(table, [("step", "one of two")] * sum(killed), result(alone), result(workdir))
+    _note(table, [("step", "one of two")] * sum(killed), expected, result(workdir))
   return table
 
 
 def _one_killed(line: Sequence[str], workdir: pathlib.Path, step: int, rng: random.Random) -> bool:
   """Kills one of the processes of a launcher after a step; returns whether it was still there."""
-  process = subprocess.Popen(
-    line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-  )
+  process = _started(line)
   wait_for_step(workdir, step)
   if len(found := children(process)) == 2:
     _send(rng.choice(found), signal.SIGKILL)
