@@ -64,8 +64,8 @@ def test_a_notice_stops_the_run_as_sigterm_does(server, monkeypatch, key, value)
       assert time.monotonic() < end
       time.sleep(0.05)
     assert stop.agreed(stop.exchange()) == signal.SIGTERM
-    os.kill(os.getpid(), signal.SIGTERM)  # follows the notice of a Spot machine
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # follows the notice of a Spot machine
+    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
       stop.leave_if_received("nothing is lost")
     assert left.value.code == 143
@@ -89,15 +89,15 @@ def test_a_page_of_something_else_stops_nothing(server, flavor, value):
 def test_only_a_second_ctrl_c_ends_at_once():
   with StopSignals(MESH) as stop:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
-      os.kill(os.getpid(), number)
+      signal.raise_signal(number)
       assert stop.agreed(stop.exchange()) == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), signal.SIGINT)
+      signal.raise_signal(signal.SIGINT)
 
 
 def test_after_the_run_its_grace_ends_nothing():
   with StopSignals(MESH, grace_s=0.3) as stop:  # else this ends the process of the tests
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     stop.request()
   time.sleep(0.5)
 
