@@ -139,9 +139,16 @@ def result(workdir: pathlib.Path) -> dict[str, object]:
 
 
 PHASES = ("start", "compile", "restore", "step", "save", "evaluate", "export")
-LONGEST_S = {"start": 4.0, "compile": 2.0, "restore": 2.0, "step": 0.5, "save": 0.05}
 HOW = ("SIGKILL", "SIGTERM")
-Table = dict[tuple[str, str], collections.Counter]  # {(phase, how): counts of "kills" and "lost"}
+Case = tuple[str, str]
+# In the order in which one run can meet them: a run whose worker was killed goes on to its end.
+CASES: list[Case] = [
+  *itertools.product(PHASES[:-1], HOW),
+  ("step", "worker"),
+  *itertools.product(PHASES[-1:], HOW),
+]
+LONGEST_S = {"start": 4.0, "compile": 2.0, "restore": 2.0, "step": 0.5, "save": 0.05}
+Table = dict[Case, collections.Counter]  # {(phase, how): counts of "kills" and "lost"}
 
 
 def finish(running: Running) -> str:
@@ -151,24 +158,25 @@ def finish(running: Running) -> str:
   return "".join(running.said)
 
 
-def run(folder: pathlib.Path, kills: int, seed: int, per_run: int = 5) -> Table:
-  """Returns the table of so many kills of training, `per_run` of each run.
+def leave_alone(folder: pathlib.Path) -> None:
+  """Makes FOLDER/data, the text, and FOLDER/alone, the workdir of a run that nothing kills."""
+  material.write(folder / "data")
+  finish(begin(folder / "data", folder / "alone"))
 
-  FOLDER/data is the text then, FOLDER/alone the workdir of the run that was left alone.
-  """
-  data, rng = folder / "data", random.Random(seed)
-  material.write(data)
-  finish(begin(data, folder / "alone"))
-  expected = result(folder / "alone")
-  cases = [*itertools.product(PHASES, HOW), ("step", "worker")]
-  rng.shuffle(cases)
-  plan = itertools.cycle(cases)
+
+def run(folder: pathlib.Path, kills: int, seed: int, per_run: int = 5) -> Table:
+  """Returns the table of so many kills of training, `per_run` of each run."""
+  data, rng, expected = folder / "data", random.Random(seed), result(folder / "alone")
   table: Table = collections.defaultdict(collections.Counter)
+  cases: list[Case] = []
   done = number = 0
   while done < kills:
     number += 1
     workdir, met = folder / f"run{number}", []
-    for phase, how in itertools.islice(plan, per_run):
+    if len(cases) < per_run:  # each case as often as the others, beside others each time
+      cases += rng.sample(CASES, len(CASES))
+    drawn, cases = cases[:per_run], cases[per_run:]
+    for phase, how in sorted(drawn, key=CASES.index):
       running = begin(data, workdir)
       if kill(running, phase, how, rng.uniform(0.0, LONGEST_S.get(phase, 1.0))):
         met.append((phase, how))
@@ -181,7 +189,7 @@ def run(folder: pathlib.Path, kills: int, seed: int, per_run: int = 5) -> Table:
   return table
 
 
-def _note(table: Table, met: Sequence[tuple[str, str]], expected: dict, found: dict) -> None:
+def _note(table: Table, met: Sequence[Case], expected: dict, found: dict) -> None:
   """Counts kills, as lost where the end is not that of a command that was left alone."""
   wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
   for case in met:
@@ -190,7 +198,7 @@ def _note(table: Table, met: Sequence[tuple[str, str]], expected: dict, found: d
 
 
 def run_commands(folder: pathlib.Path, kills: int, seed: int, per_run: int = 3) -> Table:
-  """Returns the table of so many kills of `prepare` and of `encode`; `run` has been called."""
+  """Returns the table of about so many kills of `prepare` and of `encode`."""
   rng, out = random.Random(seed), folder / "out"
   model = folder / "alone/export/tiny"
   lines = {
@@ -234,7 +242,7 @@ def _killed(line: Sequence[str], how: str, delay_s: float) -> bool:
 
 
 def run_together(folder: pathlib.Path, kills: int, seed: int, per_run: int = 3) -> Table:
-  """Returns the table of kills of one of two processes that train together; `run` was called."""
+  """Returns the table of about so many kills of one of two processes that train together."""
   rng, data = random.Random(seed), folder / "data"
   flags = FLAGS | {"data.manifest": data / "manifest.json"}
   table: Table = collections.defaultdict(collections.Counter)
@@ -266,13 +274,12 @@ def _one_killed(line: Sequence[str], workdir: pathlib.Path, step: int, rng: rand
 
 
 def run_all(folder: pathlib.Path, kills: int, seed: int) -> Table:
-  """Returns the table of so many kills of all commands."""
+  """Returns the table of at least so many kills of all commands."""
+  leave_alone(folder)
   part = kills // 10
-  return {
-    **run(folder, kills - 3 * part, seed),
-    **run_commands(folder, 2 * part, seed),
-    **run_together(folder, part, seed),
-  }
+  others = run_commands(folder, 2 * part, seed) | run_together(folder, part, seed)
+  done = sum(counts["kills"] for counts in others.values())
+  return others | run(folder, kills - done, seed)
 
 
 def main() -> int:
