@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from mlembed_jax import files
-from mlembed_jax.config import REPLACED, from_mapping
+from mlembed_jax.config import REPLACED, find_file, from_mapping, packaged, read_file
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError, MlembedError
 
@@ -44,22 +45,66 @@ def run(main: Callable[..., None], *names: str) -> None:
     return
   # Libraries log each checkpoint in thirty lines. A later --verbosity=0 shows them.
   argv = [sys.argv[0], "--verbosity=-1", *sys.argv[1:]]
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, _stop)
   app.run(wrapped, argv=argv, flags_parser=_parse)
+
+
+def _stop(number: int, _: Any) -> None:
+  """Ends the program, where a run does not save first (`mlembed_jax.parallel.stop`)."""
+  # print() could be in the middle of another one.
+  said = f"\nstopped by signal {number}; the same command goes on\n"
+  os.write(sys.stderr.fileno(), said.encode())
+  sys.exit(128 + number)
 
 
 def _parse(argv: list[str]) -> Any:
   try:
-    return app.parse_flags_with_usage(argv)
+    return app.parse_flags_with_usage(_with_config_file(argv))
   except (AttributeError, KeyError) as error:  # how ml_collections reports an override
     if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-      raise  # an error inside the configuration file
+      raise
     reason = error.args[0]
     reason = reason.args[0] if isinstance(reason, Exception) else reason
     today = REPLACED.get(str(reason).strip("'"))
     hint = f"; did you mean {today}?" if today else ""
     sys.exit(f"error: --config: unknown field {reason}{hint}")
-  except (LookupError, OSError, SyntaxError) as error:
+
+
+def _with_config_file(argv: list[str]) -> list[str]:
+  """Returns the arguments with the file that `--config` means; ends where the file fails."""
+  for i, argument in enumerate(argv):
+    name, equals, value = argument.partition("=")
+    if name.lstrip("-") != "config" or not name.startswith("-"):
+      continue
+    at = i if equals else i + 1
+    if at < len(argv):
+      path = value if equals else argv[at]
+      _try_config_file(path)
+      return [
+        *argv[:at],
+        f"{name}={find_file(path)}" if equals else find_file(path),
+        *argv[at + 1 :],
+      ]
+  return argv
+
+
+def _try_config_file(path: str) -> None:
+  """Ends with one sentence where the file fails; ml_collections would print a traceback.
+
+  One that is not there is told by `read_values`, which all processes of a run come to.
+  """
+  if not os.path.exists(find_file(path).partition(":")[0]):
+    return
+  try:
+    read_file(path)
+  except MlembedError as error:
     sys.exit(f"error: --config: {error}")
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if frame.filename == find_file(path).partition(":")[0]]
+    where = f"{inside[-1].filename}, line {inside[-1].lineno}" if inside else path
+    sys.exit(f"error: --config: {where}: {type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
@@ -78,7 +123,9 @@ def read_values(flag: flags.FlagHolder[Any]) -> Any:
   try:
     flag.value.keys()  # ml_collections keeps the error until something is asked of the value
   except OSError as error:
-    raise ConfigError(f"--config: {error}") from error
+    path = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    names = ", ".join(packaged())
+    raise ConfigError(f"--config: there is no {path}; the package has {names}") from error
   return flag.value
 
 

@@ -51,33 +51,64 @@ def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | None 
   """Returns the checked configuration of a file, as `--config` and `--config.FIELD` give it.
 
   Args:
-    path: a configuration file, FILE or FILE:variant, e.g. configs/8b.py:v5p.
+    path: a configuration file, FILE or FILE:variant, e.g. configs/8b.py:v5p, or the name of one
+      that comes with the package, e.g. quickstart.
     changes: values by dotted field name, e.g. {"train.steps": 100}.
 
   Raises:
     ConfigError: the file cannot be read, it has no such variant, or a field or value cannot be
       meant. Other errors of the file's own code are raised as they are.
   """
-  file, _, variant = str(path).partition(":")
+  config = read_file(path)
+  try:
+    config.update_from_flattened_dict(changes or {})
+  except (LookupError, TypeError) as error:
+    raise ConfigError(f"{path}: {error}") from error
+  return from_mapping(typing.cast("Any", config))
+
+
+def packaged() -> dict[str, pathlib.Path]:
+  """Returns the configuration files that come with the package, by name."""
+  package = pathlib.Path(__file__).parent  # a wheel has them inside, a checkout beside it
+  folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
+  found = sorted(folder.glob("*.py")) if folder else []
+  return {path.stem: path for path in found if path.stem != "base"}
+
+
+def find_file(path: str) -> str:
+  """Returns the file of FILE or FILE:variant, with its variant; the package has files by name."""
+  file, colon, variant = path.partition(":")
+  if os.path.exists(file) or file not in (files := packaged()):
+    return path
+  return f"{files[file]}{colon}{variant}"
+
+
+def read_file(path: str | os.PathLike[str]) -> ConfigDict:
+  """Returns what `get_config` of a configuration file gives; raises as `load_config`."""
+  file, colon, variant = find_file(os.fspath(path)).partition(":")
   try:
     module = load_module(file)
   except (OSError, SyntaxError) as error:
     raise ConfigError(f"{path}: {error}") from error
   if not hasattr(module, "get_config"):
     raise ConfigError(f"{path}: has no function get_config(variant) that returns a ConfigDict")
+  if missing := _needed(module.get_config)[bool(colon) :]:
+    raise ConfigError(f"{path}: needs a value after a colon: {file}:{missing[0].upper()}")
   try:
-    config = module.get_config(variant)
+    config = module.get_config(*([variant] if colon else []))
   except LookupError as error:
     if type(error) is not LookupError:  # a KeyError, say, is a fault in the file
       raise
     raise ConfigError(f"{path}: {error}") from error
   if not isinstance(config, ConfigDict):
     raise ConfigError(f"{path}: get_config returns a {type(config).__name__}, not a ConfigDict")
-  try:
-    config.update_from_flattened_dict(changes or {})
-  except (LookupError, TypeError) as error:
-    raise ConfigError(f"{path}: {error}") from error
-  return from_mapping(typing.cast("Any", config))
+  return config
+
+
+def _needed(get_config: Any) -> list[str]:
+  """Returns the names of the parameters that a function must be given."""
+  parameters = inspect.signature(get_config).parameters.values()
+  return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:

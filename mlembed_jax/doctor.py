@@ -58,7 +58,8 @@ def main(directory: str) -> None:
     sys.exit(STATUS[ERROR])
   os.environ["HF_HUB_OFFLINE"] = "1"
   installed = examine.INSTALLED if TORCH.value else ()
-  findings = examine.examine(path, [*examine.CHECKS, examine.VECTORS, *installed])
+  checks = [*examine.CHECKS, examine.DIGESTS, examine.VECTORS, *installed]
+  findings = examine.examine(path, checks)
   _end(path, findings, examine.verdicts(path, findings))
 
 
@@ -78,7 +79,7 @@ def _line(finding: Finding) -> str:
   said = ": ".join(part for part in (finding.file, finding.found.rstrip(".")) if part)
   end = " " if said.endswith("?") else ". "
   remedy = f"{end}{finding.remedy}" if finding.remedy else ""
-  return f"{finding.check} {finding.level:<8} {said}{remedy}".rstrip()
+  return f"{finding.check} {finding.name:<12} {finding.level:<8} {said}{remedy}".rstrip()
 
 
 def _json(path: pathlib.Path, findings: Sequence[Finding], found: Sequence[Verdict]) -> str:
@@ -99,6 +100,7 @@ def _fields(finding: Finding) -> dict[str, Any]:
 
   return {
     "check": finding.check,
+    "name": finding.name,
     "level": finding.level,
     "file": finding.file,
     "found": finding.found,

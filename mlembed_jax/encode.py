@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,20 +25,19 @@ from absl import flags
 from tqdm import tqdm
 
 from mlembed_jax import cli
-from mlembed_jax.data.parquet_files import Columns, read_parquet
-from mlembed_jax.data.text_files import (
-  KNOWN,
-  PARQUET,
-  TEXT,
-  Record,
-  check_text,
-  form_of,
-  read_pipe,
-  read_records,
-)
+from mlembed_jax.data.text_files import KNOWN, TEXT
+from mlembed_jax.data.texts import form_of_file, read_texts
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.files import digest, new_file, save_npy, storage_errors
-from mlembed_jax.quantize import LEAST_TEXTS, LEVELED, PRECISIONS, quantize, ranges
+from mlembed_jax.quantize import (
+  LEAST_TEXTS,
+  LEVELED,
+  PRECISIONS,
+  RANGES_SUFFIX,
+  quantize,
+  ranges,
+  ranges_path,
+)
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -73,57 +72,6 @@ RANGES = flags.DEFINE_string(
 PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
 
 DIGITS = 24  # of a digest in a name
-RANGES_SUFFIX = ".ranges.npy"  # follows the stem of OUT
-BATCH = 4096  # texts of a parquet file that are read at a time
-
-
-def read_texts(name: str, column: str) -> Iterator[str]:
-  """Yields the texts of a file in their order.
-
-  Raises:
-    DataError: the file cannot be read, or a row has no text; the message names it.
-  """
-  records = _parquet(name, column) if name != "-" and _form(name) == PARQUET else _records(name)
-  while (record := _next(records)) is not None:
-    yield _text(record, f"{name}, {record.where}", column)
-
-
-def _form(name: str) -> str:
-  try:
-    return form_of(name).kind
-  except DataError as error:
-    raise DataError(f"--input: {error}") from error
-
-
-def _records(name: str) -> Iterator[Record]:
-  if name != "-":
-    return read_records(name)
-  return read_pipe(cast("io.BufferedReader", sys.stdin.buffer), name)
-
-
-def _parquet(name: str, column: str) -> Iterator[Record]:
-  row = 0
-  for table, invalid in read_parquet(name, Columns([column]), BATCH):
-    for text, wrong in zip(table[column].to_pylist(), invalid.tolist(), strict=True):
-      yield Record(f"row {row}", text, "bytes that are not UTF-8" if wrong else "")
-      row += 1
-
-
-def _next(records: Iterator[Record]) -> Record | None:
-  """Returns the next record, None after the last; an error names the flag of the file."""
-  try:
-    return next(records, None)
-  except DataError as error:
-    raise DataError(f"--input: {error}") from error
-
-
-def _text(record: Record, where: str, column: str) -> str:
-  if record.problem:
-    raise DataError(f"{where}: {record.problem}")
-  found = record.value
-  if isinstance(found, dict) and column not in found:
-    raise DataError(f"--column: {where} has no field {column!r}; it has {', '.join(found)}")
-  return check_text(found[column] if isinstance(found, dict) else found, where)
 
 
 def parts_of(texts: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -255,11 +203,6 @@ def read_ranges(path: str, dim: int) -> np.ndarray:
   return found.astype(np.float32)
 
 
-def ranges_path(out: pathlib.Path) -> pathlib.Path:
-  """Returns the file of the ranges of the vectors `out`."""
-  return out.with_name(out.stem + RANGES_SUFFIX)
-
-
 def check_ranges(out: pathlib.Path, precision: str, given: np.ndarray | None) -> None:
   """Refuses what would leave vectors beside ranges that are not theirs.
 
@@ -380,7 +323,7 @@ def check_flags() -> None:
   """Raises ConfigError where a flag would change nothing."""
   if PROMPT.present and PROMPT_NAME.present:
     raise ConfigError("--prompt, --prompt_name: only one can stand before a text; drop one of them")
-  if COLUMN.present and (INPUT.value == "-" or _form(INPUT.value) == TEXT):
+  if COLUMN.present and (INPUT.value == "-" or form_of_file(INPUT.value, "--input") == TEXT):
     raise ConfigError(
       f"--column: {INPUT.value} has a text per line, and no columns; drop the flag, or name a file "
       "of another form"

@@ -1,9 +1,9 @@
 """Writes Hugging Face folders from a training run, whole or cut along any of the three axes.
 
   python -m mlembed_jax.export --checkpoint WORKDIR --out DIR [--depth L] [--rank R] [--dim D]
-  python -m mlembed_jax.export --checkpoint WORKDIR --out DIR --variants d256-l8,d64-l2-r128,uv
+  python -m mlembed_jax.export --checkpoint WORKDIR --out DIR --variants d256-l8,uv,onnx-int8
 
-The second command writes DIR, DIR-d256-l8, DIR-d64-l2-r128 and DIR-uv.
+The second command writes DIR, DIR-d256-l8, DIR-uv and DIR-onnx-int8.
 """
 
 from absl import flags
@@ -26,7 +26,11 @@ VARIANTS = flags.DEFINE_list(
   "variants",
   [],
   "More folders, named as their cut after --out: parts d<dim>, l<layers>, r<rank> joined by -; uv "
-  "keeps the token table as two factors, which sentence-transformers reads with trust_remote_code.",
+  "keeps the token table as two factors, which sentence-transformers reads with trust_remote_code; "
+  "onnx adds onnx/model.onnx, onnx-int8 one of a quarter of its size.",
+)
+GGUF = flags.DEFINE_list(
+  "gguf", [], "Adds GGUF files for llama.cpp to every folder: f32, f16 or q8_0, joined by commas."
 )
 NAME = flags.DEFINE_string("name", None, "Model name. Default: export.name and what is cut.")
 FORCE = flags.DEFINE_bool("force", False, "Allow sizes that were not trained; the card says so.")
@@ -40,7 +44,13 @@ def main() -> None:
 
   cut = Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value)
   export_model(
-    CHECKPOINT.value, OUT.value, cut, tuple(VARIANTS.value), name=NAME.value, force=FORCE.value
+    CHECKPOINT.value,
+    OUT.value,
+    cut,
+    tuple(VARIANTS.value),
+    gguf=tuple(GGUF.value),
+    name=NAME.value,
+    force=FORCE.value,
   )
 
 

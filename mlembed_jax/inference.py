@@ -178,6 +178,13 @@ class Encoder:
     """Returns the vectors of documents: as `encode_query`, with the prompt `document`."""
     return self.encode(texts, **self._prompted("document", options))
 
+  @staticmethod
+  def similarity(
+    first: Float[np.ndarray, "N D"], second: Float[np.ndarray, "M D"]
+  ) -> Float[np.ndarray, "N M"]:
+    """Returns the cosines of all pairs of float32 vectors, of any length."""
+    return unit(np.atleast_2d(first)) @ unit(np.atleast_2d(second)).T
+
   def _prompted(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Returns options of `encode`; a prompt that they name is kept."""
     if options.get("prompt_name") is None and options.get("prompt") is None:

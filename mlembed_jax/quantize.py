@@ -1,15 +1,23 @@
 """Vectors at unit length, and in fewer bytes as sentence-transformers has them. numpy alone."""
 
+import pathlib
+
 import numpy as np
 from jaxtyping import Float
 
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 LEVELED = ("int8", "uint8")  # a level of each coordinate's range
 LEVELS = 255
+RANGES_SUFFIX = ".ranges.npy"  # of the ranges beside a file of vectors, after its stem
 LEAST_TEXTS = 100  # to take ranges from; sentence-transformers warns of fewer
 
 Vectors = Float[np.ndarray, "N D"]
 Ranges = Float[np.ndarray, "2 D"]
+
+
+def ranges_path(vectors: pathlib.Path) -> pathlib.Path:
+  """Returns the file of the ranges of a file of vectors."""
+  return vectors.with_name(vectors.stem + RANGES_SUFFIX)
 
 
 def unit(vectors: Vectors) -> Vectors:

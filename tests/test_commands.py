@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
-from tests.test_architecture import COMMANDS
+from mlembed_jax import __main__ as commands
+from mlembed_jax.config import load_config
+from tests.test_architecture import COMMANDS, PACKAGE, ROOT
 
 # The module is imported as --help imports it; what it printed is the rest of the test.
 PROBE = """
@@ -22,11 +25,69 @@ def test_a_command_imports_no_jax_before_its_flags_are_read(command):
   assert not result.stdout.strip()
 
 
-def test_settings_of_a_file_that_is_not_there_end_in_one_line():
-  arguments = [sys.executable, "-m", "mlembed_jax.train", "--config", "absent.py", "--print_config"]
+def train(*arguments):
+  words = [sys.executable, "-m", "mlembed_jax.train", *arguments, "--print_config"]
+  return subprocess.run(words, capture_output=True, text=True)
+
+
+CONFIGS = {
+  "import_fails": "import nope",
+  "code_fails": "def get_config():\n  return {}['a']",
+  "value_fails": "from mlembed_jax.errors import LoadError\n"
+  "def get_config(source):\n  raise LoadError(f'{source} is no folder')",
+  "no_config": "def get_config():\n  return 3",
+}
+
+
+@pytest.mark.parametrize(
+  ("file", "said"),
+  [
+    ("absent.py", "there is no absent.py; the package has 0_6b, 140m,"),
+    ("import_fails.py", "import_fails.py, line 1: ModuleNotFoundError: No module named 'nope'"),
+    ("code_fails.py", "code_fails.py, line 2: KeyError: 'a'"),
+    ("value_fails.py", "value_fails.py: needs a value after a colon:"),
+    ("value_fails.py:here", "here is no folder"),
+    ("no_config.py", "get_config returns a int, not a ConfigDict"),
+    ("8b:v9", "8b:v9: unknown variant 'v9'; known: reference, v5e, v5p, v6e"),
+  ],
+)
+def test_a_configuration_that_fails_ends_in_one_sentence(file, said, tmp_path):
+  for name, content in CONFIGS.items():
+    (tmp_path / f"{name}.py").write_text(content, encoding="utf-8")
+  made = file.partition(".py")[0] in CONFIGS
+  result = train("--config", str(tmp_path / file) if made else file)
+  assert result.returncode == 1 and said in result.stderr
+  assert result.stderr.startswith("error: --config:") and len(result.stderr.splitlines()) == 1
+
+
+def test_a_configuration_of_the_package_is_known_by_its_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert load_config("quickstart:smoke") == load_config(ROOT / "configs/quickstart.py:smoke")
+  result = train("--config=quickstart:smoke")
+  assert result.returncode == 0 and "train.steps" in result.stdout
+
+
+def test_a_wheel_holds_every_package_and_the_configurations():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+  setuptools = project["tool"]["setuptools"]
+  folders = {path.parent for path in PACKAGE.rglob("*.py")}
+  names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+  assert set(setuptools["packages"]) == names | {"mlembed_jax.configs"}
+  assert setuptools["package-dir"] == {"mlembed_jax.configs": "configs"}
+
+
+def test_one_program_lists_and_runs_all_commands(capsys, monkeypatch):
+  assert set(commands.COMMANDS) == COMMANDS
+  monkeypatch.setattr(sys, "argv", ["mlembed"])
+  commands.main()
+  listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]}
+  assert listed == COMMANDS
+  arguments = [sys.executable, "-m", "mlembed_jax", "doctor", "--help"]
   result = subprocess.run(arguments, capture_output=True, text=True)
-  assert result.returncode == 1
-  assert result.stderr.startswith("error: --config:") and "Traceback" not in result.stderr
+  assert result.returncode == 0 and "--[no]torch" in result.stdout
+  monkeypatch.setattr(sys, "argv", ["mlembed", "serve"])
+  with pytest.raises(SystemExit, match="'serve' is no command; there are prepare, train"):
+    commands.main()
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -351,9 +351,9 @@ def test_load_config_names_what_it_cannot_read(path, changes, message):
   ("code", "error", "message"),
   [
     ("x = (", ConfigError, r"own.py: .*was never closed"),
-    ("def get_config(_): return {}", ConfigError, r"own.py: get_config returns a dict, not a"),
+    ("def get_config(_=None): return {}", ConfigError, r"own.py: get_config returns a dict, not a"),
     ("x = 1", ConfigError, r"own.py: has no function get_config\(variant\)"),
-    ("def get_config(_): return {}['a']", KeyError, r"^'a'$"),  # a fault in the file
+    ("def get_config(_=None): return {}['a']", KeyError, r"^'a'$"),  # a fault in the file
   ],
 )
 def test_load_config_tells_a_file_that_is_none_from_a_fault_in_it(code, error, message, tmp_path):

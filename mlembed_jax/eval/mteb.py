@@ -41,7 +41,7 @@ from mteb.types import PromptType
 from mlembed_jax.data import languages
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import digests
-from mlembed_jax.hf.export import variant_name
+from mlembed_jax.hf.variants import variant_name
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count

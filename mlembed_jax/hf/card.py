@@ -9,6 +9,7 @@ from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, LossesConfig
 from mlembed_jax.data import languages
 from mlembed_jax.families import FAMILIES
+from mlembed_jax.hf.card_use import use
 from mlembed_jax.hf.config_files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.slice_scores import SliceScore
@@ -37,38 +38,6 @@ Trained with mlembed_jax. The method is 3-D Matryoshka learning of ML-Embed (arX
 embedding recipe is that of F2LLM-v2 (arXiv:2603.19223); the architecture is {family.title}
 ({family.paper}). Please cite them."""
 
-SERVERS = """\
-The layout also follows what these programs read:
-
-```bash
-text-embeddings-router --model-id ./{name}
-vllm serve ./{name} --runner pooling
-python convert_hf_to_gguf.py ./{name}  # then llama-server --embedding --pooling last
-```
-
-The export does not run them."""
-INT8 = """\
-**int8.** Round queries and documents by the same ranges: those of `{file}` were measured
-on training texts, for each depth and dimension.
-
-```python
-from safetensors.numpy import load_file
-from sentence_transformers.util.quantization import quantize_embeddings
-
-low, high = ranges = load_file("{name}/{file}")["l{depth}-d{dim}"]
-codes = quantize_embeddings(documents, "int8", ranges=ranges)
-decoded = low + (codes.astype("float32") + 128.5) * (high - low) / 255
-```
-
-Decode codes before they are compared, or re-rank what they find: cosines and products of the codes
-themselves order texts in another way."""
-NO_INT8 = """\
-**int8.** This folder has no ranges: its export had no training texts at hand. Take them from at
-least 100 texts, and round queries and documents by the same ones."""
-FACTORS_ONLY = """\
-The token table is stored as two factors, which the code of this folder multiplies row by row. TEI,
-vLLM and llama.cpp do not read it: they need the folder with the merged table."""
-
 
 def card(
   variant: Variant,
@@ -76,14 +45,16 @@ def card(
   prompts: Mapping[str, str],
   evaluation: StepScores | None,
   ranges_file: str | None = None,
+  gguf: Sequence[str] = (),
 ) -> str:
   """Returns README.md.
 
-  `evaluation` holds the held-out scores of the step; `ranges_file` those of int8 vectors, if any.
+  `evaluation` holds the held-out scores of the step; `ranges_file` is that of int8 vectors, if any;
+  `gguf` are the GGUF files of the folder.
   """
   bodies = (
     _what_it_is(variant, pooled_token, prompts),
-    f"{_use(variant)}\n\n{_int8(variant, ranges_file)}",
+    use(variant, prompts, ranges_file, gguf),
     _cutting(variant),
     _training(variant),
     _data(variant),
@@ -141,7 +112,7 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
   family = FAMILIES[body.family].title
   rank = "full, never factorised"
   if variant.rank:
-    form = "stored as two factors" if variant.form == "uv" else "stored as their product"
+    form = "stored as two factors" if variant.forms.factors else "stored as their product"
     rank = f"rank {variant.rank} of {config.model.rank}, trained {_sizes(axes.ranks)}; {form}"
   facts = (
     ("Architecture", f"{family} decoder, causal, without a language-model head"),
@@ -162,31 +133,6 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
   return "\n".join([*warnings, _table(("", ""), facts), "", listed])
 
 
-def _use(variant: Variant) -> str:
-  code = ", trust_remote_code=True" if variant.form == "uv" else ""
-  servers = (FACTORS_ONLY if code else SERVERS).format(name=variant.name)
-  return f"""\
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{variant.name}"{code})
-queries = model.encode_query(["how do I boil an egg?"])
-documents = model.encode_document(["Put the egg in boiling water for eight minutes."])
-print(model.similarity(queries, documents))
-```
-
-sentence-transformers 6 computes in the stored dtype, 5 in float32; for float32 in both give
-`model_kwargs={{"torch_dtype": torch.float32}}`.
-
-{servers} `parity.json` holds texts and their vectors to compare with."""
-
-
-def _int8(variant: Variant, file: str | None) -> str:
-  if file is None:
-    return NO_INT8
-  return INT8.format(file=file, name=variant.name, depth=variant.depth, dim=variant.dim)
-
-
 def _cutting(variant: Variant) -> str:
   itemsize = {"bfloat16": 2, "float32": 4}[variant.run.config.export.dtype]
   depths = []
@@ -201,7 +147,7 @@ def _cutting(variant: Variant) -> str:
     '`SentenceTransformer(path, config_kwargs={"num_hidden_layers": N})`.',
     _table(("layers", "parameters", "MB"), depths),
   ]
-  if variant.form == "merged":
+  if variant.table_form == "merged":
     lines.append(
       "**Rank.** `mlembed/uv.safetensors` holds the factors U and V of the token table, whose "
       "columns are ordered: the table of rank r is `U[:, :r] @ V[:r]`."

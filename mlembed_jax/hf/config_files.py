@@ -40,9 +40,23 @@ MTEB_TYPES = {
   "clustering": ("Clustering", "Classification"),
 }
 
-# full: never factorised. merged: the product of the factors, which every program reads. uv: the
-# factors, a smaller file, which only transformers reads, with the code that stands beside it.
-FORMS = ("full", "merged", "uv")
+FLOAT32, INT8 = "float32", "int8"
+GGUF_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # numbers that llama.cpp gives to the files
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+  """In which forms a folder holds the weights, beside safetensors for every program."""
+
+  factors: bool = False  # the token table is stored as its two factors
+  onnx: str = ""  # precision of the weights in onnx/model.onnx: FLOAT32 or INT8; "": none
+  gguf: tuple[str, ...] = ()  # of GGUF_TYPES, a file for each
+
+  @property
+  def suffix(self) -> str:
+    """Returns what is added to the name of the folder."""
+    onnx = {"": "", FLOAT32: "-onnx", INT8: "-onnx-int8"}[self.onnx]
+    return ("-uv" if self.factors else "") + onnx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +69,21 @@ class Variant:
   depth: int
   dim: int
   rank: int  # 0: the token table was never factorised
-  form: str  # of the stored table, see FORMS
+  forms: Forms = Forms()
+
+  @property
+  def table_form(self) -> str:
+    """Returns how the token table is stored.
+
+    full: never factorised. merged: the product of the factors, which every program reads. uv: the
+    factors, a smaller file, which only transformers reads, with the code that stands beside it.
+    """
+    return "uv" if self.forms.factors else "merged" if self.rank else "full"
 
   @property
   def body(self) -> ModelConfig:
     """Returns the model of the stored tensors, computed in float32."""
-    rank = self.rank if self.form == "uv" else 0
+    rank = self.rank if self.forms.factors else 0
     model = self.run.config.model
     return dataclasses.replace(model, layers=self.depth, rank=rank, dtype="float32")
 

@@ -32,11 +32,19 @@ from mlembed_jax.files import (
   write_safetensors,
   write_text,
 )
-from mlembed_jax.hf import config_files, own_file, param_mapping, parity, stored_ranges
+from mlembed_jax.hf import (
+  config_files,
+  gguf_file,
+  onnx_graph,
+  own_file,
+  param_mapping,
+  parity,
+  stored_ranges,
+)
 from mlembed_jax.hf.card import card
 from mlembed_jax.hf.checks import examine
 from mlembed_jax.hf.checks.finding import ERROR
-from mlembed_jax.hf.config_files import Variant
+from mlembed_jax.hf.config_files import GGUF_TYPES, Forms, Variant
 from mlembed_jax.hf.factors import FACTORS
 from mlembed_jax.hf.file_names import (
   BERT,
@@ -49,14 +57,13 @@ from mlembed_jax.hf.file_names import (
   WEIGHTS,
 )
 from mlembed_jax.hf.own_file import OwnFile
+from mlembed_jax.hf.variants import variant_name
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.workdir import Run, StepScores
 
 MAX_FILE_BYTES = 5_000_000_000
 DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
-
-VARIANT_AXES = {"d": "dim", "l": "depth", "r": "rank"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,33 +78,6 @@ class TrainedModel:
   sample: Sequence[Sequence[int]] = ()  # token ids of training texts, for ranges of int8 vectors
 
 
-def variant_name(name: str, cut: Slice, factors: bool = False) -> str:
-  """Returns `name` with -d, -l and -r parts for the axes that are cut, and -uv for factors."""
-  parts = (("d", cut.dim), ("l", cut.depth), ("r", cut.rank))
-  found = [f"-{letter}{size}" for letter, size in parts if size is not None]
-  return name + "".join(found) + ("-uv" if factors else "")
-
-
-def parse_variant(text: str) -> tuple[Slice, bool]:
-  """Returns (cut, whether the table stays factorised) of a text like d256-l8-uv.
-
-  Raises:
-    ExportError: the text is not of this form.
-  """
-  found: dict[str, int | bool] = {}
-  for part in text.split("-"):
-    axis = "factors" if part == "uv" else VARIANT_AXES.get(part[:1])
-    size = True if part == "uv" else part[1:].isdecimal() and int(part[1:])
-    if not axis or not size or axis in found:
-      raise ExportError(
-        f"{text!r} is no variant; one is made of d<dim>, l<layers>, r<rank> and uv, each once, "
-        "joined by -: d256-l8"
-      )
-    found[axis] = size
-  factors = bool(found.pop("factors", False))
-  return Slice(**found), factors
-
-
 def export_folder(
   out: pathlib.Path,
   trained: TrainedModel,
@@ -105,7 +85,7 @@ def export_folder(
   *,
   name: str | None = None,
   force: bool = False,
-  factors: bool = False,
+  forms: Forms = Forms(),  # noqa: B008  (frozen)
 ) -> pathlib.Path:
   """Returns `out`, the complete folder of a trained model that is cut to `cut`.
 
@@ -118,15 +98,18 @@ def export_folder(
     cut: sizes to keep.
     name: of the model; None: export.name and what is cut.
     force: allows sizes that were not trained; the card then says so.
-    factors: keeps the two factors of the token table instead of their product.
+    forms: of the weights.
 
   Raises:
     ExportError: `out` holds something else, a size was not trained, the tokenizer does not fit
-      the table, a weight is not finite, or a reader of such folders would fail.
+      the table or a form of the weights, a package that writes one is not installed, a weight is
+      not finite, or a reader of such folders would fail.
   """
   out = out.absolute()
-  variant = check_variant(trained.run, trained.step, cut, name, force, factors)
+  variant = check_variant(trained.run, trained.step, cut, name, force, forms)
   spec = config_files.tokenizer_spec(trained.tokenizer, trained.run.config.model)
+  if forms.gguf:
+    gguf_file.check(variant.body, spec)
   check_target(out)
   temporary = out.with_name(f".{out.name}.new")
   shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -151,29 +134,38 @@ def check_variant(
   cut: Slice,
   name: str | None = None,
   force: bool = False,
-  factors: bool = False,
+  forms: Forms = Forms(),  # noqa: B008  (frozen)
 ) -> Variant:
   """Returns what a folder will hold.
 
   Raises:
-    ExportError: a size is beyond the model, or was not trained (allowed with `force`); or factors
-      are asked of a table that has none.
+    ExportError: a size is beyond the model, or was not trained (allowed with `force`); factors are
+      asked of a table that has none; or a package that writes one of the forms is not installed.
   """
   model = run.config.model
-  if factors and not model.rank:
-    raise ExportError("uv: the token table of this model was never factorised")
+  _check_forms(forms, model.rank)
   full = {"rank": model.rank, "depth": model.layers, "dim": model.width}
   asked = dataclasses.asdict(cut)
   sizes = {axis: full[axis] if size is None else size for axis, size in asked.items()}
   really_cut = {axis: size for axis, size in sizes.items() if size != full[axis]}
-  name = name or variant_name(run.config.export.name, Slice(**really_cut), factors)
-  form = "uv" if factors else "merged" if model.rank else "full"
-  variant = Variant(name=name, run=run, step=step, form=form, **sizes)
+  name = name or variant_name(run.config.export.name, Slice(**really_cut), forms)
+  variant = Variant(name=name, run=run, step=step, forms=forms, **sizes)
   exists = all(1 <= size < full[axis] for axis, size in really_cut.items())
   if variant.untrained and not (exists and force):
     way_out = "choose a trained size; force allows it" if exists else "the model has no such size"
     raise ExportError("; ".join(variant.untrained) + f" ({way_out})")
   return variant
+
+
+def _check_forms(forms: Forms, rank: int) -> None:
+  if forms.factors and not rank:
+    raise ExportError("uv: the token table of this model was never factorised")
+  if unknown := [kind for kind in forms.gguf if kind not in GGUF_TYPES]:
+    raise ExportError(f"gguf: {unknown[0]!r} is no type; choose {', '.join(GGUF_TYPES)}")
+  if forms.onnx:
+    onnx_graph.require()
+  if forms.gguf:
+    gguf_file.require()
 
 
 def check_target(out: pathlib.Path) -> None:
@@ -206,7 +198,7 @@ def _write(
 ) -> None:
   tokenizer, cut = trained.tokenizer, Slice(rank=variant.rank or None, depth=variant.depth)
   _write_weights(folder, variant, matryoshka.slice_params(trained.params, cut))
-  if variant.form == "uv":
+  if variant.forms.factors:
     family = FAMILIES[variant.body.family]
     for file, code in config_files.remote_code(family).items():
       write_text(folder / file, code)
@@ -224,9 +216,12 @@ def _write(
   stored = parity.load(folder, variant.body)
   write_json(folder / parity.FILE, parity.items(stored, variant, tokenizer, prompts["query"]))
   ranges_file = stored_ranges.write(folder, variant, stored, trained.sample)
-  text = card(variant, tokenizer.pooled_token, prompts, trained.evaluation, ranges_file)
+  if variant.forms.onnx:
+    onnx_graph.write(folder, variant, stored)
+  gguf = [gguf_file.write(folder, variant, stored, tokenizer, spec, k) for k in variant.forms.gguf]
+  text = card(variant, tokenizer.pooled_token, prompts, trained.evaluation, ranges_file, gguf)
   write_text(folder / CARD, text)
-  own_file.write(folder, _own_file(folder, variant, tokenizer, ranges_file))
+  own_file.write(folder, _own_file(folder, variant, tokenizer, ranges_file, gguf))
 
 
 def _check(folder: pathlib.Path) -> None:
@@ -248,7 +243,7 @@ def _write_weights(folder: pathlib.Path, variant: Variant, params: Mapping[str, 
   if len(shards) > 1:
     size = parameter_count(variant.body) * dtype.itemsize
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
-  if variant.form == "merged":
+  if variant.table_form == "merged":
     # They are float32 whatever the weights are: rounded factors multiply to another table.
     _write_small(folder / FACTORS, {"U": params["table"], "V": params["up"]})
   if variant.dim < variant.body.width:
@@ -312,7 +307,11 @@ def _write_small(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
 
 
 def _own_file(
-  folder: pathlib.Path, variant: Variant, tokenizer: Tokenizer, ranges_file: str | None
+  folder: pathlib.Path,
+  variant: Variant,
+  tokenizer: Tokenizer,
+  ranges_file: str | None,
+  gguf: Sequence[str],
 ) -> OwnFile:
   """Returns the content of mlembed.json, with digests of all other files, which must be there."""
   config, axes = variant.run.config, variant.axes
@@ -329,6 +328,8 @@ def _own_file(
     training=_training(variant),
     files={name: own_file.Digest(found) for name, found in digests(folder).items()},
     ranges_file=ranges_file,
+    onnx=variant.forms.onnx,
+    gguf=tuple(gguf),
   )
 
 
@@ -345,11 +346,11 @@ def _body(variant: Variant) -> own_file.Body:
 
 def _table(variant: Variant) -> own_file.Table:
   return own_file.Table(
-    form=variant.form,
+    form=variant.table_form,
     rank_trained=variant.run.config.model.rank or None,
     ranks=variant.axes.ranks,
     rank_exported=variant.rank or None,
-    uv_file=FACTORS if variant.form == "merged" else None,
+    uv_file=FACTORS if variant.table_form == "merged" else None,
   )
 
 

@@ -54,7 +54,7 @@ class AxisSizes:
 class Table:
   """The token table."""
 
-  form: str  # see FORMS in config_files
+  form: str  # full, merged or uv, see Variant.table_form in config_files
   rank_trained: Size | None  # None: it was never factorised
   ranks: tuple[Size, ...]  # trained
   rank_exported: Size | None
@@ -106,6 +106,8 @@ class OwnFile:
   training: Training
   files: dict[str, Digest]  # all others of the folder
   ranges_file: str | None = None  # of the ranges of int8 vectors; folders of 0.1.0 have none
+  onnx: str = ""  # precision of the weights in onnx/model.onnx; "": there is none
+  gguf: tuple[str, ...] = ()  # GGUF files
 
 
 def write(folder: pathlib.Path, content: OwnFile) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -13,11 +14,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RELEASE_S = 1.0  # the storage may be what the process hangs on
+# Python raises nothing while XLA compiles; after so many seconds a second Ctrl-C ends the process.
+IMPATIENT_S = 3.0
 
 
-def _out_of_time(number: int, grace_s: float, on_timeout: Callable[[], None] | None) -> None:
-  said = f"signal {number}: --grace_s {grace_s:g} are over, the newest checkpoint is what is left"
-  os.write(sys.stderr.fileno(), f"\n{said}\n".encode())
+SAYS: dict[int, str] = {
+  signal.SIGTERM: "saving after this step",
+  signal.SIGINT: "saving after this step; press again to stop without saving",
+}
+
+
+def _end(number: int, said: str, on_timeout: Callable[[], None] | None) -> None:
+  os.write(sys.stderr.fileno(), f"\nsignal {number}: {said}\n".encode())
   if on_timeout:
     last = threading.Thread(target=on_timeout, daemon=True)
     last.start()
@@ -44,8 +52,13 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
     self._watchdogs: list[threading.Timer] = []
     whole = NamedSharding(mesh, PartitionSpec())
     self._largest = jax.jit(lambda flags: flags.max(), out_shardings=whole)
-    stopping = (signal.SIGTERM, signal.SIGINT)
-    self._previous = {number: signal.signal(number, self._receive) for number in stopping}
+    self._previous = {number: signal.signal(number, self._receive) for number in SAYS}
+    # Handlers wait for the end of a compilation, which takes minutes; this thread answers at once.
+    self._woken, self._wakes = socket.socketpair()
+    self._wakes.setblocking(False)
+    self._fd = signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+    self._thread = threading.Thread(target=self._answer, daemon=True)
+    self._thread.start()
 
   def _receive(self, number: int, _: Any) -> None:
     # A second Ctrl-C ends the program at once. SIGTERM stays caught: machines that are taken away
@@ -54,19 +67,33 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
       signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
     self.request(number)
 
+  def _answer(self) -> None:
+    """Requests a stop for each signal that arrives, whatever the main thread does meanwhile."""
+    interrupts = 0
+    while number := (self._woken.recv(1) or b"\0")[0]:
+      interrupts += number == signal.SIGINT
+      if number in SAYS:
+        self.request(number)
+      if interrupts == 2:
+        self._end_in(IMPATIENT_S, "ended without saving")
+
   def request(self, number: int = signal.SIGTERM) -> None:
     """Stops the run as the signal does; any thread may call this. Only the first one counts."""
     if self._received:
       return
     self._received = number
     # print() could be in the middle of another one.
-    os.write(sys.stderr.fileno(), f"\nsignal {number}: ending after this step\n".encode())
+    os.write(sys.stderr.fileno(), f"\nsignal {number}: {SAYS[number]}\n".encode())
     if self._grace_s:
-      args = [number, self._grace_s, self._on_timeout]
-      watchdog = threading.Timer(self._grace_s, _out_of_time, args)
-      watchdog.daemon = True
-      self._watchdogs.append(watchdog)  # two, where a signal and a notice come at the same time
-      watchdog.start()
+      said = f"--grace_s {self._grace_s:g} are over, the newest checkpoint is what is left"
+      self._end_in(self._grace_s, said)
+
+  def _end_in(self, seconds: float, said: str) -> None:
+    """Ends the process so many seconds from now, unless the block ends before."""
+    watchdog = threading.Timer(seconds, _end, [self._received, said, self._on_timeout])
+    watchdog.daemon = True
+    self._watchdogs.append(watchdog)  # two, where a signal and a notice come at the same time
+    watchdog.start()
 
   def exchange(self) -> jax.Array | None:
     """Sends this process's flag to all others; call it right before a step is started.
@@ -95,7 +122,11 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
       self.leave(number, saved)
 
   def __exit__(self, *_: Any) -> None:
-    for watchdog in self._watchdogs:
-      watchdog.cancel()  # what follows, as in a notebook, is not the run
+    signal.set_wakeup_fd(self._fd)
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+    self._wakes.close()  # ends the thread
+    self._thread.join()
+    self._woken.close()
+    for watchdog in self._watchdogs:
+      watchdog.cancel()  # what follows, as in a notebook, is not the run

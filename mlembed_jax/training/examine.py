@@ -17,11 +17,11 @@ Findings = Iterator[Finding]
 def examine(workdir: pathlib.Path) -> list[Finding]:
   """Returns what every check finds, at least one finding of each."""
   found: list[Finding] = []
-  for code, check in CHECKS.items():
+  for code, (name, check) in CHECKS.items():
     if code != "W01" and found[0].level == ERROR:
       break  # all others need run.json
     of_check = list(check(workdir)) or [Finding(OK, "", (check.__doc__ or "").rstrip("."))]
-    found += [dataclasses.replace(finding, check=code) for finding in of_check]
+    found += [dataclasses.replace(finding, check=code, name=name) for finding in of_check]
   return found
 
 
@@ -86,11 +86,11 @@ def _check_goodput(workdir: pathlib.Path) -> Findings:
       yield Finding(WARNING, path.name, str(error), "The next start begins a new one.")
 
 
-CHECKS: dict[str, Callable[[pathlib.Path], Findings]] = {
-  "W01": _check_run,
-  "W02": _check_tokenizer,
-  "W03": _check_checkpoints,
-  "W04": _check_scores,
-  "W05": _check_metrics,
-  "W06": _check_goodput,
+CHECKS: dict[str, tuple[str, Callable[[pathlib.Path], Findings]]] = {
+  "W01": ("run", _check_run),
+  "W02": ("tokenizer", _check_tokenizer),
+  "W03": ("checkpoints", _check_checkpoints),
+  "W04": ("scores", _check_scores),
+  "W05": ("metrics", _check_metrics),
+  "W06": ("goodput", _check_goodput),
 }

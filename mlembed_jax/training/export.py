@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mlembed_jax.data import catalog
 from mlembed_jax.data.records import TRAIN
@@ -12,13 +12,9 @@ from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError
 from mlembed_jax.hf import stored_ranges
-from mlembed_jax.hf.export import (
-  TrainedModel,
-  check_target,
-  check_variant,
-  export_folder,
-  parse_variant,
-)
+from mlembed_jax.hf.config_files import Forms
+from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
+from mlembed_jax.hf.variants import parse_variant
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.training.saved import load_newest_params
 from mlembed_jax.workdir import Run, StepScores
@@ -30,6 +26,7 @@ def export_model(
   cut: Slice | None = None,
   variants: str | Sequence[str] = (),
   *,
+  gguf: str | Sequence[str] = (),
   name: str | None = None,
   force: bool = False,
 ) -> list[pathlib.Path]:
@@ -39,7 +36,9 @@ def export_model(
     workdir: the folder of the run.
     out: the folder to write; an earlier export there is replaced.
     cut: depth, rank and dimension of that folder; None: all.
-    variants: one or more folders beside it, OUT-VARIANT, such as `d64-l2-r128` or `uv`.
+    variants: one or more folders beside it, OUT-VARIANT, such as `d64-l2-r128`, `uv` or
+      `onnx-int8`.
+    gguf: `f32`, `f16` or `q8_0`: GGUF files for llama.cpp in each of the folders.
     name: of the model. None: `export.name` and what is cut.
     force: allow sizes that were not trained.
 
@@ -51,11 +50,14 @@ def export_model(
   """
   workdir, out = pathlib.Path(workdir).absolute(), pathlib.Path(out).absolute()
   names = (variants,) if isinstance(variants, str) else variants
-  wanted: Mapping[str, tuple[Slice, bool]] = {"": (cut or Slice(), False)}
-  wanted |= {f"-{variant}": parse_variant(variant) for variant in names}
+  kinds = (gguf,) if isinstance(gguf, str) else tuple(gguf)
+  wanted: dict[str, tuple[Slice, Forms]] = {"": (cut or Slice(), Forms(gguf=kinds))}
+  for variant in names:
+    size, forms = parse_variant(variant)
+    wanted[f"-{variant}"] = size, dataclasses.replace(forms, gguf=kinds)
   run = Run.load(workdir)
-  for suffix, (size, factors) in wanted.items():  # before the first is written
-    check_variant(run, 0, size, force=force, factors=factors)
+  for suffix, (size, forms) in wanted.items():  # before the first is written
+    check_variant(run, 0, size, force=force, forms=forms)
     check_target(out.with_name(out.name + suffix))
   run.check_tokenizer(workdir)
   step, params = load_newest_params(workdir, run.config.model)
@@ -63,14 +65,14 @@ def export_model(
   sample = _sample(run, workdir, tokenizer)
   trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step), sample)
   folders = []
-  for suffix, (size, factors) in wanted.items():
+  for suffix, (size, forms) in wanted.items():
     folder = export_folder(
       out.with_name(out.name + suffix),
       trained,
       size,
       name=name and name + suffix,
       force=force,
-      factors=factors,
+      forms=forms,
     )
     print(f"exported step {step} to {folder}", flush=True)
     folders.append(folder)

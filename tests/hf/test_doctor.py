@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3Model
 
-from mlembed_jax.errors import LoadError
+from mlembed_jax.errors import ExportError, LoadError
 from mlembed_jax.hf import own_file, parity
 from mlembed_jax.hf.checks import examine, installed
 from mlembed_jax.hf.checks.consumers import Fact, concerned
@@ -25,12 +25,13 @@ from mlembed_jax.hf.checks.finding import (
   Finding,
   Subject,
 )
-from mlembed_jax.hf.export import ExportError
+from mlembed_jax.hf.config_files import Forms
 from tests.hf.broken import (
   BROKEN,
   CONFIG,
   CONSUMERS,
   LLAMA,
+  ONNX,
   OURS,
   OWN,
   PROMPTS,
@@ -39,6 +40,7 @@ from tests.hf.broken import (
   TEI,
   TOKENIZER,
   TRANSFORMERS,
+  VLLM,
   WEIGHTS,
   Edit,
   change,
@@ -49,7 +51,7 @@ from tests.hf.broken import (
   text,
   without,
 )
-from tests.hf.exports import CUTS, Trained, load_st
+from tests.hf.exports import CUTS, Trained, load_st, trained
 
 ROOT = pathlib.Path(__file__).parents[2]
 ALL = (*examine.CHECKS, examine.VECTORS)
@@ -57,7 +59,9 @@ ALL = (*examine.CHECKS, examine.VECTORS)
 
 @pytest.fixture(scope="module")
 def uv(factorised: Trained, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  return factorised.export(tmp_path_factory.mktemp("doctor") / "uv", CUTS["all"], factors=True)
+  return factorised.export(
+    tmp_path_factory.mktemp("doctor") / "uv", CUTS["all"], forms=Forms(factors=True)
+  )
 
 
 @pytest.fixture
@@ -80,17 +84,74 @@ def test_an_export_is_in_order(cut: str, folders: dict):
   assert not faults(findings)
   assert {f.check for f in findings} == {f"D{i:02}" for i in range(1, 17)}
   assert [f.check for f in findings if f.level == SKIPPED] == ["D13"], "not Qwen's vocabulary"
-  found = verdicts(folders[cut], findings)
-  assert {v.level for v in found.values()} == {OK}
-  assert ("2_Dense" in found[LLAMA].note) == (CUTS[cut].dim is not None)
+  found = {name: v.level for name, v in verdicts(folders[cut], findings).items()}
+  assert found.pop(LLAMA) == SKIPPED, "its converter stops at the vocabulary"
+  assert found.pop(ONNX) == SKIPPED
+  assert found.pop(OURS) == OK
+  assert set(found.values()) == {examine.UNCHECKED}, "only ours was run"
+
+
+def test_only_a_program_that_was_run_is_ok(folders: dict):
+  findings = examine.examine(folders["all"], [examine.VECTORS, *examine.INSTALLED])
+  found = verdicts(folders["all"], findings)
+  assert {name for name, v in found.items() if v.level == OK} == {OURS, ST, TRANSFORMERS}
+  assert str(found[TEI]).endswith("not checked: it was not run; what it reads has no fault")
+
+
+@pytest.fixture(scope="module")
+def served(factorised: Trained, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  root = tmp_path_factory.mktemp("served")
+  forms = Forms(onnx="int8", gguf=("f16", "q8_0"))
+  return factorised.export(root / "out", CUTS["all"], forms=forms)
+
+
+def test_the_files_of_servers_are_run(served: pathlib.Path):
+  findings = examine.examine(served, [examine.DIGESTS, *examine.INSTALLED])
+  assert not faults(findings)
+  found = verdicts(served, findings)
+  for name, file in ((ONNX, "onnxruntime"), (LLAMA, "all-F16.gguf")):
+    assert found[name].level == OK and "least cosine" in found[name].note, file
+  assert "Q8_0.gguf: least cosine" in found[LLAMA].note
+
+
+def test_files_of_another_model_are_found(served: pathlib.Path, dense: Trained, tmp_path):
+  folder = pathlib.Path(shutil.copytree(served, tmp_path / "copy"))
+  other = dense.export(tmp_path / "other", CUTS["depth"], forms=Forms(onnx="int8", gguf=("f16",)))
+  shutil.copy(other / "onnx/model.onnx", folder / "onnx/model.onnx")
+  shutil.copy(next(other.glob("*.gguf")), next(folder.glob("*F16.gguf")))
+  found = verdicts(folder, examine.examine(folder, examine.INSTALLED))
+  assert found[ONNX].level == found[LLAMA].level == ERROR
+  changed = {f.file for f in faults(examine.examine(folder, [examine.DIGESTS]))}
+  assert changed == {"onnx/model.onnx", next(folder.glob("*F16.gguf")).name}
+
+
+def test_a_file_that_changed_or_is_gone_is_named(copy: pathlib.Path):
+  text("README.md", "## Data", "## Texts")(copy)
+  remove("mlembed/uv.safetensors")(copy)
+  found = {f.file: f.found for f in examine.examine(copy, [examine.DIGESTS])}
+  assert found == {
+    "README.md": "is not the one that was exported",
+    "mlembed/uv.safetensors": "was exported, and is gone",
+  }
+
+
+@pytest.mark.parametrize(("family", "note"), [("qwen3", ""), ("llama", "on CUDA alone")])
+def test_tei_serves_some_architectures_on_cuda_alone(
+  family: str, note: str, data: pathlib.Path, tmp_path: pathlib.Path
+):
+  folder = trained(data, **{"model.family": family}).export(tmp_path / "out")
+  assert note in verdicts(folder, examine.examine(folder))[TEI].note
+  assert bool(note) == ("CUDA" in verdicts(folder, examine.examine(folder))[TEI].note)
 
 
 def test_a_folder_of_factors_is_in_order_and_not_for_servers(uv: pathlib.Path):
   findings = examine.examine(uv, ALL)
   assert not faults(findings)
   found = verdicts(uv, findings)
-  assert {name for name, v in found.items() if v.level == SKIPPED} == set(SERVERS)
-  assert {v.level for name, v in found.items() if name not in SERVERS} == {OK}
+  skipped = {name for name, v in found.items() if v.level == SKIPPED}
+  assert skipped == {*SERVERS, ONNX}
+  levels = {name: v.level for name, v in found.items() if name not in skipped}
+  assert levels == {OURS: OK} | dict.fromkeys((ST, TRANSFORMERS), examine.UNCHECKED)
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=lambda case: f"{case[0]} {case[2]}")
@@ -104,7 +165,8 @@ def test_a_fault_is_found_by_its_check(case: tuple, copy: pathlib.Path):
   assert matching[0].remedy
   assert not [f.found for f in findings if "cannot be examined" in f.found]
   found = verdicts(copy, findings)
-  assert all(found[name].level != OK for name in programs)
+  said = {examine.UNCHECKED, OK}
+  assert all(found[name].level not in said for name in programs)
 
 
 def test_every_fact_concerns_a_program():
@@ -122,7 +184,7 @@ def test_the_code_and_the_rank_of_a_folder_of_factors_are_checked(
   (folder / "modeling_mlembed.py").write_text("import os\n")
   findings = examine.examine(folder)
   assert [(f.check, f.level) for f in faults(findings)] == [("D06", WARNING)]
-  check = Check("D16", installed.transformers, TRANSFORMERS)
+  check = Check("D16", "vectors", installed.transformers, TRANSFORMERS)
   assert "code that is not ours" in examine.examine(folder, [check])[0].found
   (folder / "modeling_mlembed.py").unlink()
   nested(OWN, "table", "rank_exported", to=16)(folder)
@@ -149,7 +211,7 @@ def test_code_below_or_elsewhere_is_not_run(uv: pathlib.Path, tmp_path: pathlib.
 def test_a_fault_of_one_program_is_not_one_of_others(copy: pathlib.Path):
   nested(PROMPTS, "prompts", "document", to=None)(copy)
   found = verdicts(copy, examine.examine(copy))
-  assert [name for name, v in found.items() if v.level != OK] == [TEI]
+  assert [name for name, v in found.items() if v.level == ERROR] == [TEI]
   assert str(found[TEI]).split("  ")[-1].strip() == "not run: would fail because of D02"
 
 
@@ -208,7 +270,7 @@ def test_programs_that_are_not_installed_are_skipped(
   folders: dict, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setitem(sys.modules, "torch", None)
-  checks = [Check("D16", installed.sentence_transformers, ST)]
+  checks = [Check("D16", "vectors", installed.sentence_transformers, ST)]
   findings = examine.examine(folders["full"], checks)
   assert [(f.level, f.found) for f in findings] == [(SKIPPED, "not loaded: torch is not installed")]
 
@@ -222,7 +284,7 @@ def test_programs_that_are_installed_are_loaded(fault: str, copy: pathlib.Path):
     "none": lambda folder: None,
   }
   edits[fault](copy)
-  theirs, plain = examine.examine(copy, examine.INSTALLED)
+  theirs, plain = examine.examine(copy, examine.INSTALLED[:2])
   said = {
     "ids": ["other ids to 1 of 17 texts, first 'arabic'"] * 2,
     "vectors": ["least cosine"] * 2,
@@ -253,8 +315,14 @@ def test_the_command_says_all_as_json(folders: dict):
   assert done.returncode == 0, done.stderr
   report = json.loads(done.stdout)
   assert report["result"] == "ok"
-  assert [f["check"] for f in report["findings"]][-3:] == ["D16"] * 3
-  assert {v["consumer"]: v["level"] for v in report["consumers"]} == dict.fromkeys(CONSUMERS, OK)
+  assert [f["check"] for f in report["findings"]][-5:] == ["D16"] * 5
+  assert report["findings"][-1]["name"] == "vectors"
+  levels = {v["consumer"]: v["level"] for v in report["consumers"]}
+  assert levels == {
+    **dict.fromkeys((OURS, ST, TRANSFORMERS), OK),
+    **dict.fromkeys((TEI, VLLM), examine.UNCHECKED),
+    **dict.fromkeys((LLAMA, ONNX), SKIPPED),
+  }
   notes = {v["consumer"]: v["note"] for v in report["consumers"]}
   assert all("least cosine" in notes[name] for name in (OURS, ST, TRANSFORMERS))
 
@@ -264,8 +332,8 @@ def test_the_command_knows_a_folder_that_was_saved_again(folders: dict, tmp_path
   done = doctor(tmp_path / "again")
   assert done.returncode == 2, done.stderr
   assert "re-saved by sentence-transformers 5.4 or newer" in done.stdout
-  lines = done.stdout.splitlines()[-len(CONSUMERS) :]
-  assert [line.split()[0] for line in lines] == list(CONSUMERS)
+  lines = done.stdout.splitlines()[-len(CONSUMERS) - 1 :]
+  assert [line.split("  ")[0] for line in lines] == [*CONSUMERS, ONNX]
   assert "would fail because of D05, D07" in lines[CONSUMERS.index(TEI)]
 
 
@@ -273,8 +341,11 @@ def test_the_command_ends_with_1_for_warnings(copy: pathlib.Path):
   text("README.md", "## Data", "## Texts")(copy)
   done = doctor(copy, "--notorch")
   assert done.returncode == 1, done.stderr
-  assert "D15 warning  README.md: there is no heading 'Data'. Add it." in done.stdout
-  assert "sentence-transformers  not run: ok\n" in done.stdout
+  assert "D15 card         warning  README.md: there is no heading 'Data'. Add it." in done.stdout
+  assert (
+    "sentence-transformers  not checked: it was not run; what it reads has no fault\n"
+    in done.stdout
+  )
 
 
 def test_the_command_refuses_what_is_no_folder(tmp_path: pathlib.Path):

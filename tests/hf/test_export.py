@@ -13,8 +13,8 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.hf import card, config_files, export
-from mlembed_jax.hf.export import ExportError, variant_name
+from mlembed_jax.errors import ExportError
+from mlembed_jax.hf import card, config_files, export, variants
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.workdir import StepScores
@@ -239,8 +239,8 @@ def test_the_tokenizer_class_follows_the_vocabulary(
 
 
 def test_variant_name():
-  assert variant_name("m", Slice()) == "m"
-  assert variant_name("m", Slice(rank=64, depth=8, dim=256)) == "m-d256-l8-r64"
+  assert variants.variant_name("m", Slice()) == "m"
+  assert variants.variant_name("m", Slice(rank=64, depth=8, dim=256)) == "m-d256-l8-r64"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import transformers
 
-from mlembed_jax.hf.export import ExportError, parse_variant, variant_name
+from mlembed_jax.errors import ExportError
+from mlembed_jax.hf.config_files import Forms
 from mlembed_jax.hf.folder import read_model
 from mlembed_jax.hf.load import load_params
+from mlembed_jax.hf.variants import parse_variant, variant_name
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from tests.hf.exports import TEXTS, Trained, load_st, read, trained
@@ -20,24 +22,29 @@ CUT = Slice(depth=2, dim=16, rank=16)
 
 @pytest.fixture(scope="module")
 def uv(factorised: Trained, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  return factorised.export(tmp_path_factory.mktemp("uv") / "uv", CUT, factors=True)
+  return factorised.export(tmp_path_factory.mktemp("uv") / "uv", CUT, forms=Forms(factors=True))
 
 
 @pytest.mark.parametrize(
-  ("text", "cut", "factors"),
+  ("text", "cut", "forms"),
   [
-    ("d256-l8", Slice(dim=256, depth=8), False),
-    ("l2-r128-d64", Slice(rank=128, depth=2, dim=64), False),
-    ("uv", Slice(), True),
-    ("r64-uv", Slice(rank=64), True),
+    ("d256-l8", Slice(dim=256, depth=8), Forms()),
+    ("l2-r128-d64", Slice(rank=128, depth=2, dim=64), Forms()),
+    ("uv", Slice(), Forms(factors=True)),
+    ("r64-uv", Slice(rank=64), Forms(factors=True)),
+    ("onnx", Slice(), Forms(onnx="float32")),
+    ("d64-uv-onnx-int8", Slice(dim=64), Forms(factors=True, onnx="int8")),
   ],
 )
-def test_a_variant_is_its_name(text: str, cut: Slice, factors: bool):
-  assert parse_variant(text) == (cut, factors)
-  assert parse_variant(variant_name("m", cut, factors).removeprefix("m-")) == (cut, factors)
+def test_a_variant_is_its_name(text: str, cut: Slice, forms: Forms):
+  assert parse_variant(text) == (cut, forms)
+  assert parse_variant(variant_name("m", cut, forms).removeprefix("m-")) == (cut, forms)
 
 
-@pytest.mark.parametrize("text", ["", "8", "d", "d0", "x8", "d8-d16", "uv-uv", "d-8", "d8-", "d٢x"])
+@pytest.mark.parametrize(
+  "text",
+  ["", "8", "d", "d0", "x8", "d8-d16", "uv-uv", "d-8", "d8-", "d٢x", "int8", "onnx-onnx", "onnx8"],
+)
 def test_a_name_that_is_no_variant_is_refused(text: str):
   with pytest.raises(ExportError, match=r"is no variant; .*d256-l8"):
     parse_variant(text)
@@ -80,7 +87,7 @@ def test_the_code_of_the_folder_is_of_its_architecture(
   family: str, data: pathlib.Path, tmp_path: pathlib.Path
 ):
   made = trained(data, **{"model.family": family})
-  folder = made.export(tmp_path / "out", CUT, factors=True)
+  folder = made.export(tmp_path / "out", CUT, forms=Forms(factors=True))
   assert read(folder / "config.json")["model_type"] == f"mlembed_{family}"
   assert read_model(folder).family == family
   vectors = load_st(folder, remote=True).encode(TEXTS)
@@ -89,4 +96,4 @@ def test_the_code_of_the_folder_is_of_its_architecture(
 
 def test_a_full_table_has_no_factors(dense: Trained, tmp_path: pathlib.Path):
   with pytest.raises(ExportError, match="uv: the token table of this model was never factorised"):
-    dense.export(tmp_path / "out", factors=True)
+    dense.export(tmp_path / "out", forms=Forms(factors=True))

@@ -125,4 +125,27 @@ def test_the_process_ends_and_holds_no_lock_when_its_grace_is_over(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
   assert process.returncode == 143 and not list(tmp_path.iterdir())
-  assert "signal 15: ending after this step" in said and "--grace_s 0.5 are over" in said
+  assert "signal 15: saving after this step" in said and "--grace_s 0.5 are over" in said
+
+
+BUSY = """
+import hashlib, jax, numpy as np
+from mlembed_jax.parallel.stop import StopSignals
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+with StopSignals(mesh):
+  print("ready", flush=True)
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as a compilation, it lets no handler run
+"""
+
+
+def test_ctrl_c_is_answered_at_once_and_the_second_ends_what_no_handler_can_reach():
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  with subprocess.Popen([sys.executable, "-c", BUSY], env=environment, **pipes) as process:
+    assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    lines = [process.stderr.readline() for _ in range(2)]
+    assert lines[1] == "signal 2: saving after this step; press again to stop without saving\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+  assert process.returncode == 130 and said.strip() == "signal 2: ended without saving"

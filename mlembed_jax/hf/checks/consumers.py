@@ -16,6 +16,7 @@ import enum
 
 from mlembed_jax.hf.checks import installed, vectors
 from mlembed_jax.hf.checks.finding import CheckFunction, File
+from mlembed_jax.hf.onnx_graph import FILE as ONNX_FILE
 from mlembed_jax.hf.parity import FILE as PARITY
 
 
@@ -52,7 +53,7 @@ class Fact(enum.StrEnum):
   NO_CLASSIFIER = "a key of a classifier makes the model a classifier"
   WEIGHTS_METADATA = "the metadata of the weights must name their format"
   EVERY_SAFETENSORS = "each safetensors file of the folder is taken for weights"
-  GGUF = "the folder is converted to GGUF"
+  GGUF = "the converter of llama.cpp makes GGUF of the folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,16 @@ class Consumer:
   needs: tuple[File, ...]  # files without which it fails
   reads: tuple[str, ...]  # facts that it depends on, and files that it can do without
   load: CheckFunction | None = None  # compares its vectors with parity.json, where it is installed
+  own_file: str = ""  # the one file that it reads instead of the others
 
   def depends_on(self, fact: str) -> bool:
     """Returns whether it concerns the program when the fact is broken."""
-    return fact in (Fact.MODEL, self.name, *self.needs, *self.reads)
+    return fact in (self.name, *self.needs, *self.reads) or (
+      fact == Fact.MODEL and not self.own_file
+    )
 
+
+TEI = "TEI"
 
 # What AutoModel and AutoTokenizer read, also for sentence-transformers.
 AUTO_CLASSES = (
@@ -104,7 +110,7 @@ CONSUMERS = (
     load=installed.transformers,
   ),
   Consumer(
-    "TEI",
+    TEI,
     needs=(File.CONFIG, File.TOKENIZER, File.MODULES, File.BERT),
     reads=(
       *(Fact.ACTIVATION_FUNCTION, Fact.DENSE_MODULE, Fact.EOS_TOKEN_ID, Fact.EVERY_KEY),
@@ -124,13 +130,15 @@ CONSUMERS = (
     ),
   ),
   Consumer(
-    "llama.cpp",
+    installed.LLAMA,
     needs=(File.CONFIG, File.TOKENIZER, File.TOKENIZER_CONFIG, File.MODULES),
     reads=(
       *(Fact.GGUF, Fact.LAST_TOKEN, Fact.POOLING_FLAGS, Fact.ROPE_THETA, Fact.WHOLE_WIDTH),
       File.POOLING,
     ),
+    load=installed.llama_cpp,
   ),
+  Consumer(installed.ONNX, needs=(), reads=(), load=installed.onnxruntime, own_file=ONNX_FILE),
 )
 
 

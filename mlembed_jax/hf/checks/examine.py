@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from mlembed_jax.hf.checks import small_files, tokenizer, vectors, weights
-from mlembed_jax.hf.checks.consumers import CONSUMERS, Fact, concerned
+from mlembed_jax.hf.checks.consumers import CONSUMERS, Consumer, Fact, concerned
 from mlembed_jax.hf.checks.finding import (
   AGAIN,
   ERROR,
@@ -18,29 +18,34 @@ from mlembed_jax.hf.checks.finding import (
   Finding,
   Subject,
 )
+from mlembed_jax.hf.checks.installed import LLAMA
 
 # None computes vectors or imports torch; the weights are read once.
 CHECKS = (
-  Check("D01", small_files.check_files, Fact.MODEL),
-  Check("D02", small_files.check_json, Fact.MODEL),
-  Check("D03", weights.check_tensors, Fact.MODEL),
-  Check("D04", weights.check_depth, Fact.MODEL),
-  Check("D05", small_files.check_rotary_base, Fact.MODEL),
-  Check("D06", small_files.check_architecture, Fact.AUTO_MAP),
-  Check("D07", small_files.check_modules, File.MODULES, (File.MODULES,)),
-  Check("D08", small_files.check_pooling, Fact.LAST_TOKEN, (File.MODULES,)),
-  Check("D09", weights.check_dimension, Fact.DENSE_MODULE),
-  Check("D10", small_files.check_prompts, File.PROMPTS, (File.PROMPTS,)),
-  Check("D11", small_files.check_text_length, Fact.TEXT_LENGTH, (File.BERT,)),
-  Check("D12", tokenizer.check_pooled_token, Fact.LAST_TOKEN, (File.TOKENIZER,)),
-  Check("D13", tokenizer.check_llama_converter, Fact.GGUF, (File.TOKENIZER,)),
-  Check("D14", weights.check_factors, File.OWN, (File.OWN,)),
-  Check("D15", small_files.check_card, "", (File.CARD, File.OWN)),  # people read the card
+  Check("D01", "files", small_files.check_files, Fact.MODEL),
+  Check("D02", "json", small_files.check_json, Fact.MODEL),
+  Check("D03", "tensors", weights.check_tensors, Fact.MODEL),
+  Check("D04", "depth", weights.check_depth, Fact.MODEL),
+  Check("D05", "rotary", small_files.check_rotary_base, Fact.MODEL),
+  Check("D06", "architecture", small_files.check_architecture, Fact.AUTO_MAP),
+  Check("D07", "modules", small_files.check_modules, File.MODULES, (File.MODULES,)),
+  Check("D08", "pooling", small_files.check_pooling, Fact.LAST_TOKEN, (File.MODULES,)),
+  Check("D09", "dimension", weights.check_dimension, Fact.DENSE_MODULE),
+  Check("D10", "prompts", small_files.check_prompts, File.PROMPTS, (File.PROMPTS,)),
+  Check("D11", "length", small_files.check_text_length, Fact.TEXT_LENGTH, (File.BERT,)),
+  Check("D12", "token", tokenizer.check_pooled_token, Fact.LAST_TOKEN, (File.TOKENIZER,)),
+  Check("D13", "converter", tokenizer.check_llama_converter, Fact.GGUF, (File.TOKENIZER,)),
+  Check("D14", "factors", weights.check_factors, File.OWN, (File.OWN,)),
+  Check("D15", "card", small_files.check_card, "", (File.CARD, File.OWN)),  # people read the card
 )
-VECTORS = Check("D16", vectors.check_vectors, vectors.OURS)
+DIGESTS = Check("D17", "digests", small_files.check_digests, "", (File.OWN,))  # reads every byte
+VECTORS = Check("D16", "vectors", vectors.check_vectors, vectors.OURS)
 # VECTORS of the other programs, with torch; skipped where they are not installed.
+UNCHECKED = "unchecked"  # level of the verdict of a program that was not run
 INSTALLED = tuple(
-  Check(VECTORS.code, consumer.load, consumer.name) for consumer in CONSUMERS if consumer.load
+  Check(VECTORS.code, VECTORS.name, consumer.load, consumer.name)
+  for consumer in CONSUMERS
+  if consumer.load
 )
 
 
@@ -49,20 +54,22 @@ class Verdict:
   """What a program makes of the folder."""
 
   consumer: str
-  level: str
+  level: str  # OK is of programs that were run
   because: tuple[str, ...]  # checks
   note: str
   ran: bool = False  # the verdict is that of running it, not of reading its files
 
   def __str__(self) -> str:
     """Returns the line of this program."""
+    checks = ", ".join(self.because)
     said = {
       OK: "ok",
       SKIPPED: "does not read it",
-      WARNING: "warnings: " + ", ".join(self.because),
-      ERROR: f"{'fails' if self.ran else 'would fail'} because of " + ", ".join(self.because),
+      UNCHECKED: "not checked: it was not run; what it reads has no fault",
+      WARNING: f"warnings: {checks}",
+      ERROR: f"{'fails' if self.ran else 'would fail'} because of {checks}",
     }[self.level]
-    said = said if self.ran or self.level == SKIPPED else f"not run: {said}"
+    said = f"not run: {said}" if self.level in (WARNING, ERROR) and not self.ran else said
     return f"{self.consumer:<22} {said}" + (f"; {self.note}" if self.note else "")
 
 
@@ -74,7 +81,9 @@ def examine(path: pathlib.Path, checks: Sequence[Check] = CHECKS) -> list[Findin
 
 def _findings(subject: Subject, check: Check) -> Iterator[Finding]:
   for finding in list(_run(subject, check)) or [Finding(OK, "", "")]:
-    yield dataclasses.replace(finding, fact=finding.fact or check.fact, check=check.code)
+    yield dataclasses.replace(
+      finding, fact=finding.fact or check.fact, check=check.code, name=check.name
+    )
 
 
 def _run(subject: Subject, check: Check) -> Iterator[Finding]:
@@ -90,13 +99,24 @@ def _run(subject: Subject, check: Check) -> Iterator[Finding]:
 
 def verdicts(path: pathlib.Path, findings: Sequence[Finding]) -> list[Verdict]:
   """Returns one verdict for each program: of those that were run, what running them gave."""
-  remote = Subject(path).is_remote
+  subject = Subject(path)
   return [
-    Verdict(consumer.name, SKIPPED, (), "the token table is stored as two factors")
-    if remote and not consumer.depends_on(Fact.TWO_FACTORS)
+    Verdict(consumer.name, SKIPPED, (), why)
+    if (why := _unread(subject, consumer))
     else _verdict(consumer.name, [f for f in findings if consumer.depends_on(f.fact)])
     for consumer in CONSUMERS
   ]
+
+
+def _unread(s: Subject, consumer: Consumer) -> str:
+  """Returns why a program does not read the folder, "" where it does."""
+  if consumer.own_file:
+    wanted = f"there is no {consumer.own_file}; export --variants onnx writes one"
+    return "" if s.has(consumer.own_file) else wanted
+  if consumer.name == LLAMA and (why := tokenizer.unread_by_llama_cpp(s)):
+    return why
+  alone = s.is_remote and not consumer.depends_on(Fact.TWO_FACTORS)
+  return "the token table is stored as two factors" if alone else ""
 
 
 def _verdict(name: str, findings: Sequence[Finding]) -> Verdict:
@@ -109,7 +129,8 @@ def _verdict(name: str, findings: Sequence[Finding]) -> Verdict:
   others = {f.check: None for f in findings if f.level in (WARNING, ERROR) and f not in ran}
   if ran and others:
     notes.append(f"other versions may heed {', '.join(others)}")
-  return Verdict(name, level if because else OK, because, "; ".join(notes), bool(ran))
+  well = OK if ran else UNCHECKED
+  return Verdict(name, level if because else well, because, "; ".join(notes), bool(ran))
 
 
 def _is_of_running(name: str, finding: Finding) -> bool:

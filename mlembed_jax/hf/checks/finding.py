@@ -42,7 +42,8 @@ class Finding:
   found: str
   remedy: str = ""
   fact: str = ""  # that is broken; "" stands for that of the check
-  check: str = ""  # code of the check; `examine` fills it in
+  check: str = ""  # code of the check; `examine` fills it in, and the next
+  name: str = ""
 
 
 CheckFunction = Callable[["Subject"], Iterator[Finding]]
@@ -53,6 +54,7 @@ class Check:
   """One check; `run` yields nothing where all is well."""
 
   code: str
+  name: str  # a word for people
   run: CheckFunction
   fact: str  # that is broken where a finding names none; "" concerns no program
   needs: tuple[str, ...] = ()  # files without which it is skipped; check_files says they are absent

@@ -5,11 +5,12 @@ TEI, vLLM and llama.cpp are not run: what they require was read in their source.
 
 from collections.abc import Iterator
 
+from mlembed_jax import files
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf import own_file, param_mapping
 from mlembed_jax.hf.card import HEADINGS, TAGS
-from mlembed_jax.hf.checks.consumers import Fact, needed_files
+from mlembed_jax.hf.checks.consumers import TEI, Fact, needed_files
 from mlembed_jax.hf.checks.finding import AGAIN, ERROR, SKIPPED, WARNING, File, Finding, Subject
 from mlembed_jax.hf.checks.installed import foreign_code
 from mlembed_jax.hf.file_names import INDEX, WEIGHTS
@@ -122,6 +123,8 @@ def check_architecture(s: Subject) -> Iterator[Finding]:
     known = ", ".join(FAMILIES)
     found = f"model_type is {s.kind!r}; known are {known}"
     yield Finding(ERROR, file, found, "Examine it with its own tools.", Fact.MODEL_TYPE)
+  elif s.family.name != "qwen3":
+    yield Finding(SKIPPED, file, f"serves {s.family.title} on CUDA alone", fact=TEI)
   eos = config.get("eos_token_id")
   if not isinstance(eos, int):
     found = f"eos_token_id is {eos!r}; TEI reads one number"
@@ -263,3 +266,15 @@ def _stated_sizes(own: OwnFile, lines: list[str]) -> Iterator[Finding]:
     if stated.split()[0] != size:
       found = f"{row}: the card says {stated}, mlembed.json {size}"
       yield Finding(WARNING, File.CARD, found, f"Write {size}.")
+
+
+def check_digests(s: Subject) -> Iterator[Finding]:
+  """Every file is the one that was exported."""
+  if not s.own:
+    yield Finding(SKIPPED, File.OWN, "says nothing that can be used")
+    return
+  found = files.digests(s.path)
+  for file, stated in s.own.files.items():
+    if found.get(file) != stated.sha256:
+      said = "is not the one that was exported" if file in found else "was exported, and is gone"
+      yield Finding(WARNING, file, said, "Copy the folder again, unless you changed it.")

@@ -24,10 +24,12 @@ CHECK_TEXT = (
   "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure "
   "I'll make it, 'D you like some tea? We'Ve a'lL"
 )
-HASHES = {  # of Qwen's vocabulary, by the token that ends a text
+HASHES = {  # of its ids, for the vocabularies that our families have, by the token that ends a text
   "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "<|endoftext|>",
   "862f827721df956049dff5ca81a57f29e575280bc622e290d3bf4e35eca29015": "<|im_end|>",
-  "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": None,
+  "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": None,  # Qwen
+  "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": None,  # SmolLM
+  "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": None,  # Llama 3
 }
 
 
@@ -109,6 +111,9 @@ def check_llama_converter(s: Subject) -> Iterator[Finding]:
   if s.is_remote or not s.family:
     yield Finding(SKIPPED, File.CONFIG, "is of no architecture that llama.cpp reads")
     return
+  if any(s.path.glob("*.gguf")):
+    yield Finding(SKIPPED, "", "a GGUF file is there: nothing is to be converted")
+    return
   wanted, stated = s.family.architecture, s.config.get("architectures")
   if stated != [wanted]:
     found = f"architectures is {stated}; older converters know {wanted} alone"
@@ -121,19 +126,35 @@ def check_llama_converter(s: Subject) -> Iterator[Finding]:
 
 
 def _hash(s: Subject) -> Iterator[Finding]:
-  if s.json(File.TOKENIZER_CONFIG).get("tokenizer_class") not in QWEN:
-    found = "not Qwen's vocabulary; whether the converter knows this one was not checked"
-    yield Finding(SKIPPED, File.TOKENIZER, found)
-    return
-  ids = _open(s).encode(CHECK_TEXT).ids
-  digest = hashlib.sha256(str(ids).encode()).hexdigest()
+  digest = _hash_of_ids(s)
+  if digest is None:
+    return  # check_pooled_token says so
   if digest not in HASHES:
-    # No error: a vocabulary of one's own is no fault, and the converter can be taught its hash.
+    # No fault: a vocabulary of one's own, or Llama's with a token that ends a text.
     found = f"the converter of llama.cpp does not know its hash, {digest[:12]}..., and stops"
-    remedy = "Take the tokenizer.json of Qwen3, or add the hash there."
-    yield Finding(WARNING, File.TOKENIZER, found, remedy)
+    yield Finding(SKIPPED, File.TOKENIZER, found)
   elif HASHES[digest] is None:
-    yield Finding(ERROR, File.TOKENIZER, "is known to llama.cpp, but no token ends a text", AGAIN)
+    level = ERROR if s.is_export else WARNING
+    yield Finding(level, File.TOKENIZER, "is known to llama.cpp, but no token ends a text", AGAIN)
+
+
+def _hash_of_ids(s: Subject) -> str | None:
+  """Returns the hash by which the converter knows a vocabulary, None of what is no tokenizer."""
+  try:
+    ids = _open(s).encode(CHECK_TEXT).ids
+  except Exception:  # the library raises bare Exception
+    return None
+  return hashlib.sha256(str(ids).encode()).hexdigest()
+
+
+def unread_by_llama_cpp(s: Subject) -> str:
+  """Returns why llama.cpp does not read the folder, "" where it does, or it is another fault."""
+  if any(s.path.glob("*.gguf")):
+    return ""
+  if s.is_remote:
+    return "the token table is stored as two factors; export --gguf q8_0 multiplies them"
+  known = _hash_of_ids(s) in (*HASHES, None)  # of no tokenizer, check_pooled_token speaks
+  return "" if known else "its converter stops at this vocabulary; export --gguf q8_0 writes a file"
 
 
 def _gguf(s: Subject, family: Family) -> Iterator[Finding]:

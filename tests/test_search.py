@@ -1,0 +1,101 @@
+"""The nearest texts of a file: exact, of float32 and of codes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mlembed_jax.inference import Encoder
+from mlembed_jax.nearest import nearest
+from mlembed_jax.quantize import decoded, quantize, ranges, unit
+
+
+def vectors(count, dim=24, seed=0):
+  return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+def test_the_nearest_are_those_of_a_full_sort_over_any_blocks(monkeypatch, block):
+  monkeypatch.setattr("mlembed_jax.nearest.BLOCK", block)
+  documents, queries = vectors(100), vectors(5, seed=1)
+  documents[40:50] = documents[60:70]  # ties
+  scores, rows = nearest(queries, documents, 12)
+  every = unit(queries) @ unit(documents).T
+  expected = np.argsort(-every, axis=1, kind="stable")[:, :12]
+  np.testing.assert_array_equal(rows, expected)
+  np.testing.assert_allclose(scores, np.take_along_axis(every, expected, axis=1), atol=1e-6)
+  assert nearest(queries, documents[:3], 12)[1].shape == (5, 3)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+def test_codes_are_compared_decoded(precision):
+  documents, queries = vectors(300), vectors(5, seed=1)
+  calibration = ranges(documents)
+  codes = quantize(documents, precision, calibration)
+  found = nearest(queries, codes, 10, calibration)[1]
+  np.testing.assert_array_equal(found, nearest(queries, decoded(codes, calibration), 10)[1])
+  with pytest.raises(ValueError, match="need the ranges"):
+    nearest(queries, codes, 10)
+  with pytest.raises(ValueError, match="documents: 23 dimensions, queries 24"):
+    nearest(queries, documents[:, :23], 10)
+
+
+def test_similarity_is_the_cosine():
+  first, second = vectors(3), vectors(4, seed=1)
+  found = Encoder.similarity(first, second)
+  lengths = np.linalg.norm(first, axis=1)[:, None] * np.linalg.norm(second, axis=1)
+  np.testing.assert_allclose(found, first @ second.T / lengths, atol=1e-6)
+
+
+TEXTS = [f"the book number {i}" for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def files(exported, tmp_path_factory):
+  root = tmp_path_factory.mktemp("search")
+  (root / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+  encoder = Encoder.load(exported["full"])
+  found = encoder.encode_document(TEXTS)
+  np.save(root / "v.npy", found)
+  calibration = ranges(found)
+  np.save(root / "codes.npy", quantize(found, "int8", calibration))
+  np.save(root / "codes.ranges.npy", calibration)
+  np.save(root / "bare.npy", quantize(found, "int8", calibration))
+  np.save(root / "bits.npy", quantize(found, "ubinary"))
+  return root
+
+
+def search(exported, files, vectors="v.npy", texts="texts.txt", *more):
+  words = [sys.executable, "-m", "mlembed_jax.search", "--model", str(exported["full"])]
+  words += ["--vectors", str(files / vectors), "--texts", str(files / texts), *more]
+  return subprocess.run(words, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["v.npy", "codes.npy"])
+def test_the_command_prints_the_nearest_texts(exported, files, name):
+  query = TEXTS[31]
+  result = search(exported, files, name, "texts.txt", "--query", query, "--k", "3")
+  assert result.returncode == 0, result.stderr
+  first, *lines = result.stdout.splitlines()
+  encoder = Encoder.load(exported["full"])
+  wanted = nearest(encoder.encode_query([query]), np.load(files / "v.npy"), 3)[1][0]
+  assert first == query and len(lines) == 3
+  if name == "v.npy":
+    assert [line.split("  ")[2:] for line in lines] == [[str(i), TEXTS[i]] for i in wanted]
+
+
+def test_what_does_not_fit_is_refused(exported, files):
+  (files / "fewer.txt").write_text("one\ntwo", encoding="utf-8")
+  asked = ("--query", "a")
+  for name, texts, more, said in [
+    ("v.npy", "texts.txt", (), "--query: give at least one"),
+    ("absent.npy", "texts.txt", asked, "absent.npy cannot be read"),
+    ("bare.npy", "texts.txt", asked, "bare.ranges.npy cannot be read"),
+    ("bits.npy", "texts.txt", asked, "bits.ranges.npy cannot be read"),
+    ("v.npy", "fewer.txt", asked, "fewer.txt has 2 texts, --vectors"),
+    ("v.npy", "nope.txt", asked, "error: --texts: "),
+  ]:
+    result = search(exported, files, name, texts, *more)
+    assert result.returncode == 1 and said in result.stderr, (said, result.stderr)
+    assert len(result.stderr.strip().splitlines()) == 1
