@@ -9,6 +9,7 @@ The second command writes DIR, DIR-d256-l8, DIR-uv and DIR-onnx-int8.
 from absl import flags
 
 from mlembed_jax import cli
+from mlembed_jax.errors import ConfigError
 
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -33,6 +34,13 @@ GGUF = flags.DEFINE_list(
   "gguf", [], "Adds GGUF files for llama.cpp to every folder: f32, f16 or q8_0, joined by commas."
 )
 NAME = flags.DEFINE_string("name", None, "Model name. Default: export.name and what is cut.")
+PUSH = flags.DEFINE_string(
+  "push",
+  None,
+  "hf:ORG/NAME: puts the folders on the Hugging Face Hub, each under the suffix of its variant.",
+)
+PRIVATE = flags.DEFINE_bool("private", False, "Repositories that --push makes are private.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "List what --push would put there, and end.")
 FORCE = flags.DEFINE_bool("force", False, "Allow sizes that were not trained; the card says so.")
 
 
@@ -42,6 +50,8 @@ def main() -> None:
   from mlembed_jax.matryoshka import Slice
   from mlembed_jax.training.export import export_model
 
+  if not PUSH.value and (PRIVATE.value or DRY_RUN.value):
+    raise ConfigError("--private, --dry_run: they say how --push works; give it, too")
   cut = Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value)
   export_model(
     CHECKPOINT.value,
@@ -51,6 +61,9 @@ def main() -> None:
     gguf=tuple(GGUF.value),
     name=NAME.value,
     force=FORCE.value,
+    push_to=PUSH.value,
+    private=PRIVATE.value,
+    dry_run=DRY_RUN.value,
   )
 
 

@@ -4,8 +4,7 @@
     --query "how do I reset my password?"
 
 Every vector is compared, in float32, so nothing is missed: for a first look, and for up to some
-millions of texts. Queries may use fewer layers than the texts did (--depth), where the model was
-trained so.
+millions of texts. Give the --depth and --rank that the texts were encoded with.
 """
 
 import pathlib

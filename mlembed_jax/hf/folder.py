@@ -116,7 +116,7 @@ def resolve(source: str) -> pathlib.Path:
   try:
     import huggingface_hub
   except ImportError as error:
-    raise LoadError(f"{source}: pip install huggingface_hub, or download the folder") from error
+    raise LoadError(f'{source}: pip install "mlembed_jax[hub]", or download the folder') from error
   try:
     found = huggingface_hub.snapshot_download(str(path), allow_patterns=list(FILES))
   except Exception as error:  # its own, of requests, of the file system

@@ -11,7 +11,7 @@ from mlembed_jax.data.sample import sample_ids
 from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import DataError
-from mlembed_jax.hf import stored_ranges
+from mlembed_jax.hf import push, stored_ranges
 from mlembed_jax.hf.config_files import Forms
 from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
 from mlembed_jax.hf.variants import parse_variant
@@ -29,6 +29,9 @@ def export_model(
   gguf: str | Sequence[str] = (),
   name: str | None = None,
   force: bool = False,
+  push_to: str | None = None,
+  private: bool = False,
+  dry_run: bool = False,
 ) -> list[pathlib.Path]:
   """Writes the newest checkpoint of a run as Hugging Face folders, and returns their paths.
 
@@ -41,6 +44,9 @@ def export_model(
     gguf: `f32`, `f16` or `q8_0`: GGUF files for llama.cpp in each of the folders.
     name: of the model. None: `export.name` and what is cut.
     force: allow sizes that were not trained.
+    push_to: hf:ORG/NAME, where the folders are put, each under the suffix of its variant.
+    private: whether repositories that are made are private.
+    dry_run: list what would be put there, instead.
 
   Raises:
     ConfigError: the workdir has no run or no checkpoint. Nothing is written then.
@@ -59,6 +65,8 @@ def export_model(
   for suffix, (size, forms) in wanted.items():  # before the first is written
     check_variant(run, 0, size, force=force, forms=forms)
     check_target(out.with_name(out.name + suffix))
+    if push_to and (repository := push.repository(push_to, suffix)) and not dry_run:
+      push.check(repository)
   run.check_tokenizer(workdir)
   step, params = load_newest_params(workdir, run.config.model)
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
@@ -76,7 +84,17 @@ def export_model(
     )
     print(f"exported step {step} to {folder}", flush=True)
     folders.append(folder)
+  if push_to:
+    _push(folders, [push.repository(push_to, suffix) for suffix in wanted], private, dry_run)
   return folders
+
+
+def _push(
+  folders: Sequence[pathlib.Path], repositories: Sequence[str], private: bool, dry_run: bool
+) -> None:
+  for folder, name in zip(folders, repositories, strict=True):
+    said = push.listing(folder, name) if dry_run else push.push(folder, name, private)
+    print(said, flush=True)
 
 
 def _sample(run: Run, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[list[int]]:
