@@ -1,5 +1,6 @@
 """GGUF files, by llama.cpp."""
 
+import dataclasses
 import json
 import pathlib
 import urllib.request
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import xllamacpp
 
+from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import ExportError
 from mlembed_jax.hf import gguf_file, parity
 from mlembed_jax.hf.config_files import GGUF_TYPES, Forms
@@ -86,6 +88,24 @@ def test_each_type_keeps_directions(kind: str, factorised: Trained, tmp_path: pa
   server = Server(folder / read(folder / "mlembed.json")["gguf"][0])
   cosines = [server.vector(ids) @ expected for _, ids, expected in texts(folder)]
   assert min(cosines) > LEAST[kind]
+
+
+def test_llama_cpp_composes_no_letters_and_refuses_what_it_would_have_to_cut(
+  factorised: Trained, tmp_path: pathlib.Path
+):
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps(read(factorised.tokenizer.path) | {"normalizer": {"type": "NFC"}}))
+  tokenizer = Tokenizer(path, factorised.tokenizer.pooled_token)
+  made = dataclasses.replace(factorised, tokenizer=tokenizer)
+  folder = made.export(tmp_path / "out", forms=Forms(gguf=("f32",)))
+  server = Server(folder / read(folder / "mlembed.json")["gguf"][0])
+  items = {item["id"]: item for item in read(folder / "parity.json")["items"]}
+  composed, other = items["composed"], items["decomposed"]
+  assert composed["input_ids"] == other["input_ids"] == server.ids(composed["text"])
+  assert server.ids(other["text"]) != other["input_ids"]
+  assert len(server.ids(items["long"]["text"])) > 128
+  answer = server.server.handle_embeddings({"input": items["long"]["text"], "model": "m"})
+  assert answer["error"]["code"] == 400
 
 
 def test_the_file_says_what_a_server_needs(factorised: Trained, tmp_path: pathlib.Path):

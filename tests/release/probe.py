@@ -24,7 +24,7 @@ Found = tuple[list[list[int]] | None, list[Any]]  # ids and vectors of the items
 # Texts that a program does not treat as the folder says; docs/compatibility.md tells of each.
 NOT_COMPARED = {
   "fastembed": ("truncated",),  # has one limit
-  "langchain": ("truncated",),
+  "langchain": ("code", "truncated"),  # makes line breaks blanks, and has one limit
   "llama_cpp": ("decomposed", "truncated"),  # composes no letters
   "llama_index": ("truncated",),
   "onnxruntime": (),
@@ -43,7 +43,8 @@ def items(folder: pathlib.Path) -> list[Item]:
     prompt = prompts["prompts"].get(item["prompt_name"], "")
     limit = item.get("max_length", bert["max_seq_length"])
     vector = np.frombuffer(base64.b64decode(item["embedding"]), "<f4")
-    found.append(item | {"text": prompt + item["text"], "limit": limit, "vector": vector})
+    text = {"text": prompt + item["text"], "bare": item["text"]}
+    found.append(item | text | {"limit": limit, "vector": vector})
   return found
 
 
@@ -157,12 +158,17 @@ def llama_cpp(folder: pathlib.Path, found: list[Item]) -> Found:
 
 
 def langchain(folder: pathlib.Path, found: list[Item]) -> Found:
+  """Names the prompt of queries, as a prompt in the text would lose its line break."""
   from langchain_huggingface import HuggingFaceEmbeddings
 
   options: Any = {"device": "cpu", "trust_remote_code": is_remote(folder)}
   options["model_kwargs"] = {"torch_dtype": "float32"}
-  model = HuggingFaceEmbeddings(model_name=str(folder), model_kwargs=options)
-  return None, model.embed_documents([item["text"] for item in found])
+  model = HuggingFaceEmbeddings(
+    model_name=str(folder), model_kwargs=options, query_encode_kwargs={"prompt_name": "query"}
+  )
+  vectors = model.embed_documents([item["bare"] for item in found])
+  queries = {i["id"]: model.embed_query(i["bare"]) for i in found if i["prompt_name"] == "query"}
+  return None, [queries.get(i["id"], v) for i, v in zip(found, vectors, strict=True)]
 
 
 def llama_index(folder: pathlib.Path, found: list[Item]) -> Found:
