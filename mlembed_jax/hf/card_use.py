@@ -64,7 +64,8 @@ env.localModelPath = ".";
 const tokenizer = await AutoTokenizer.from_pretrained("{name}");
 // dtype chooses among the names of files, and this is the plain one.
 const model = await AutoModel.from_pretrained("{name}", {{ dtype: "fp32" }});
-const inputs = tokenizer(["how do I boil an egg?"], {{ padding: true, truncation: true }});
+// Shorten texts of more than {max_length} tokens before: it would cut the token that ends a text.
+const inputs = tokenizer(["how do I boil an egg?"], {{ padding: true }});
 const {{ sentence_embedding }} = await model(inputs);
 ```"""
 GGUF = """\
@@ -100,7 +101,11 @@ NO_INT8 = """\
 least 100 texts, and round queries and documents by the same ones."""
 FACTORS_ONLY = """\
 The token table is stored as two factors, which the code of this folder multiplies row by row.
-text-embeddings-inference needs the folder with the merged table."""
+vLLM reads it, too; text-embeddings-inference needs the folder with the merged table.
+
+```bash
+vllm serve ./{name} --runner pooling --dtype float32 --trust-remote-code
+```"""
 
 
 def use(
@@ -120,7 +125,7 @@ def use(
 
 def _servers(variant: Variant) -> str:
   if variant.forms.factors:
-    return FACTORS_ONLY
+    return FACTORS_ONLY.format(name=variant.name)
   tei = "" if variant.body.family == "qwen3" else TEI_ON_CUDA
   return SERVERS.format(name=variant.name, tei=tei)
 
@@ -133,6 +138,7 @@ def _onnx(variant: Variant, prompt: str, code: str) -> str:
     dim=variant.dim,
     code=code,
     prompt=json.dumps(prompt, ensure_ascii=False),
+    max_length=variant.run.config.export.max_seq_length,
   )
 
 

@@ -55,7 +55,9 @@ def make(root: pathlib.Path, environment: Environment) -> list[str]:
     script = pathlib.Path(__file__).with_name("probe.mjs")
     path.mkdir(parents=True, exist_ok=True)
     shutil.copy(script, path)  # node looks packages up beside it
-    install(["npm", "install", "--silent", "--prefix", str(path), *environment.packages])
+    # The scripts of its packages fetch libraries for GPUs.
+    quiet = ("--silent", "--ignore-scripts", "--prefix", str(path))
+    install(["npm", "install", *quiet, *environment.packages])
     return ["node", str(path / script.name)]
   venv.create(path, with_pip=True, symlinks=True)
   python, packages = str(path / "bin" / "python"), list(environment.packages)
@@ -122,7 +124,7 @@ def probe(words: list[str], folder: pathlib.Path, home: pathlib.Path) -> dict[st
   )
   if done.returncode:
     return {"error": (done.stderr.strip() or "no output").splitlines()[-1]}
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def read(folder: pathlib.Path, program: str, found: dict[str, Any]) -> tuple[str, bool]:

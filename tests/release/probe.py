@@ -193,6 +193,7 @@ def vllm(folder: pathlib.Path, found: list[Item]) -> Found:
     runner="pooling",
     dtype="float32",
     enforce_eager=True,
+    gpu_memory_utilization=0.4,  # of the memory of the machine
     trust_remote_code=is_remote(folder),
   )
   cut = {"truncate_prompt_tokens": found[0]["limit"]}

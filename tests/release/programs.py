@@ -64,7 +64,8 @@ ENVIRONMENTS = (
   ),
   Environment(
     "optimum",
-    (SENTENCE_TRANSFORMERS, "optimum-onnx==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6"),
+    # optimum-onnx keeps transformers below 4.58, which sentence-transformers 6.2 refuses.
+    ("sentence-transformers==5.1.2", "optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.1"),
     ("sentence_transformers_onnx",),
     ONNX,
     needs_torch=True,
@@ -76,5 +77,5 @@ ENVIRONMENTS = (
     ONNX,
     is_node=True,
   ),
-  Environment("llama-cpp", ("xllamacpp==2026.10.11549",), ("llama_cpp",), GGUF),
+  Environment("llama-cpp", ("xllamacpp==2026.10.11549", "numpy==2.4.6"), ("llama_cpp",), GGUF),
 )
