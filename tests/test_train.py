@@ -415,7 +415,10 @@ def test_export_of_what_is_no_workdir_is_refused(tmp_path):
   ("flag", "message"),
   [
     ("configs/none.py", "error: --config: "),
-    ("configs/8b.py:refrence", "error: --config: unknown variant 'refrence'; known: reference"),
+    (
+      "configs/8b.py:refrence",
+      "error: --config: configs/8b.py:refrence: unknown variant 'refrence'; known: reference",
+    ),
   ],
 )
 def test_a_configuration_that_cannot_be_read_is_refused(tmp_path, flag, message):

@@ -416,6 +416,6 @@ def test_the_end_token_of_a_chat_breaks_no_reader(folder: pathlib.Path, copy: pa
 
 def test_a_refused_folder_fails_where_it_is_run(copy: pathlib.Path):
   change(POOLING, pooling_mode="max")(copy)
-  ours, theirs, _ = examine.examine(copy, [examine.VECTORS, *examine.INSTALLED])
+  ours, theirs, *_ = examine.examine(copy, [examine.VECTORS, *examine.INSTALLED])
   assert ours.level == ERROR and "pooling_mode is 'max'" in ours.found
   assert theirs.level == OK and "loads it; no vectors to compare with" in theirs.found

@@ -86,6 +86,15 @@ def test_a_page_of_something_else_stops_nothing(server, flavor, value):
     assert server["answers"] and stop.agreed(stop.exchange()) == 0
 
 
+@pytest.fixture
+def ctrl_c():
+  """Lets Ctrl-C raise: a shell starts what it runs in the background with it ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_only_a_second_ctrl_c_ends_at_once():
   with StopSignals(MESH) as stop:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):

@@ -73,5 +73,5 @@ def test_the_command_names_damaged_checkpoints(whole, tmp_path):
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 2
   damaged = f"{workdir}/checkpoints/20 is damaged: default/digests.json is missing"
-  assert f"W03 error    checkpoints/20: {damaged}" in result.stdout
-  assert "W03 warning  checkpoints/10: " in result.stdout
+  assert f"W03 checkpoints  error    checkpoints/20: {damaged}" in result.stdout
+  assert "W03 checkpoints  warning  checkpoints/10: " in result.stdout
