@@ -45,6 +45,7 @@ from mlembed_jax.hf.card import card
 from mlembed_jax.hf.checks import examine
 from mlembed_jax.hf.checks.finding import ERROR
 from mlembed_jax.hf.config_files import GGUF_TYPES, Forms, Variant
+from mlembed_jax.hf.extras import require
 from mlembed_jax.hf.factors import FACTORS
 from mlembed_jax.hf.file_names import (
   BERT,
@@ -163,9 +164,9 @@ def _check_forms(forms: Forms, rank: int) -> None:
   if unknown := [kind for kind in forms.gguf if kind not in GGUF_TYPES]:
     raise ExportError(f"gguf: {unknown[0]!r} is no type; choose {', '.join(GGUF_TYPES)}")
   if forms.onnx:
-    onnx_graph.require()
+    require("onnx", "onnx")
   if forms.gguf:
-    gguf_file.require()
+    require("gguf", "gguf")
 
 
 def check_target(out: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ from mlembed_jax.families import FAMILIES
 from mlembed_jax.files import storage_errors
 from mlembed_jax.hf import param_mapping
 from mlembed_jax.hf.config_files import GGUF_TYPES, Variant
+from mlembed_jax.hf.extras import require
 
 BLOCK = 32  # values that share a scale in q8_0
 INTERLEAVED = ("layers/attention/q", "layers/attention/k")
@@ -73,7 +74,7 @@ def write(
   Raises:
     ExportError: the package gguf is not installed, or llama.cpp has no such tokenizer.
   """
-  gguf = require()
+  gguf = require("gguf", "gguf")
   model, params = _merged(variant.body, params)
   architecture = gguf.MODEL_ARCH[FAMILIES[model.family].gguf]
   file = f"{variant.name}-{kind.upper()}.gguf"
@@ -97,15 +98,6 @@ def write(
       tensor = _tensor(t, params, model, variant.dim)
       _append(writer, gguf.quants.quantize(tensor, _layout(gguf, t.shape, kind)[1]))
   return file
-
-
-def require() -> Any:
-  """Returns the package gguf; raises ExportError where it is not installed."""
-  try:
-    import gguf
-  except ImportError as error:
-    raise ExportError('gguf: pip install "mlembed_jax[gguf]"') from error
-  return gguf
 
 
 def check(model: ModelConfig, spec: Mapping[str, Any]) -> None:
@@ -213,8 +205,7 @@ def _tensor(
   t: param_mapping.Tensor, params: Mapping[str, Any], model: ModelConfig, dim: int
 ) -> np.ndarray:
   """Returns a tensor as llama.cpp expects it, float32."""
-  leaf = param_mapping.leaf(params, t.path)
-  tensor = t.to_hf(np.asarray(leaf if t.layer is None else leaf[t.layer], np.float32))
+  tensor = param_mapping.tensor_of(params, t)
   if t.name == param_mapping.FINAL_NORM[1]:
     tensor = np.where(np.arange(model.width) < dim, tensor, np.float32(0))
   if model.family == "llama" and t.path in INTERLEAVED:

@@ -19,10 +19,10 @@ import numpy as np
 
 from mlembed_jax import __version__
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.errors import ExportError
 from mlembed_jax.files import storage_errors
 from mlembed_jax.hf import param_mapping
 from mlembed_jax.hf.config_files import INT8, Variant
+from mlembed_jax.hf.extras import require
 
 FILE = "onnx/model.onnx"
 OPSET, IR_VERSION = 18, 9  # ONNX Runtime reads them from 1.14 on
@@ -80,9 +80,7 @@ class _Encoder:
 
   def weight(self, name: str) -> np.ndarray:
     """Returns a tensor in the layout of the folder, float32."""
-    t = self.tensors[name]
-    leaf = param_mapping.leaf(self.params, t.path)
-    return t.to_hf(np.asarray(leaf if t.layer is None else leaf[t.layer], np.float32))
+    return param_mapping.tensor_of(self.params, self.tensors[name])
 
   def embed(self) -> str:
     """Returns the rows of the token table, [B, T, D]."""
@@ -208,20 +206,11 @@ def write(folder: pathlib.Path, variant: Variant, params: Mapping[str, Any]) -> 
   Raises:
     ExportError: the package onnx is not installed.
   """
-  onnx = require()
+  onnx = require("onnx", "onnx")
   graph = _Graph(onnx)
   _Encoder(graph, variant.body, params, variant.forms.onnx == INT8).add_all(variant.dim)
   _save(onnx, _model(onnx, graph, variant.body, variant.dim), folder / FILE)
   return FILE
-
-
-def require() -> Any:
-  """Returns the package onnx; raises ExportError where it is not installed."""
-  try:
-    import onnx
-  except ImportError as error:
-    raise ExportError('onnx: pip install "mlembed_jax[onnx]"') from error
-  return onnx
 
 
 def _model(onnx: Any, graph: _Graph, model: ModelConfig, dim: int) -> Any:

@@ -111,3 +111,9 @@ def _tensor(model: ModelConfig, row: tuple[str, str, str], layer: int | None = N
 def leaf(params: Mapping[str, Any], path: str) -> Any:
   """Returns the array of `params` at `path`."""
   return functools.reduce(operator.getitem, path.split("/"), params)
+
+
+def tensor_of(params: Mapping[str, Any], t: Tensor) -> np.ndarray:
+  """Returns a tensor of `params` in the layout of the folder, float32."""
+  found = leaf(params, t.path)
+  return t.to_hf(np.asarray(found if t.layer is None else found[t.layer], np.float32))

@@ -8,6 +8,7 @@ from typing import Any
 from mlembed_jax.errors import ExportError
 from mlembed_jax.files import readable_size
 from mlembed_jax.hf import own_file
+from mlembed_jax.hf.extras import require
 from mlembed_jax.hf.folder import HUB
 
 OF_EVERY_REPOSITORY = {".gitattributes"}
@@ -79,11 +80,7 @@ def push(folder: pathlib.Path, name: str, private: bool) -> str:
 
 
 def _hub() -> Any:
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ExportError('push: pip install "mlembed_jax[hub]"') from error
-  return huggingface_hub
+  return require("huggingface_hub", "hub")
 
 
 @contextlib.contextmanager

@@ -55,18 +55,14 @@ def export_model(
       `export_folder`.
   """
   workdir, out = pathlib.Path(workdir).absolute(), pathlib.Path(out).absolute()
-  names = (variants,) if isinstance(variants, str) else variants
-  kinds = (gguf,) if isinstance(gguf, str) else tuple(gguf)
-  wanted: dict[str, tuple[Slice, Forms]] = {"": (cut or Slice(), Forms(gguf=kinds))}
-  for variant in names:
-    size, forms = parse_variant(variant)
-    wanted[f"-{variant}"] = size, dataclasses.replace(forms, gguf=kinds)
+  wanted = _wanted(cut or Slice(), _listed(variants), _listed(gguf))
+  repositories = [push.repository(push_to, suffix) for suffix in wanted] if push_to else []
   run = Run.load(workdir)
   for suffix, (size, forms) in wanted.items():  # before the first is written
     check_variant(run, 0, size, force=force, forms=forms)
     check_target(out.with_name(out.name + suffix))
-    if push_to and (repository := push.repository(push_to, suffix)) and not dry_run:
-      push.check(repository)
+  for repository in () if dry_run else repositories:
+    push.check(repository)
   run.check_tokenizer(workdir)
   step, params = load_newest_params(workdir, run.config.model)
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
@@ -84,17 +80,25 @@ def export_model(
     )
     print(f"exported step {step} to {folder}", flush=True)
     folders.append(folder)
-  if push_to:
-    _push(folders, [push.repository(push_to, suffix) for suffix in wanted], private, dry_run)
+  for folder, repository in zip(folders, repositories, strict=False):  # none, where none is pushed
+    put = push.listing(folder, repository) if dry_run else push.push(folder, repository, private)
+    print(put, flush=True)
   return folders
 
 
-def _push(
-  folders: Sequence[pathlib.Path], repositories: Sequence[str], private: bool, dry_run: bool
-) -> None:
-  for folder, name in zip(folders, repositories, strict=True):
-    said = push.listing(folder, name) if dry_run else push.push(folder, name, private)
-    print(said, flush=True)
+def _wanted(
+  cut: Slice, variants: Sequence[str], gguf: Sequence[str]
+) -> dict[str, tuple[Slice, Forms]]:
+  """Returns what is cut, and the forms of the weights, by the suffix of each folder."""
+  found = {"": (cut, Forms()), **{f"-{name}": parse_variant(name) for name in variants}}
+  return {
+    suffix: (size, dataclasses.replace(forms, gguf=tuple(gguf)))
+    for suffix, (size, forms) in found.items()
+  }
+
+
+def _listed(names: str | Sequence[str]) -> Sequence[str]:
+  return (names,) if isinstance(names, str) else names
 
 
 def _sample(run: Run, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[list[int]]:

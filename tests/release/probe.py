@@ -27,8 +27,6 @@ NOT_COMPARED = {
   "langchain": ("code", "truncated"),  # makes line breaks blanks, and has one limit
   "llama_cpp": ("decomposed", "truncated"),  # composes no letters
   "llama_index": ("truncated",),
-  "onnxruntime": (),
-  "transformers_js": (),
   "vllm": ("truncated",),
 }
 
