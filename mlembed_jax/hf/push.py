@@ -26,7 +26,7 @@ def repository(target: str, suffix: str = "") -> str:
     raise ExportError(f"push: {target!r} is no repository; write {HUB}ORG/NAME")
   name = target.removeprefix(HUB) + suffix
   try:
-    _hub().utils.validate_repo_id(name)
+    require("huggingface_hub.utils", "hub").validate_repo_id(name)
   except ValueError as error:
     raise ExportError(f"push: {name}: {error}") from error
   return name
