@@ -27,7 +27,7 @@ from mlembed_jax.files import write_json
 from mlembed_jax.hf import own_file, parity
 from mlembed_jax.inference import Encoder
 from mlembed_jax.workdir import Run, StepScores
-from tests.test_train import ENVIRONMENT, ROOT, lines
+from tests.runs import ENVIRONMENT, ROOT, lines
 
 STORED = pathlib.Path(__file__).parent / "stored"
 # Another machine rounds in another way; the losses of a forgotten state differ by more than 0.1.

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from tests import material
 from tests.faults.commands import digests, encode, module, prepare
-from tests.test_train import ENVIRONMENT, ROOT, SMALL, command
+from tests.runs import ENVIRONMENT, ROOT, SMALL, command
 
 FLAGS = SMALL | {"train.steps": 8, "train.checkpoint_every": 4, "train.keep_checkpoints": 2}
 FLAGS |= {"export.at_end": True}

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from tests import material
 from tests.faults.commands import digests, encode, prepare
 from tests.parallel.test_processes import children, launcher
-from tests.test_train import ENVIRONMENT, ROOT, SMALL, TIMES, arrays, command, lines, wait_for_step
+from tests.runs import ENVIRONMENT, ROOT, SMALL, TIMES, arrays, command, lines, wait_for_step
 
 STEPS, EVERY = 24, 4
 FLAGS = SMALL | {

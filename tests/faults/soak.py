@@ -17,7 +17,7 @@ import threading
 import time
 
 from tests import material
-from tests.test_train import ENVIRONMENT, ROOT, SMALL, command, lines
+from tests.runs import ENVIRONMENT, ROOT, SMALL, command, lines
 
 EVERY = 200
 

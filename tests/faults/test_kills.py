@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from tests.faults import kills
-from tests.test_train import ENVIRONMENT, ROOT
+from tests.runs import ENVIRONMENT, ROOT
 
 
 def test_nothing_is_lost_by_kills(tmp_path, pytestconfig):

@@ -16,12 +16,12 @@ import safetensors.numpy
 
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.parallel import join
-from tests import test_train
-from tests.test_train import ENVIRONMENT, ROOT, arrays, lines, wait_for_step
+from tests import runs
+from tests.runs import ENVIRONMENT, ROOT, arrays, lines, wait_for_step
 
 LAUNCHER = ROOT / "launch" / "local_processes.py"
 STEPS = 16
-SMALL = test_train.SMALL | {
+SMALL = runs.SMALL | {
   "data.heldout": "('heldout/bitext.parquet',)",
   "data.global_batch": 16,
   "matryoshka.dims": "(16,48)",
@@ -49,7 +49,7 @@ def finish(process, seconds=300):
 
 def training(data, workdir, **overrides):
   manifest = {"data.manifest": data / "manifest.json"}
-  return test_train.command(data, workdir, **SMALL | manifest | overrides)[1:]
+  return runs.command(data, workdir, **SMALL | manifest | overrides)[1:]
 
 
 def children(process):

@@ -7,11 +7,11 @@ import shutil
 import pytest
 
 from mlembed_jax.workdir import Run
-from tests import test_train
+from tests import runs
 from tests.material import pairs, prepare_dataset, write_parquet
-from tests.test_train import lines, run
+from tests.runs import lines, run
 
-twenty = test_train.twenty
+twenty = runs.twenty
 
 
 @pytest.fixture(scope="module")
