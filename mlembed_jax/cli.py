@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -60,7 +61,11 @@ def _stop(number: int, _: Any) -> None:
 
 def _parse(argv: list[str]) -> Any:
   try:
-    return app.parse_flags_with_usage(_with_config_file(argv))
+    return flags.FLAGS(_with_config_file(argv))
+  except flags.Error as error:
+    missing = re.findall("flag (--[a-z_]+)=None: ", str(error))
+    said = f"{', '.join(missing)} must be given" if missing else " ".join(str(error).split())
+    sys.exit(f"error: {said}; --help lists the flags")
   except (AttributeError, KeyError) as error:  # how ml_collections reports an override
     if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
       raise

@@ -534,6 +534,14 @@ class EvalConfig:
     free=True,
     older=0,
   )
+  patience: int = setting(
+    0,
+    "Evaluations in a row without a better mean of the whole model's held-out scores that end the "
+    "run. 0: it is as long as train says.",
+    zero=True,
+    free=True,
+    older=0,
+  )
   batch_size: int = setting(
     512, "Texts that an evaluation encodes at a time, over all devices.", free=True
   )
@@ -546,6 +554,13 @@ class ExportConfig:
   name: str = setting("mlembed-0.6b", "Name of the model. Cuts add -d, -l and -r to it.", free=True)
   at_end: bool = setting(
     False, "Whether the folder WORKDIR/export is written when training ends.", free=True
+  )
+  best: bool = setting(
+    False,
+    "Whether that folder has the checkpoint with the best mean of the whole model's held-out "
+    "scores, of those that are kept. False: the last one.",
+    free=True,
+    older=False,
   )
   dtype: str = setting(
     "bfloat16",

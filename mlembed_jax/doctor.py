@@ -24,6 +24,7 @@ from absl import flags
 
 from mlembed_jax import cli
 from mlembed_jax.hf.checks.finding import ERROR, OK, WARNING, Finding
+from mlembed_jax.workdir import RUN
 
 # What imports jax is imported in the functions, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main(directory: str) -> None:
 
   path = pathlib.Path(directory).absolute()
   jax.config.update("jax_platforms", "cpu")  # parity.json is of it, and accelerators may be in use
-  if (path / "run.json").is_file():
+  if (path / RUN).is_file():
     from mlembed_jax.training.examine import examine as examine_workdir
 
     _end(path, examine_workdir(path), [])

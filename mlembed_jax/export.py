@@ -14,11 +14,14 @@ from mlembed_jax.errors import ConfigError
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "Workdir of a training run; its newest checkpoint is exported.",
+  "Workdir of a training run; its newest checkpoint is exported, or that of --step.",
   required=True,
 )
 OUT = flags.DEFINE_string(
   "out", None, "Folder to write; an earlier export there is replaced.", required=True
+)
+STEP = flags.DEFINE_string(
+  "step", None, "A checkpoint that the workdir keeps, or best: of the held-out scores."
 )
 DEPTH = flags.DEFINE_integer("depth", None, "Layers to keep; a trained exit. Default: all.")
 RANK = flags.DEFINE_integer("rank", None, "Rank of the token table; a trained one. Default: all.")
@@ -44,6 +47,16 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "List what --push would put there,
 FORCE = flags.DEFINE_bool("force", False, "Allow sizes that were not trained; the card says so.")
 
 
+def _step() -> int | str | None:
+  """Returns what --step names; raises ConfigError where it is neither a number nor best."""
+  given = STEP.value
+  if given is None or given == "best":
+    return given
+  if not (given.isascii() and given.isdigit()):
+    raise ConfigError(f"--step: {given!r} is no step, such as 4000, and not best")
+  return int(given)
+
+
 def main() -> None:
   """Reads the flags and writes the folders."""
   # Imported here, jax does not slow down --help.
@@ -53,18 +66,20 @@ def main() -> None:
   if not PUSH.value and (PRIVATE.value or DRY_RUN.value):
     raise ConfigError("--private, --dry_run: they say how --push works; give it, too")
   cut = Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value)
-  export_model(
-    CHECKPOINT.value,
-    OUT.value,
-    cut,
-    tuple(VARIANTS.value),
-    gguf=tuple(GGUF.value),
-    name=NAME.value,
-    force=FORCE.value,
-    push_to=PUSH.value,
-    private=PRIVATE.value,
-    dry_run=DRY_RUN.value,
-  )
+  with cli.flags_in_errors("step"):
+    export_model(
+      CHECKPOINT.value,
+      OUT.value,
+      cut,
+      tuple(VARIANTS.value),
+      step=_step(),
+      gguf=tuple(GGUF.value),
+      name=NAME.value,
+      force=FORCE.value,
+      push_to=PUSH.value,
+      private=PRIVATE.value,
+      dry_run=DRY_RUN.value,
+    )
 
 
 if __name__ == "__main__":

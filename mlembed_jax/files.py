@@ -52,7 +52,8 @@ def make_writable_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Pat
     workdir.mkdir(parents=True, exist_ok=True)
     probe(workdir)
   except OSError as error:
-    raise ConfigError(f"{flag}: {path} is not writable: {error.strerror}") from error
+    why = "it is a file" if workdir.is_file() else error.strerror
+    raise ConfigError(f"{flag}: {path} is not writable: {why}") from error
   return workdir
 
 

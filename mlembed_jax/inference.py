@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mlembed_jax import programs
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.text_files import check_text
+from mlembed_jax.devices.start import start_devices
 from mlembed_jax.errors import LoadError
 from mlembed_jax.hf import factors, own_file, stored_ranges
 from mlembed_jax.hf import recipe as recipes
@@ -86,7 +87,7 @@ class Encoder:
       DataError: its tokenizer cannot be read.
     """
     folder = resolve(os.fspath(path))
-    platform = jax.local_devices()[0].platform
+    platform = start_devices()[0].platform
     model = dataclasses.replace(read_model(folder), dtype=dtype or DTYPES[platform])
     recipe = recipes.read(folder, pooled_token)
     if recipe.pooling == LAST and not recipe.tokenizer.after:

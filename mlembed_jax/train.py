@@ -34,6 +34,11 @@ ACCEPT_CHANGED_LEARNING_RATE = flags.DEFINE_bool(
   False,
   "Go on with another optimizer.learning_rate; run.json keeps a history.",
 )
+ACCEPT_CHANGED_LENGTH = flags.DEFINE_bool(
+  "accept_changed_length",
+  False,
+  "Go on with another train.steps or train.epochs, a finished run too; run.json keeps a history.",
+)
 STRICT_RESTORE = flags.DEFINE_bool(
   "strict_restore",
   False,
@@ -85,6 +90,7 @@ def main() -> None:
         WORKDIR.value,
         accept_changed_data=ACCEPT_CHANGED_DATA.value,
         accept_changed_learning_rate=ACCEPT_CHANGED_LEARNING_RATE.value,
+        accept_changed_length=ACCEPT_CHANGED_LENGTH.value,
         strict_restore=STRICT_RESTORE.value,
         from_step=FROM_STEP.value,
         skip_steps=SKIP_STEPS.value,

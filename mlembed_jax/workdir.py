@@ -20,7 +20,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from mlembed_jax import files, typed
@@ -29,6 +32,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.slice_scores import SliceScore, with_depth
 
+RUN = "run.json"
 FORMAT = 1  # of run.json
 SCORES_FORMAT = 1  # of eval/step_N.json
 
@@ -68,7 +72,7 @@ class Run:
 
   def save(self, workdir: pathlib.Path) -> None:
     """Writes run.json."""
-    files.write_object(workdir / "run.json", {"format_version": FORMAT} | dataclasses.asdict(self))
+    files.write_object(workdir / RUN, {"format_version": FORMAT} | dataclasses.asdict(self))
 
   @classmethod
   def load(cls, workdir: pathlib.Path) -> "Run":
@@ -77,9 +81,9 @@ class Run:
     Raises:
       ConfigError: there is none, it is damaged, or a newer version of the package wrote it.
     """
-    path = workdir / "run.json"
+    path = workdir / RUN
     if not path.is_file():
-      raise ConfigError(f"{workdir}: no run.json; this is not a workdir that a training run wrote")
+      raise ConfigError(f"{workdir}: no {RUN}; this is not a workdir that a training run wrote")
     run = files.read_object(path, FORMAT)
     try:
       run.pop("format_version", None)
@@ -147,3 +151,20 @@ def scored_steps(workdir: pathlib.Path) -> list[int]:
 def scores_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
   """Returns the file of the held-out scores of a step."""
   return workdir / "eval" / f"step_{step}.json"
+
+
+def mean_score(workdir: pathlib.Path, step: int) -> float:
+  """Returns the mean over the held-out tasks of the whole model's scores, NaN without any."""
+  try:
+    scores = StepScores.load(workdir, step).scores
+  except ConfigError:
+    return math.nan  # a damaged file is told where its scores are shown
+  whole = {s.task: s.score for s in sorted(scores, key=lambda s: (s.depth, s.rank, s.dim))}
+  return statistics.fmean(whole.values()) if whole else math.nan
+
+
+def best_step(workdir: pathlib.Path, steps: Iterable[int]) -> int | None:
+  """Returns the first of the steps with the highest mean score, None where none has one."""
+  scores = {step: mean_score(workdir, step) for step in steps}
+  scored = [step for step in sorted(scores) if math.isfinite(scores[step])]
+  return max(scored, key=lambda step: scores[step], default=None)

@@ -1,14 +1,19 @@
 """The train command goes on after signals, damage and changes, as real processes."""
 
+import json
 import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 
+from mlembed_jax.config import from_mapping
+from mlembed_jax.training import optimizer
 from mlembed_jax.training.metrics import Writer
 from mlembed_jax.workdir import Run
 from tests import runs
+from tests.material import config_dict
 from tests.runs import (
   SMALL,
   TIMES,
@@ -190,3 +195,49 @@ def test_a_second_trainer_is_refused_and_changes_nothing(data, tmp_path):
   process.send_signal(signal.SIGTERM)
   assert process.wait(300) == 143
   assert not (tmp_path / "lock.json").exists()
+
+
+def test_a_finished_run_is_lengthened(data, small, tmp_path):
+  """Its updates from step 10 on are those of a run that had that length from the start there."""
+  shutil.copytree(small, tmp_path, dirs_exist_ok=True)
+  longer = SMALL | {"train.steps": 30}
+  refused = run(data, tmp_path, **longer)
+  assert "train.steps: 20 in the workdir, 30 now" in refused.stderr
+  assert "--accept_changed_length makes the run as long as that." in refused.stderr
+  result = run(data, tmp_path, ["--accept_changed_length"], **longer)
+  assert result.returncode == 0, result.stderr
+  rates = {line["step"]: line["learning_rate"] for line in lines(tmp_path)}
+  assert list(rates) == list(range(1, 31))
+  assert "the run has 30 steps now" in result.stdout
+  assert f"the learning rate of step 21 is {rates[21]:.2g}\n" in result.stdout
+  settings = from_mapping(config_dict(data, **{"train.steps": 30})).optimizer
+  expected = optimizer.schedule(settings, 30)
+  np.testing.assert_allclose(
+    [rates[step] for step in range(21, 31)], [expected(step) for step in range(20, 30)], rtol=1e-5
+  )
+  assert Run.load(tmp_path).history == [{"step": 20, "train.steps": [20, 30]}]
+  assert run(data, tmp_path, **longer).returncode == 0  # needs the flag no more
+  shorter = run(data, tmp_path, ["--accept_changed_length"], **SMALL | {"train.steps": 25})
+  assert "train.steps: 25 of them, and the workdir is at step 30" in shorter.stderr
+
+
+def test_a_run_ends_early_and_its_best_checkpoint_is_exported(data, tmp_path):
+  """A rate of nearly 0 leaves all scores as they were, so none after step 0 is better."""
+  flags = SMALL | {"data.heldout": "('heldout/colours.parquet',)", "eval.every": 3}
+  flags |= {"data.manifest": data / "manifest.json", "eval.patience": 2, "train.keep_best": 1}
+  flags |= {"optimizer.learning_rate": 1e-30, "optimizer.min_learning_rate": 0.0}
+  flags |= {"export.at_end": True, "export.best": True}
+  for _ in range(2):  # the second start has nothing to do
+    result = run(data, tmp_path, **flags)
+    assert result.returncode == 0, result.stderr
+    assert "eval.patience: no score of the last 2 evaluations is better than" in result.stdout
+    assert "of step 0; the run ends at step 6\n" in result.stdout
+    assert lines(tmp_path)[-1]["step"] == 6
+  assert "exported is step 3, of the best mean of held-out scores" in result.stdout
+  own = json.loads((tmp_path / "export/tiny/mlembed.json").read_text())
+  assert own["training"]["step"] == 3
+  for flag, step in (("best", 3), ("6", 6)):
+    done = export("--checkpoint", tmp_path, "--out", tmp_path / flag, "--step", flag)
+    assert f"exported step {step} to" in done.stdout
+  refused = export("--checkpoint", tmp_path, "--out", tmp_path / "no", "--step", 5)
+  assert f"error: --step: {tmp_path} keeps no step 5; it keeps [3, 6]" in refused.stderr

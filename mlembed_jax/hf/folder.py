@@ -29,6 +29,7 @@ from mlembed_jax.hf.file_names import (
   TOKENIZER_CONFIG,
   WEIGHTS,
 )
+from mlembed_jax.workdir import RUN
 
 DTYPES = ("BF16", "F16", "F32")
 PREFIXES = ("", "model.")
@@ -109,6 +110,11 @@ def resolve(source: str) -> pathlib.Path:
     LoadError: there is no such folder, or the Hub does not give the model.
   """
   path = pathlib.Path(source.removeprefix(HUB))
+  if (path / RUN).is_file():
+    raise LoadError(
+      f"E104 file: {source} is the workdir of a training run, not a model; write one with "
+      f"python -m mlembed_jax.export --checkpoint {source} --out DIR"
+    )
   if path.is_dir():
     return path
   if not source.startswith(HUB):
@@ -290,6 +296,8 @@ def _config_problems(config: Mapping[str, Any], model: ModelConfig) -> list[str]
       lines.append(f"{key} is {found!r}, expected {wanted} (model.{field})")
   lines += _theta_problems(config, model)
   lines = [f"E105 config: {CONFIG}: {line}." for line in lines]
+  if lines:
+    lines[-1] += " --config configs/from_hf.py:FOLDER takes family and shape from the folder."
   return [*_family_problems(config), *lines, *body_problems(config)]
 
 

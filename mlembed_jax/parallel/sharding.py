@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlembed_jax.batch import Arrays
 from mlembed_jax.config_fields import Config, ModelConfig
+from mlembed_jax.devices.start import start_devices
 from mlembed_jax.errors import ConfigError
 
 # Logical axis -> mesh axes; () leaves a dimension whole. fsdp splits every large weight once,
@@ -46,7 +47,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
   Raises:
     ConfigError: no such mesh can be laid out.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = start_devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if shape["data"] % slices:

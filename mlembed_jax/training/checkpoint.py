@@ -34,7 +34,7 @@ from mlembed_jax.training.saved import (
   unchecked,
 )
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import StepScores
+from mlembed_jax.workdir import mean_score
 
 DAMAGED = "damaged"
 TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # follows the step while orbax writes a checkpoint
@@ -91,16 +91,6 @@ class Retention:
     scores = {step: mean_score(self.workdir, step) for step in steps}
     scored = [step for step in steps if np.isfinite(scores[step])]
     return sorted(scored, key=lambda step: scores[step])[-self.best :]
-
-
-def mean_score(workdir: pathlib.Path, step: int) -> float:
-  """Returns the mean over the held-out tasks of the whole model's scores, NaN without any."""
-  try:
-    scores = StepScores.load(workdir, step).scores
-  except ConfigError:
-    return np.nan  # a damaged file is told where its scores are shown
-  whole = {s.task: s.score for s in sorted(scores, key=lambda s: (s.depth, s.rank, s.dim))}
-  return float(np.mean(list(whole.values()))) if whole else np.nan
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:

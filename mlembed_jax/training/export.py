@@ -16,7 +16,7 @@ from mlembed_jax.hf.config_files import Forms
 from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
 from mlembed_jax.hf.variants import parse_variant
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.training.saved import load_newest_params
+from mlembed_jax.training.saved import chosen_step, load_newest_params
 from mlembed_jax.workdir import Run, StepScores
 
 
@@ -26,6 +26,7 @@ def export_model(
   cut: Slice | None = None,
   variants: str | Sequence[str] = (),
   *,
+  step: int | str | None = None,
   gguf: str | Sequence[str] = (),
   name: str | None = None,
   force: bool = False,
@@ -33,7 +34,7 @@ def export_model(
   private: bool = False,
   dry_run: bool = False,
 ) -> list[pathlib.Path]:
-  """Writes the newest checkpoint of a run as Hugging Face folders, and returns their paths.
+  """Writes a checkpoint of a run as Hugging Face folders, and returns their paths.
 
   Args:
     workdir: the folder of the run.
@@ -41,6 +42,7 @@ def export_model(
     cut: depth, rank and dimension of that folder; None: all.
     variants: one or more folders beside it, OUT-VARIANT, such as `d64-l2-r128`, `uv` or
       `onnx-int8`.
+    step: of the checkpoint, or "best": the best mean of held-out scores. None: the newest.
     gguf: `f32`, `f16` or `q8_0`: GGUF files for llama.cpp in each of the folders.
     name: of the model. None: `export.name` and what is cut.
     force: allow sizes that were not trained.
@@ -64,7 +66,8 @@ def export_model(
   for repository in () if dry_run else repositories:
     push.check(repository)
   run.check_tokenizer(workdir)
-  step, params = load_newest_params(workdir, run.config.model)
+  steps = None if step is None else [chosen_step(workdir, step)]
+  step, params = load_newest_params(workdir, run.config.model, steps)
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
   sample = _sample(run, workdir, tokenizer)
   trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step), sample)

@@ -26,18 +26,20 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
 from mlembed_jax.data.sample import sample_ids
 from mlembed_jax.devices import compiler
+from mlembed_jax.devices.start import start_devices
 from mlembed_jax.errors import ConfigError, TrainingError
 from mlembed_jax.eval import grid, summary
 from mlembed_jax.files import copy_file, make_writable_folder
 from mlembed_jax.hf import stored_ranges
 from mlembed_jax.hf.export import TrainedModel, check_target, export_folder
 from mlembed_jax.hf.folder import resolve
-from mlembed_jax.hf.load import load_params
+from mlembed_jax.hf.load import load_params as read_params
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.parallel import maintenance, processes
 from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh, put_batch, rows_of
 from mlembed_jax.parallel.stop import StopSignals
 from mlembed_jax.training import (
+  announce,
   goodput,
   inputs,
   lowering,
@@ -51,11 +53,24 @@ from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.goodput import COMPILING, TRAINING, Goodput
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.lock import WorkdirLock
-from mlembed_jax.training.resume import Resume, check_same_run, parse_steps, same_rate
-from mlembed_jax.training.saved import steps_of
+from mlembed_jax.training.resume import (
+  LENGTH,
+  Resume,
+  changed_settings,
+  check_same_run,
+  parse_steps,
+)
+from mlembed_jax.training.saved import BEST, chosen_step, load_params, steps_of
 from mlembed_jax.training.teacher import Teacher
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import Run, StepScores, scored_steps, scores_path
+from mlembed_jax.workdir import (
+  Run,
+  StepScores,
+  best_step,
+  mean_score,
+  scored_steps,
+  scores_path,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +125,7 @@ def initial_state(training: Training) -> TrainState:
   if config.train.init_from:
     like = train_state.abstract(config, tx, mesh).params
     state = state.replace(params=None)  # their memory is needed
-    state = state.replace(params=load_params(resolve(config.train.init_from), config.model, like))
+    state = state.replace(params=read_params(resolve(config.train.init_from), config.model, like))
   return state
 
 
@@ -180,6 +195,8 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
       if scored:
         with recorder.paused(), jax.transfer_guard("allow"):
           evaluate(training, state)
+          if ends_early(training):
+            return state
       if stopping:
         close(training)
         stop.leave(stopping, f"step {done} is saved")
@@ -212,6 +229,28 @@ def evaluate(training: Training, state: TrainState) -> None:
     processes.on_first(lambda: _write_scores(training.workdir, made))
 
 
+def ends_early(training: Training) -> bool:
+  """Returns whether held-out scores say that the run is over (`eval.patience`), and prints why."""
+  patience = training.config.eval.patience
+  why = processes.gather(early_end(training.workdir, patience) if patience else None)[0]
+  if why:
+    processes.on_first(lambda: print(f"eval.patience: {why}", flush=True))
+  return bool(why)
+
+
+def early_end(workdir: pathlib.Path, patience: int) -> str | None:
+  """Returns why a run with these held-out scores is over, None where it is not."""
+  steps = scored_steps(workdir)
+  best = best_step(workdir, steps)
+  since = [step for step in steps if best is not None and step > best]
+  if best is None or len(since) < patience:
+    return None
+  return (
+    f"no score of the last {len(since)} evaluations is better than "
+    f"{100 * mean_score(workdir, best):.2f} of step {best}; the run ends at step {steps[-1]}"
+  )
+
+
 def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
   evaluation.save(workdir)
   metrics.write_scores(workdir, evaluation.step, evaluation.scores)
@@ -219,7 +258,8 @@ def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
 
 def report(training: Training, state: TrainState) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
-  params = processes.fetch(state.params) if training.config.export.at_end else None
+  last = training.config.export.at_end and not training.config.export.best
+  params = processes.fetch(state.params) if last else None
   processes.on_first(lambda: _report(training, int(state.step), params))
 
 
@@ -229,6 +269,14 @@ def _report(training: Training, step: int, params: Any) -> None:
   for task in read.tasks:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
     print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
+  if not training.config.export.at_end:
+    print(f"\ntrained to step {step:,}; this writes a model that any program loads:\n")
+    print(f"  python -m mlembed_jax.export --checkpoint {workdir} --out DIR\n", flush=True)
+  if training.config.export.best:
+    step = chosen_step(workdir, BEST)
+    params = load_params(workdir, step, training.config.model)
+    print(f"\nexported is step {step}, of the best mean of held-out scores", flush=True)
+    after = StepScores.load(workdir, step)
   if training.config.export.at_end:
     sample = sample_ids(read.split, read.tokenizer, *stored_ranges.texts(training.config.model))
     trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, after, sample)
@@ -251,7 +299,7 @@ def usage(folder: pathlib.Path) -> str:
 
 
 def resumed(
-  run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, resume: Resume
+  run: Run, steps: int, workdir: pathlib.Path, checkpoints: Checkpoints, resume: Resume
 ) -> tuple[Run, bool]:
   """Returns the run as the workdir goes on with it, and whether the workdir holds one.
 
@@ -259,7 +307,8 @@ def resumed(
   micro-batch: another size would fit other memory as well, but round in another way.
 
   Raises:
-    ConfigError: the workdir holds a checkpoint of another run, or none to go back to.
+    ConfigError: the workdir holds a checkpoint of another run or one beyond its `steps`, or none to
+      go back to.
   """
   latest = checkpoints.newest_whole(strict=resume.strict_restore)
   if latest is None:
@@ -271,9 +320,11 @@ def resumed(
   with processes.agreed():
     stored = Run.load(workdir)
     check_same_run(stored, run, workdir, resume)
-    same = same_rate(stored.config, run.config)
-    asked, resume = resume, resume.remaining(stored.history, latest, same_rate=same)
+    same = not changed_settings(stored.config, run.config)
+    asked, resume = resume, resume.remaining(stored.history, latest, same_settings=same)
     start = latest if resume.from_step is None else resume.from_step
+    if start > steps:
+      raise ConfigError(f"train.steps: {steps} of them, and the workdir is at step {start}")
     entry = resume.entry(stored.config, run.config, start)
   if asked.from_step != resume.from_step:
     said = f"--from_step={asked.from_step} was done by an earlier start, see run.json"
@@ -289,6 +340,11 @@ def resumed(
   )
   if entry:
     processes.on_first(lambda: (run.save(workdir), _drop_scores_after(workdir, start)))
+  if any(name in (entry or {}) for name in LENGTH):
+    rate = float(optimizer.schedule(run.config.optimizer, steps)(start))
+    said = f"the run has {steps:,} steps now, and the schedules of one that was so long from the "
+    said += f"start: the learning rate of step {start + 1:,} is {rate:.2g}"
+    processes.on_first(lambda: print(said, flush=True))
   return run, True
 
 
@@ -303,6 +359,7 @@ def train_model(
   *,
   accept_changed_data: bool = False,
   accept_changed_learning_rate: bool = False,
+  accept_changed_length: bool = False,
   strict_restore: bool = False,
   from_step: int | None = None,
   skip_steps: str | Sequence[int] = (),
@@ -317,6 +374,7 @@ def train_model(
     workdir: the folder of the run, made if it does not exist.
     accept_changed_data: go on from the newest checkpoint although rows, mixture or batches changed.
     accept_changed_learning_rate: go on with another `optimizer.learning_rate`.
+    accept_changed_length: go on with another `train.steps` or `train.epochs`.
     strict_restore: end where the newest checkpoint is damaged; else the one before is taken.
     from_step: go on from this checkpoint; later ones are set aside. None: the newest.
     skip_steps: steps whose rows are passed over from now on, as numbers or as "120-140,150".
@@ -335,11 +393,13 @@ def train_model(
   resume = Resume(
     accept_changed_data,
     accept_changed_learning_rate,
+    accept_changed_length,
     strict_restore,
     from_step,
     parse_steps(skip_steps),
   )
   with processes.agreed():
+    start_devices()  # what is missing of them is said first
     workdir = make_writable_folder(workdir, "workdir")
   processes.check_shared(workdir)
   versions = {"jax": jax.__version__, "mlembed_jax": __version__}
@@ -365,7 +425,7 @@ def _train_locked(
   processes.check_same(run.plan)
   kept = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
   checkpoints = Checkpoints(Retention(workdir, *kept))
-  run, stored = resumed(run, workdir, checkpoints, resume)
+  run, stored = resumed(run, steps, workdir, checkpoints, resume)
   processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with (
     jax.set_mesh(mesh),
@@ -373,7 +433,9 @@ def _train_locked(
     StopSignals(mesh, grace_s, lock.release if lock else None) as stop,
     maintenance.watched(mesh, stop),
   ):
-    processes.on_first(lambda: inputs.report(read, steps, workdir))
+    tx = optimizer.make(config.optimizer, steps)
+    said = announce.description(config, tx, mesh, read.teacher)
+    processes.on_first(lambda: (print(f"\n{said}"), inputs.report(read, steps, workdir)))
     before = processes.gather(run.config.data.micro_batch if stored else 0)[0]
     sized = micro_batch.with_micro_batch(
       config, before, read.kinds, read.tokens_per_step, steps, mesh, read.teacher
@@ -414,6 +476,8 @@ def _trained(training: Training) -> tuple[TrainState, Training]:
     if evaluated_at(training.config, start):
       evaluate(training, state)
     training.stop.leave_if_received("no step is lost")
+    if ends_early(training):
+      return state, training
     span = start, len(training.batches)
     skipped = training.run.skipped_steps
     with metrics.Recorder(

@@ -14,6 +14,7 @@ from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import Config
 from mlembed_jax.devices import tpu
 from mlembed_jax.errors import ConfigError
+from mlembed_jax.files import readable_size
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import batch_shards, smallest_micro_batch
 from mlembed_jax.training import lowering
@@ -94,7 +95,7 @@ def largest_micro_batch(
   low, high = 0, len(sizes) - 1  # sizes[high] does not fit
   if high == 0 or not fits(sizes[0]):
     raise ConfigError(
-      f"data.micro_batch: not even {sizes[0]:,} tokens at a time fit {available / 2**30:.1f} GiB "
+      f"data.micro_batch: not even {sizes[0]:,} tokens at a time fit {readable_size(available)} "
       "per device; use more devices, mesh.tensor, less data.kept_tokens, a model.remat that keeps "
       "less, shorter data.lengths or fewer negatives"
     )
@@ -154,7 +155,7 @@ def with_micro_batch(
   size = size or largest_micro_batch(sizes(config, tokens_per_step, mesh), needed, available)
   print(
     f"data.micro_batch: {size:,} tokens at a time, with which a step takes "
-    f"{(needed(size) or 0) / 2**30:.1f} GiB per device; {available / 2**30:.1f} are for it",
+    f"{readable_size(needed(size) or 0)} per device; {readable_size(available)} are for it",
     flush=True,
   )
   return sized(config, size)
@@ -169,11 +170,11 @@ def has_own_memory(mesh: Mesh) -> bool:
 
 
 def _too_large(config: Config, needed: int | None, available: int) -> ConfigError:
-  found = f"{needed / 2**30:.1f} GiB" if needed else "more memory than the compiler finds"
+  found = readable_size(needed) if needed else "more memory than the compiler finds"
   return ConfigError(
     f"data.micro_batch: with {config.data.micro_batch:,} tokens at a time and data.kept_tokens = "
     f"{config.data.kept_tokens:,} a step takes {found} per device, which has "
-    f"{available / 2**30:.1f} GiB; make one of them smaller (data.micro_batch = 0: "
+    f"{readable_size(available)}; make one of them smaller (data.micro_batch = 0: "
     "chosen), or let model.remat keep less"
   )
 

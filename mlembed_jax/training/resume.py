@@ -19,22 +19,23 @@ class Resume:
 
   accept_changed_data: bool = False
   accept_changed_learning_rate: bool = False
+  accept_changed_length: bool = False
   strict_restore: bool = False
   from_step: int | None = None
   skip_steps: tuple[int, ...] = ()
 
   def remaining(
-    self, history: Sequence[dict[str, Any]], latest: int, *, same_rate: bool
+    self, history: Sequence[dict[str, Any]], latest: int, *, same_settings: bool
   ) -> "Resume":
     """Returns what earlier starts have not done yet: launchers repeat a command with its flags.
 
-    The last return to a step is repeated only for something new: for another rate, and for steps to
-    be passed over that the run has done since, up to `latest`.
+    The last return to a step is repeated only for something new: for another rate or length, and
+    for steps to be passed over that the run has done since, up to `latest`.
     """
     skipped = {step for entry in history for step in entry.get("skip_steps", ())}
     skip = tuple(step for step in self.skip_steps if step not in skipped)
     back = [entry["from_step"] for entry in history if "from_step" in entry]
-    new = not same_rate or any(step <= latest for step in skip)
+    new = not same_settings or any(step <= latest for step in skip)
     done = back[-1:] == [self.from_step] and not new
     return dataclasses.replace(self, from_step=None if done else self.from_step, skip_steps=skip)
 
@@ -54,16 +55,16 @@ class Resume:
     entry: dict[str, Any] = {}
     if self.skip_steps:
       entry["skip_steps"] = list(self.skip_steps)
-    if not same_rate(before, now):
-      entry[RATE] = [before.optimizer.learning_rate, now.optimizer.learning_rate]
+    entry |= changed_settings(before, now)
     if self.from_step is not None:
       entry["from_step"] = self.from_step
     return {"step": step} | entry if entry else None
 
 
-def same_rate(before: Config, now: Config) -> bool:
-  """Returns whether a run goes on with the learning rate that it had."""
-  return before.optimizer.learning_rate == now.optimizer.learning_rate
+def changed_settings(before: Config, now: Config) -> dict[str, list[float]]:
+  """Returns learning rate and length, before and now, where a run goes on with another one."""
+  old, new = flatten(before), flatten(now)
+  return {name: [old[name], new[name]] for name in (*RATE, *LENGTH) if old[name] != new[name]}
 
 
 STEP = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")
@@ -92,7 +93,14 @@ def parse_steps(text: str | Sequence[int]) -> tuple[int, ...]:
 
 # Fields that decide only which texts a step has.
 DATA = ("data.", "train.seed")
-RATE = "optimizer.learning_rate"
+RATE = ("optimizer.learning_rate",)
+LENGTH = ("train.steps", "train.epochs")
+# The flag that accepts changes of such fields, and what it does.
+ACCEPTING = {
+  "accept_changed_data": (DATA, "goes on with other data"),
+  "accept_changed_learning_rate": (RATE, "goes on with the new rate"),
+  "accept_changed_length": (LENGTH, "makes the run as long as that"),
+}
 
 
 def check_same_run(stored: Run, current: Run, workdir: pathlib.Path, resume: Resume) -> None:
@@ -106,23 +114,21 @@ def check_same_run(stored: Run, current: Run, workdir: pathlib.Path, resume: Res
     for name in now
     if before[name] != now[name] and not SETTINGS[name].free
   ]
-  data = [line for line in lines if line.startswith(DATA)]
-  other = [line for line in lines if line not in data]
-  changed = [*data, *difference(stored.plan, current.plan)]
-  rate = [line for line in other if line.startswith(RATE)]
-  other = [line for line in other if line not in rate]
-  refused = [
-    *other,
-    *([] if resume.accept_changed_learning_rate else rate),
-    *([] if resume.accept_changed_data else changed),
-  ]
-  if refused:
-    hint = " --accept_changed_data goes on with other data." if changed else ""
-    hint += " --accept_changed_learning_rate goes on with the new rate." if rate else ""
+  of_flag = {
+    flag: [line for line in lines if line.startswith(fields)]
+    for flag, (fields, _) in ACCEPTING.items()
+  }
+  never = [line for line in lines if not any(line in found for found in of_flag.values())]
+  of_flag["accept_changed_data"] += difference(stored.plan, current.plan)
+  of_flag = {flag: found for flag, found in of_flag.items() if found}
+  accepted = [line for flag, found in of_flag.items() if getattr(resume, flag) for line in found]
+  refused = [line for flag, found in of_flag.items() if not getattr(resume, flag) for line in found]
+  if never or refused:
+    hint = "".join(f" --{flag} {ACCEPTING[flag][1]}." for flag in of_flag)
     raise ConfigError(
       f"{workdir} holds a checkpoint of another run:\n  "
-      + "\n  ".join(refused)
+      + "\n  ".join(never + refused)
       + f"\nGive these fields their old values, or use another --workdir.{hint}"
     )
-  if accepted := [*rate, *changed]:
+  if accepted:
     print("going on with what was changed:\n  " + "\n  ".join(accepted), flush=True)

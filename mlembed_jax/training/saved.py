@@ -9,7 +9,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -21,11 +21,12 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.parallel import processes
-from mlembed_jax.workdir import Run
+from mlembed_jax.workdir import Run, best_step, scored_steps
 
 DIGESTS = "digests.json"
 DIGESTS_FORMAT = 1
 ITEM = "default"  # orbax's name of the folder of the state, in that of the step
+BEST = "best"  # names the step of the best held-out scores
 HELD_S = 3600.0  # a reader that was killed holds its checkpoint for so long
 
 Read = TypeVar("Read")
@@ -83,8 +84,12 @@ def _held_by_us(workdir: pathlib.Path, step: int, purpose: str) -> pathlib.Path:
   return workdir / "held" / f"{step}-{socket.gethostname()}-{os.getpid()}-{purpose}"
 
 
-def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int, Read]:
+def read_newest(
+  workdir: pathlib.Path, read: Callable[[int], Read], among: Sequence[int] | None = None
+) -> tuple[int, Read]:
   """Returns the newest step whose checkpoint is whole, and what `read` returns of that step.
+
+  Where `among` is given, other steps are passed over.
 
   Damaged checkpoints are passed over, and said. All processes of a run call it, and go by the steps
   that process 0 finds: a run may be saving others, or storage show them later elsewhere.
@@ -94,7 +99,8 @@ def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int
       to be damaged cannot be read.
   """
   faults: dict[int, str] = {}
-  while steps := [s for s in processes.gather(steps_of(workdir))[0] if s not in faults]:
+  wanted = lambda step: step not in faults and (among is None or step in among)  # noqa: E731
+  while steps := [step for step in processes.gather(steps_of(workdir))[0] if wanted(step)]:
     step, folder = steps[-1], folder_of(workdir, steps[-1])
     with holding(workdir, step):
       fault, found, error = damage(folder), None, ""
@@ -117,13 +123,35 @@ def read_newest(workdir: pathlib.Path, read: Callable[[int], Read]) -> tuple[int
   raise ConfigError(f"{workdir}: no finished checkpoint yet")
 
 
-def load_newest_params(workdir: pathlib.Path, model: ModelConfig) -> tuple[int, Any]:
+def load_newest_params(
+  workdir: pathlib.Path, model: ModelConfig, steps: Sequence[int] | None = None
+) -> tuple[int, Any]:
   """Returns the newest step that is whole and its parameters as numpy arrays, without moments.
 
   Raises:
-    ConfigError: the workdir holds no finished checkpoint, or none is whole.
+    ConfigError: the workdir holds no finished checkpoint, or none is whole (of `steps`, if given).
   """
-  return read_newest(workdir, lambda step: load_params(workdir, step, model))
+  return read_newest(workdir, lambda step: load_params(workdir, step, model), steps)
+
+
+def chosen_step(workdir: pathlib.Path, step: int | str) -> int:
+  """Returns a step that is kept, which may be named as "best": the best mean of held-out scores.
+
+  Raises:
+    ConfigError: it is not kept, or no kept step has scores.
+  """
+  kept = steps_of(workdir)
+  found = best_step(workdir, kept) if step == BEST else step
+  if found is None:
+    raise ConfigError(
+      f"step: no checkpoint of {workdir} has held-out scores, by which one is the best; eval.every "
+      "and train.keep_best make them"
+    )
+  if found not in kept:
+    raise ConfigError(f"step: {workdir} keeps no step {found}; it keeps {kept}")
+  if step == BEST and (better := best_step(workdir, scored_steps(workdir))) != found:
+    print(f"step {better} was better, but is not kept; train.keep_best keeps such", flush=True)
+  return int(found)
 
 
 def load_params(workdir: pathlib.Path, step: int, model: ModelConfig) -> Any:
@@ -132,15 +160,12 @@ def load_params(workdir: pathlib.Path, step: int, model: ModelConfig) -> Any:
   alone = ocp.options.MultiprocessingOptions(
     primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader_{own}"
   )
-  options = ocp.CheckpointManagerOptions(
-    read_only=True, create=False, multiprocessing_options=alone
-  )
-  handler, folder = ocp.PyTreeCheckpointHandler(), workdir / "checkpoints"
-  with ocp.CheckpointManager(folder, options=options, item_handlers=handler) as manager:
-    shapes = {"params": parameter_shapes(model)}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
-    return manager.restore(step, args=restore)["params"]
+  shapes = {"params": parameter_shapes(model)}
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+  restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    return checkpointer.restore(folder_of(workdir, step) / ITEM, restore)["params"]
 
 
 def first_line(error: Exception) -> str:

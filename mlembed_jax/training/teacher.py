@@ -24,7 +24,7 @@ from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import shardings
 from mlembed_jax.training import saved
 from mlembed_jax.training.train_step import TeacherShape
-from mlembed_jax.workdir import Run
+from mlembed_jax.workdir import RUN, Run
 
 TEACHER = "teacher"  # what its checkpoint is held for
 
@@ -85,7 +85,7 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
     raise ConfigError(
       f"kd.teacher: {path} is no folder; give a workdir, an exported folder, or {STORED!r}"
     )
-  is_workdir = (path / "run.json").is_file()
+  is_workdir = (path / RUN).is_file()
   if not is_workdir and not (path / "config.json").is_file():
     raise ConfigError(
       f"kd.teacher: {path} is neither a workdir (no run.json) nor an exported folder "

@@ -12,9 +12,9 @@ import pytest
 from mlembed_jax.errors import ConfigError, StorageError
 from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training import checkpoint, saved
-from mlembed_jax.training.checkpoint import Checkpoints, Retention, mean_score
+from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import StepScores
+from mlembed_jax.workdir import StepScores, mean_score
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
