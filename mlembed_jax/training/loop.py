@@ -12,14 +12,14 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mlembed_jax import __version__, programs
+from mlembed_jax import __version__, programs, progress
 from mlembed_jax.batch import Kind
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
@@ -135,6 +135,12 @@ def timed(
     yield batch, time.perf_counter() - start
 
 
+def compiling(kind: Kind, compiled: Collection[Kind]) -> contextlib.AbstractContextManager[None]:
+  """Returns a block that compiles a step on process 0 with a clock, unless that is done."""
+  shown = processes.is_first() and kind not in compiled
+  return progress.clocked(f"compiling {kind.task_type} of {kind.texts} texts a row", shown=shown)
+
+
 def close(training: Training) -> None:
   """Waits for running saves."""
   with training.goodput.during(goodput.SAVING):
@@ -161,7 +167,8 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
         if batch.step + 1 in training.run.skipped_steps:
           state, values = train_state.passed_over(state), None
         else:
-          state, values = training.step(state, arrays, kind=batch.kind)
+          with compiling(batch.kind, compiled):
+            state, values = training.step(state, arrays, kind=batch.kind)
           if batch.kind not in compiled:
             compiled.add(batch.kind)
             processes.on_first(programs.note_new)

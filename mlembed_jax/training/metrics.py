@@ -6,15 +6,14 @@ import itertools
 import json
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 import tensorboardX
-import tqdm
 
+from mlembed_jax import progress
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.loader import Batch
 from mlembed_jax.devices import chips
@@ -285,14 +284,8 @@ class Recorder:
     self._total, self._every = total, every
     self._spikes = SpikeWatch(config.train.spike_factor)
     self._in_a_row, self._most_in_a_row = 0, config.train.max_nonfinite_steps
-    self._bar = tqdm.tqdm(
-      initial=start,
-      total=total,
-      desc="training",
-      unit="step",
-      dynamic_ncols=True,
-      disable=not processes.is_first(),
-      mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
+    self._bar = progress.count(
+      "training", total, " steps", initial=start, shown=processes.is_first()
     )
 
   def __enter__(self) -> "Recorder":
@@ -373,15 +366,14 @@ class Recorder:
         "go on with a lower optimizer.learning_rate and --accept_changed_learning_rate"
       )
     if self._writer:
-      self._bar.write(f"WARNING: {said}", file=sys.stderr)
+      progress.say(f"WARNING: {said}")
 
   def _without_negatives(self, batch: Batch) -> None:
     """Warns of the first such step; the others are counted in `empty_rows`."""
     if not self._warned and processes.is_first():
-      self._bar.write(
+      progress.say(
         f"warning: step {batch.step + 1} ({batch.dataset}) had nothing to compare: every negative "
         "of every row has the text of its query or positive, or all scores are equal. "
-        "metrics.jsonl counts such rows as empty_rows",
-        file=sys.stderr,
+        "metrics.jsonl counts such rows as empty_rows"
       )
     self._warned = True
