@@ -10,7 +10,8 @@ goodput.json      where the wall time of all starts went
 lock.json         who trains here at the moment
 held/             checkpoints that are being read, which stay so long
 damaged/          checkpoints that were found damaged, or that the run went back from
-tensorboard/      the same numbers for TensorBoard
+tensorboard/      the same numbers for TensorBoard; wandb/, mlflow.db for those trackers
+trackers.json     the runs of wandb and mlflow that are those of this workdir
 eval/step_N.json  held-out scores of every evaluated slice
 data/             what `data.builder` wrote
 export/           the Hugging Face folder of `export.at_end`

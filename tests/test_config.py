@@ -247,6 +247,8 @@ BAD = [
   ("export.name", "a/b", "export.name: 'a/b' is a name, not a path"),
   ("optimizer.schedule", "linear", "optimizer.schedule: 'linear' is not one of"),
   ("optimizer.moments", "float16", "optimizer.moments: 'float16' is not one of 'float32', 'bfl"),
+  ("train.trackers", ("wandb", "neptune"), "train.trackers: 'neptune' is not one of 'tensorboard'"),
+  ("train.trackers", ("mlflow", "mlflow"), "names one twice"),
   ("train.epochs", 1.0, "train.steps, train.epochs: set exactly one"),
   ("train.steps", 0, "train.steps, train.epochs: set exactly one"),
 ]

@@ -44,6 +44,7 @@ from mlembed_jax.training import (
   metrics,
   micro_batch,
   optimizer,
+  trackers,
   train_state,
   train_step,
 )
@@ -54,6 +55,7 @@ from mlembed_jax.training.lock import WorkdirLock
 from mlembed_jax.training.resume import Resume, check_same_run, parse_steps, same_rate
 from mlembed_jax.training.saved import steps_of
 from mlembed_jax.training.teacher import Teacher
+from mlembed_jax.training.trackers import Trackers
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import Run, StepScores, scored_steps, scores_path
 
@@ -72,6 +74,7 @@ class Training:
   goodput: Goodput
   step: Callable[..., Any]  # step(state, batch, kind=...) -> (state, metrics)
   batches: loader.Batches
+  trackers: Trackers
 
   @property
   def config(self) -> Config:
@@ -216,12 +219,8 @@ def evaluate(training: Training, state: TrainState) -> None:
         lambda: training.stop.leave_if_received("no step is lost"),
       )
     made = StepScores(step, wanted, scores)
-    processes.on_first(lambda: _write_scores(training.workdir, made))
-
-
-def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
-  evaluation.save(workdir)
-  metrics.write_scores(workdir, evaluation.step, evaluation.scores)
+    processes.on_first(lambda: made.save(training.workdir))
+    training.trackers.log_scores(step, scores)
 
 
 def report(training: Training, state: TrainState) -> None:
@@ -363,6 +362,7 @@ def _train_locked(
   clock = Goodput(workdir, writes=processes.is_first())
   with processes.agreed():
     mesh = _checked_mesh(config, workdir)
+    trackers.check_installed(config.train.trackers)
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
     if (last := max(resume.skip_steps, default=0)) > steps:
@@ -379,6 +379,7 @@ def _train_locked(
     nn.logical_axis_rules(logical_rules()),
     StopSignals(mesh, grace_s, lock.release if lock else None) as stop,
     maintenance.watched(mesh, stop),
+    trackers.tracked(config, workdir, resumed=stored) as tracking,
   ):
     processes.on_first(lambda: inputs.report(read, steps, workdir))
     before = processes.gather(run.config.data.micro_batch if stored else 0)[0]
@@ -387,9 +388,12 @@ def _train_locked(
     )
     run = dataclasses.replace(run, config=sized)
     processes.on_first(lambda: run.save(workdir))
+    tracking.set_config(sized)
     step = make_step(sized, steps, mesh, read.teacher)
     batches = make_batches(sized, read, mesh, steps)
-    training = Training(run, read, workdir, mesh, checkpoints, stop, lock, clock, step, batches)
+    training = Training(
+      run, read, workdir, mesh, checkpoints, stop, lock, clock, step, batches, tracking
+    )
     state, training = _trained(training)
     close(training)
     evaluate(training, state)
@@ -424,7 +428,7 @@ def _trained(training: Training) -> tuple[TrainState, Training]:
     span = start, len(training.batches)
     skipped = training.run.skipped_steps
     with metrics.Recorder(
-      training.workdir, *span, training.config, training.goodput, skipped
+      training.workdir, *span, training.config, training.goodput, training.trackers, skipped
     ) as recorder:
       try:
         with training.goodput.during(TRAINING):

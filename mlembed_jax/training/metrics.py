@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl, TensorBoard files and the progress bar."""
+"""Numbers of a run: metrics.jsonl and how far the run is; trackers get the same lines."""
 
 import collections
 import contextlib
@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
-import tensorboardX
 
 from mlembed_jax import progress
 from mlembed_jax.config_fields import Config, ModelConfig
@@ -22,9 +21,9 @@ from mlembed_jax.errors import TrainingError
 from mlembed_jax.files import storage_errors, write_text
 from mlembed_jax.models import flops
 from mlembed_jax.parallel import processes
-from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training import goodput
 from mlembed_jax.training.goodput import Goodput
+from mlembed_jax.training.trackers import Trackers
 
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
@@ -126,7 +125,7 @@ class Writer:
   """Writes one line per logged step; rows beyond `start` from an earlier, killed run go first."""
 
   def __init__(self, workdir: pathlib.Path, start: int, every: int, skipped: Collection[int] = ()):
-    """Opens the files; `start` is the step the run continues from, `every` the steps of a line.
+    """Opens the file; `start` is the step the run continues from, `every` the steps of a line.
 
     What is known of the rows of `skipped` steps stays, for they are not done again.
     """
@@ -137,17 +136,12 @@ class Writer:
     _keep_lines_to(workdir / NONFINITE, start, skipped)
     self._nonfinite = workdir / NONFINITE
     self._file = self._path.open("a", encoding="utf-8")
-    # Steps after `purge_step` that a killed run wrote are hidden by TensorBoard.
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
   def write(self, line: dict[str, Any]) -> None:
-    """Appends one JSON object; its numbers also go to TensorBoard under the same names."""
+    """Appends one JSON object."""
     with storage_errors(self._path):
       self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
       self._file.flush()
-    for name, value in line.items():
-      for key, scalar in value.items() if isinstance(value, dict) else [("", value)]:
-        self._board.add_scalar(f"{name}/{key}" if key else name, scalar, line["step"])
 
   def write_nonfinite(self, batch: Batch, values: dict[str, float], rows: Sequence[int]) -> None:
     """Appends the rows of a step that was not finite to their own file."""
@@ -157,9 +151,8 @@ class Writer:
       file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
   def close(self) -> None:
-    """Flushes and closes both files."""
+    """Closes the file."""
     self._file.close()
-    self._board.close()
 
 
 def faults(path: pathlib.Path, start: int, every: int) -> list[str]:
@@ -204,21 +197,6 @@ def _step(line: str) -> int | None:
   except (ValueError, KeyError, TypeError, RecursionError):
     return None
   return step if type(step) is int else None
-
-
-def write_scores(workdir: pathlib.Path, step: int, scores: Sequence[SliceScore]) -> None:
-  """Writes held-out scores to TensorBoard: of the whole model, and with one axis cut at a time."""
-  axes = ("rank", "depth", "dim")
-  # In a folder TensorBoard follows the newest file alone: beside those of the steps, this one would
-  # end their curves.
-  folder = workdir / "tensorboard" / "eval"
-  full = {axis: max(getattr(s, axis) for s in scores) for axis in axes}
-  with tensorboardX.SummaryWriter(str(folder), filename_suffix=f".{step}") as board:
-    for s in scores:
-      sizes = {axis: getattr(s, axis) for axis in axes}
-      cut = [f"{axis}_{size}" for axis, size in sizes.items() if size != full[axis]]
-      if len(cut) < 2:
-        board.add_scalar(f"{s.task}/{s.metric}/{cut[0] if cut else 'full'}", s.score, step)
 
 
 def _postfix(line: dict[str, Any]) -> str:
@@ -272,10 +250,13 @@ class Recorder:
     total: int,
     config: Config,
     goodput: Goodput,
+    trackers: Trackers,
     skipped: Collection[int] = (),
   ):
     """`start` and `total` count updates of the whole run; `skipped` steps are passed over."""
     self._workdir, self._warned, self._goodput = workdir, False, goodput
+    self._trackers = trackers
+    trackers.resume(start)
     chip = chips.find_chip(jax.devices()[0].device_kind)
     # Every process reads the numbers, and so notices what is not finite; the first one writes them.
     every = config.train.log_every
@@ -335,6 +316,7 @@ class Recorder:
     line = self._window.summary(step) | {"goodput": self._goodput.shares()[goodput.TRAINING]}
     if self._writer:
       self._writer.write(line)
+      self._trackers.log(line)
     if "loss" in line:
       self._bar.set_postfix_str(_postfix(line), refresh=False)
 
