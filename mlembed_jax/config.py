@@ -405,5 +405,9 @@ def _check_data_and_length(config: Config) -> None:
     )
   if not data.train:
     raise ConfigError("data.train: name at least one pattern of training files")
+  if (traced := train.profile_steps) and (len(traced) != 2 or not 1 <= traced[0] <= traced[1]):
+    raise ConfigError(
+      f"train.profile_steps: {traced} is no first and last step, such as (20, 25); steps begin at 1"
+    )
   if bool(train.steps) == bool(train.epochs):
     raise ConfigError("train.steps, train.epochs: set exactly one of the two, and the other to 0")

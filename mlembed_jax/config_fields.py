@@ -512,6 +512,13 @@ class TrainConfig:
     free=True,
     older=("tensorboard",),
   )
+  profile_steps: tuple[int, ...] = setting(
+    (),
+    "The first and the last step that jax.profiler traces, into WORKDIR/profile, for TensorBoard's "
+    "profiler. (): none.",
+    free=True,
+    older=(),
+  )
   checkpoint_every: int = setting(500, "Steps between checkpoints.", free=True)
   keep_checkpoints: int = setting(3, "How many of the newest checkpoints are kept.", free=True)
   keep_every: int = setting(

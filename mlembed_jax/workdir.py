@@ -8,6 +8,7 @@ metrics.jsonl     one JSON object per logged step
 nonfinite.jsonl   the rows of steps that were not finite
 goodput.json      where the wall time of all starts went
 lock.json         who trains here at the moment
+profile/          the trace of `train.profile_steps`
 held/             checkpoints that are being read, which stay so long
 damaged/          checkpoints that were found damaged, or that the run went back from
 tensorboard/      the same numbers for TensorBoard; wandb/, mlflow.db for those trackers

@@ -35,6 +35,15 @@ from tests.runs import (
 twenty = runs.twenty
 
 
+def test_a_trace_holds_the_program_of_the_step_and_changes_no_bit(data, small, tmp_path):
+  result = run(data, tmp_path, **SMALL, **{"train.profile_steps": "(4,5)"})
+  assert result.returncode == 0, result.stderr
+  (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+  assert b"jit_step" in trace.read_bytes()
+  assert f"steps 4 to 5 are traced in {tmp_path}/profile" in result.stderr
+  assert_same_state(small, tmp_path, 20)
+
+
 def test_metrics_lines_are_complete(twenty):
   assert [line["step"] for line in lines(twenty)] == list(range(1, 21))
   for line in lines(twenty):
@@ -139,6 +148,7 @@ def test_tensorboard_files_are_written(twenty):
     ({"data.max_rows": 8}, "an epoch has fewer of its rows than data.global_batch = 16; lower"),
     ({"model.vocab": 500}, "model.vocab: 500 rows are fewer than the"),
     ({"mesh.fsdp": 3}, "mesh: data 1 x fsdp 3"),
+    ({"train.profile_steps": (19, 21)}, "train.profile_steps: (19, 21) ends after the run, which"),
     ({"model.heads": 3}, "model.heads: 3 is not a multiple of model.kv_heads = 2"),
     ({"optimizer.warmup_steps": 21}, "optimizer.warmup_steps: 21 is longer than the run"),
     ({"train.init_from": "/absent"}, "/absent"),

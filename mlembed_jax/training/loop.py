@@ -44,6 +44,7 @@ from mlembed_jax.training import (
   metrics,
   micro_batch,
   optimizer,
+  profile,
   trackers,
   train_state,
   train_step,
@@ -52,6 +53,7 @@ from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.goodput import COMPILING, TRAINING, Goodput
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.lock import WorkdirLock
+from mlembed_jax.training.profile import Profile
 from mlembed_jax.training.resume import Resume, check_same_run, parse_steps, same_rate
 from mlembed_jax.training.saved import steps_of
 from mlembed_jax.training.teacher import Teacher
@@ -161,7 +163,7 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
   """
   config, stop, batches = training.config, training.stop, training.batches
   pending, start, compiled = None, int(state.step), set[Kind]()
-  with jax.transfer_guard("disallow"):
+  with jax.transfer_guard("disallow"), Profile(config, training.workdir) as profiled:
     for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers), training):
       # To jax, parts of global arrays are implicit transfers.
       with jax.transfer_guard_host_to_device("allow"):
@@ -170,11 +172,13 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
         if batch.step + 1 in training.run.skipped_steps:
           state, values = train_state.passed_over(state), None
         else:
-          with compiling(batch.kind, compiled):
+          clock = compiling(batch.kind, compiled)
+          with clock, profiled.step(batch.step + 1, state):
             state, values = training.step(state, arrays, kind=batch.kind)
           if batch.kind not in compiled:
             compiled.add(batch.kind)
             processes.on_first(programs.note_new)
+      profiled.end(batch.step + 1, state)
       if pending:
         recorder.record(*pending)
       pending = batch, values, waited_s
@@ -367,6 +371,7 @@ def _train_locked(
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
     if (last := max(resume.skip_steps, default=0)) > steps:
       raise ConfigError(f"--skip_steps: the run has {steps} steps, and none that is step {last}")
+    profile.check_within(config, steps)
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
