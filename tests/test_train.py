@@ -35,15 +35,6 @@ from tests.runs import (
 twenty = runs.twenty
 
 
-def test_a_trace_holds_the_program_of_the_step_and_changes_no_bit(data, small, tmp_path):
-  result = run(data, tmp_path, **SMALL, **{"train.profile_steps": "(4,5)"})
-  assert result.returncode == 0, result.stderr
-  (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
-  assert b"jit_step" in trace.read_bytes()
-  assert f"steps 4 to 5 are traced in {tmp_path}/profile" in result.stderr
-  assert_same_state(small, tmp_path, 20)
-
-
 def test_metrics_lines_are_complete(twenty):
   assert [line["step"] for line in lines(twenty)] == list(range(1, 21))
   for line in lines(twenty):

@@ -19,9 +19,10 @@ from mlembed_jax.errors import ConfigError
 from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training import trackers
 from mlembed_jax.workdir import StepScores
-from tests import test_train
+from tests import runs
 from tests.material import config_dict
-from tests.test_train import SMALL, lines, run, scalars, start, wait_for_step
+from tests.runs import SMALL, lines, run, start, wait_for_step
+from tests.test_train import scalars
 
 ALL = "('tensorboard','wandb','mlflow')"
 BLOCK, HEADER = 32_768, 7  # of the log format of LevelDB, which W&B writes after 7 bytes of its own
@@ -67,7 +68,7 @@ def mlflow_runs(workdir):
 def stopped(data, tmp_path_factory):
   """A workdir whose run was stopped after step 7 and went on to step 12."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(test_train.ENVIRONMENT, "WANDB_MODE", "offline")
+    patch.setitem(runs.ENVIRONMENT, "WANDB_MODE", "offline")
     workdir = tmp_path_factory.mktemp("tracked")
     flags = SMALL | {"train.trackers": ALL, "train.steps": 60, "train.checkpoint_every": 50}
     flags |= {"data.heldout": "('heldout/bitext*',)", "data.manifest": data / "manifest.json"}
@@ -95,10 +96,10 @@ def expected(workdir):
 
 
 def test_wandb_has_one_run_with_the_numbers_of_metrics_jsonl(stopped):
-  runs = wandb_runs(stopped)
-  assert len(list(stopped.glob("wandb/offline-run-*"))) == 2 and len(runs) == 1
+  found_runs = wandb_runs(stopped)
+  assert len(list(stopped.glob("wandb/offline-run-*"))) == 2 and len(found_runs) == 1
   found = collections.defaultdict(dict)
-  for line in runs.popitem()[1]:
+  for line in found_runs.popitem()[1]:
     found[line.pop("step")].update(line)
   assert found == expected(stopped)
 
