@@ -213,11 +213,18 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 def _check_values(config: Config) -> None:
   for name, value in flatten(config).items():
     setting = SETTINGS[name]
-    if setting.choices and value not in setting.choices:
-      known = ", ".join(map(repr, setting.choices))
-      raise ConfigError(f"{name}: {value!r} is not one of {known}")
+    if setting.choices:
+      _check_choices(name, value, setting.choices)
     if type(value) in (int, float) and not setting.own_rule:
       _check_number(name, value, setting)
+
+
+def _check_choices(name: str, value: Any, choices: tuple[str, ...]) -> None:
+  chosen = value if isinstance(value, tuple) else (value,)
+  if other := [each for each in chosen if each not in choices]:
+    raise ConfigError(f"{name}: {other[0]!r} is not one of {', '.join(map(repr, choices))}")
+  if len(set(chosen)) < len(chosen):
+    raise ConfigError(f"{name}: {value} names one twice")
 
 
 def _check_number(name: str, value: float, setting: Setting) -> None:
@@ -404,5 +411,9 @@ def _check_data_and_length(config: Config) -> None:
     )
   if not data.train:
     raise ConfigError("data.train: name at least one pattern of training files")
+  if (traced := train.profile_steps) and (len(traced) != 2 or not 1 <= traced[0] <= traced[1]):
+    raise ConfigError(
+      f"train.profile_steps: {traced} is no first and last step, such as (20, 25); steps begin at 1"
+    )
   if bool(train.steps) == bool(train.epochs):
     raise ConfigError("train.steps, train.epochs: set exactly one of the two, and the other to 0")

@@ -504,6 +504,21 @@ class TrainConfig:
     older=0.0,
   )
   log_every: int = setting(10, "Steps per line of metrics.jsonl.", free=True)
+  trackers: tuple[str, ...] = setting(
+    ("tensorboard",),
+    "Programs that also get the lines of metrics.jsonl and the held-out scores. (): none. wandb "
+    "and mlflow are extras of the package.",
+    choices=("tensorboard", "wandb", "mlflow"),
+    free=True,
+    older=("tensorboard",),
+  )
+  profile_steps: tuple[int, ...] = setting(
+    (),
+    "The first and the last step that jax.profiler traces, into WORKDIR/profile, for TensorBoard's "
+    "profiler. (): none.",
+    free=True,
+    older=(),
+  )
   checkpoint_every: int = setting(500, "Steps between checkpoints.", free=True)
   keep_checkpoints: int = setting(3, "How many of the newest checkpoints are kept.", free=True)
   keep_every: int = setting(

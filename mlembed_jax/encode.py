@@ -22,9 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import flags
-from tqdm import tqdm
 
-from mlembed_jax import cli
+from mlembed_jax import cli, progress
 from mlembed_jax.data.text_files import KNOWN, TEXT
 from mlembed_jax.data.texts import form_of_file, read_texts
 from mlembed_jax.errors import ConfigError, DataError
@@ -151,7 +150,7 @@ def encode_parts(
     # Parts that were rounded by other ranges have other names, so that none is ever taken.
     origin += hashlib.sha256(calibration.tobytes()).hexdigest()
   files: list[pathlib.Path] = []
-  with tqdm(unit=" texts", disable=None) as bar:
+  with progress.count("encoding", unit=" texts") as bar:
     for part in itertools.chain([first], texts):
       name = f"{len(files):08d}-{_digest(origin, *part)}"
       if (file := parts.find(name)) is None:

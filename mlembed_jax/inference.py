@@ -20,9 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
-from tqdm import tqdm
 
-from mlembed_jax import programs
+from mlembed_jax import programs, progress
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.data.text_files import check_text
 from mlembed_jax.devices.start import start_devices
@@ -262,7 +261,8 @@ class Encoder:
       rows=lambda width: self._rows(width, len(ids)),
       sharding=NamedSharding(self._mesh, PartitionSpec("data")),
     )
-    with tqdm(total=len(ids), disable=not show_progress_bar, unit=" texts") as bar:
+    shown = {"leave": False, "shown": show_progress_bar}
+    with progress.count("encoding", len(ids), " texts", **shown) as bar:
       out = encode_batched(model, params, ids, exits, batching, bar.update, self.recipe.pooling)
     programs.note_new()
     if self.recipe.modules:

@@ -8,9 +8,11 @@ metrics.jsonl     one JSON object per logged step
 nonfinite.jsonl   the rows of steps that were not finite
 goodput.json      where the wall time of all starts went
 lock.json         who trains here at the moment
+profile/          the trace of `train.profile_steps`
 held/             checkpoints that are being read, which stay so long
 damaged/          checkpoints that were found damaged, or that the run went back from
-tensorboard/      the same numbers for TensorBoard
+tensorboard/      the same numbers for TensorBoard; wandb/, mlflow.db for those trackers
+trackers.json     the runs of wandb and mlflow that are those of this workdir
 eval/step_N.json  held-out scores of every evaluated slice
 data/             what `data.builder` wrote
 export/           the Hugging Face folder of `export.at_end`
@@ -168,3 +170,16 @@ def best_step(workdir: pathlib.Path, steps: Iterable[int]) -> int | None:
   scores = {step: mean_score(workdir, step) for step in steps}
   scored = [step for step in sorted(scores) if math.isfinite(scores[step])]
   return max(scored, key=lambda step: scores[step], default=None)
+
+
+def early_end(workdir: pathlib.Path, patience: int) -> str | None:
+  """Returns why a run with these held-out scores is over, None where it is not."""
+  steps = scored_steps(workdir)
+  best = best_step(workdir, steps)
+  since = [step for step in steps if best is not None and step > best]
+  if best is None or len(since) < patience:
+    return None
+  return (
+    f"no score of the last {len(since)} evaluations is better than "
+    f"{100 * mean_score(workdir, best):.2f} of step {best}; the run ends at step {steps[-1]}"
+  )

@@ -17,7 +17,7 @@ PATHS = sorted(path for path in PACKAGE.rglob("*.py") if "remote" not in path.pa
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 WITHOUT_JAX = {
   *("data", "batch", "errors", "files", "families", "config", "config_fields", "cli"),
-  *("workdir", "slice_scores", "typed"),
+  *("workdir", "slice_scores", "typed", "progress"),
 }
 # `objective` imports these beside our own rooms: none of them reads, writes or asks the system.
 FOR_ARRAYS = {

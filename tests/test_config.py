@@ -107,7 +107,8 @@ def test_every_setting_is_described_in_sentences():
   assert list(SETTINGS) == list(flatten(config))
   for name, setting in SETTINGS.items():
     assert re.fullmatch(r"[A-Z(a-z].{12,}[.]", setting.meaning), f"{name}: {setting.meaning!r}"
-    assert not setting.choices or setting.default in setting.choices, name
+    chosen = setting.default if isinstance(setting.default, tuple) else (setting.default,)
+    assert not setting.choices or set(chosen) <= set(setting.choices), name
 
 
 def test_a_field_without_a_setting_does_not_even_load():
@@ -247,6 +248,11 @@ BAD = [
   ("export.name", "a/b", "export.name: 'a/b' is a name, not a path"),
   ("optimizer.schedule", "linear", "optimizer.schedule: 'linear' is not one of"),
   ("optimizer.moments", "float16", "optimizer.moments: 'float16' is not one of 'float32', 'bfl"),
+  ("train.trackers", ("wandb", "neptune"), "train.trackers: 'neptune' is not one of 'tensorboard'"),
+  ("train.profile_steps", (25, 20), "train.profile_steps: (25, 20) is no first and last step"),
+  ("train.profile_steps", (0, 2), "train.profile_steps: (0, 2) is no first and last step"),
+  ("train.profile_steps", (3,), "train.profile_steps: (3,) is no first and last step"),
+  ("train.trackers", ("mlflow", "mlflow"), "names one twice"),
   ("train.epochs", 1.0, "train.steps, train.epochs: set exactly one"),
   ("train.steps", 0, "train.steps, train.epochs: set exactly one"),
 ]

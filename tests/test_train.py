@@ -139,6 +139,7 @@ def test_tensorboard_files_are_written(twenty):
     ({"data.max_rows": 8}, "an epoch has fewer of its rows than data.global_batch = 16; lower"),
     ({"model.vocab": 500}, "model.vocab: 500 rows are fewer than the"),
     ({"mesh.fsdp": 3}, "mesh: data 1 x fsdp 3"),
+    ({"train.profile_steps": (19, 21)}, "train.profile_steps: (19, 21) ends after the run, which"),
     ({"model.heads": 3}, "model.heads: 3 is not a multiple of model.kv_heads = 2"),
     ({"optimizer.warmup_steps": 21}, "optimizer.warmup_steps: 21 is longer than the run"),
     ({"train.init_from": "/absent"}, "/absent"),

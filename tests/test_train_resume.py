@@ -241,3 +241,12 @@ def test_a_run_ends_early_and_its_best_checkpoint_is_exported(data, tmp_path):
     assert f"exported step {step} to" in done.stdout
   refused = export("--checkpoint", tmp_path, "--out", tmp_path / "no", "--step", 5)
   assert f"error: --step: {tmp_path} keeps no step 5; it keeps [3, 6]" in refused.stderr
+
+
+def test_a_trace_holds_the_program_of_the_step_and_changes_no_bit(data, small, tmp_path):
+  result = run(data, tmp_path, **SMALL, **{"train.profile_steps": "(4,5)"})
+  assert result.returncode == 0, result.stderr
+  (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+  assert b"jit_step" in trace.read_bytes()
+  assert f"steps 4 to 5 are traced in {tmp_path}/profile" in result.stderr
+  assert_same_state(small, tmp_path, 20)

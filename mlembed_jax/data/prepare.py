@@ -16,7 +16,7 @@ import os
 import pathlib
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -24,8 +24,8 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
-import tqdm
 
+from mlembed_jax import progress
 from mlembed_jax.data import catalog, report, rows, transforms, vectors
 from mlembed_jax.data.catalog import Recipe, row_shard
 from mlembed_jax.data.file_digests import FileDigest, NewFile, digest_of, problems, recorded
@@ -38,6 +38,7 @@ from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import copy_file, new_file, save_npy, write_json
+from mlembed_jax.progress import Progress
 
 SHOWN = 12  # of many files that are written again the first are printed
 WORK = ".work"  # names the folder of what is not part of the result
@@ -297,14 +298,26 @@ def _each(
 ) -> list[Any]:
   """Returns the result of every item, computed now or in an earlier run; shows progress."""
   do = functools.partial(_once, title, function, job)
-  show = functools.partial(tqdm.tqdm, desc=title, total=len(items), unit="part")
-  if processes == 1:
-    return list(show(map(do, enumerate(items))))
+  with progress.count(title, len(items), " parts") as bar:
+    if processes == 1:
+      return list(_counted(map(do, enumerate(items)), bar))
+    return _in_pool(title, do, items, processes, bar)
+
+
+def _counted(values: Iterable[Any], bar: Progress) -> Iterator[Any]:
+  for value in values:
+    bar.update()
+    yield value
+
+
+def _in_pool(
+  title: str, do: Callable[[Any], Any], items: Sequence[Any], processes: int, bar: Progress
+) -> list[Any]:
   context = multiprocessing.get_context("spawn")
   pool = ProcessPoolExecutor(processes, context, _begin, (os.getpid(),))
   futures = [pool.submit(do, numbered) for numbered in enumerate(items)]
   try:
-    for future in show(as_completed(futures)):
+    for future in _counted(as_completed(futures), bar):
       future.result()
   except BrokenProcessPool as error:
     raise DataError(

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from mlembed_jax import progress
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.eval.tasks import ByLanguage, HeldoutTask
@@ -43,7 +44,8 @@ def score_slices(
 ) -> list[SliceScore]:
   """Returns the scores of all trained slices of parameters on a mesh, on every process.
 
-  `before_each` is called before the texts of a task are encoded at a rank.
+  `before_each` is called before the texts of a task are encoded at a rank. Process 0 shows how many
+  texts are encoded.
   """
   trained = axes_of(config.model, config.matryoshka)
   axes = Axes(trained.ranks or (0,), trained.exits, trained.dims)
@@ -56,12 +58,15 @@ def score_slices(
     before_each()
     cut = Slice(rank=rank or None)
     model = slice_config(config.model, cut)
-    return encode_batched(model, slice_params(params, cut), ids, axes.depths, batching)
+    cut_params = slice_params(params, cut)
+    return encode_batched(model, cut_params, ids, axes.depths, batching, bar.update)
 
   def ids(task: HeldoutTask) -> Ids:
     return tokenizer.encode(task.texts, config.data.lengths[-1])
 
-  return [found for task in tasks for found in score_task_slices(task, ids(task), axes, encode)]
+  texts = sum(len(task.texts) for task in tasks) * len(axes.ranks)
+  with progress.count("scoring", texts, " texts", leave=False, shown=processes.is_first()) as bar:
+    return [found for task in tasks for found in score_task_slices(task, ids(task), axes, encode)]
 
 
 def score_task_slices(

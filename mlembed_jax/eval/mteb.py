@@ -15,7 +15,6 @@ import os
 import pathlib
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -87,8 +86,7 @@ class States:
 
   def _append(self, texts: Mapping[bytes, str], prompt: str) -> None:
     ids = self._encoder.ids(list(texts.values()), prompt)
-    bar = sys.stderr.isatty()
-    states_END = self._encoder.states(ids, self._depths, self._depths[-1], self._rank, bar)
+    states_END = self._encoder.states(ids, self._depths, self._depths[-1], self._rank, True)
     with self._path.open("ab") as file:
       file.write(np.ascontiguousarray(states_END[:, :, : self._dim].swapaxes(0, 1)).data)
     self._rows |= {key: row for row, key in enumerate(texts, start=len(self._rows))}

@@ -6,16 +6,14 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
-from tqdm import tqdm
 
-from mlembed_jax import __version__, typed
+from mlembed_jax import __version__, progress, typed
 from mlembed_jax.data import languages
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.eval import grid, report
@@ -81,12 +79,12 @@ def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:
   Raises:
     DataError: a vector is not finite.
   """
-  before, bar = encoder.truncated, sys.stderr.isatty()
+  before = encoder.truncated
   # A single depth needs no layer above it.
   depth = axes.depths[-1] if len(axes.depths) == 1 else None
 
   def encode(ids: grid.Ids, rank: int) -> Any:
-    return encoder.states(ids, axes.depths, depth, rank or None, show_progress_bar=bar)
+    return encoder.states(ids, axes.depths, depth, rank or None, show_progress_bar=True)
 
   try:
     with warnings.catch_warnings(action="ignore"):  # texts that are cut are counted
@@ -255,10 +253,12 @@ def evaluate_encoder(
   if language_key == languages.AS_WRITTEN:
     settings.append(language_key)
   scored = []
-  for task in tqdm(tasks, desc="tasks", disable=None):
-    digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
-    file = out / "tasks" / f"{digest[:24]}.json"
-    scored.append(kept(file, lambda task=task: score_task(encoder, task, axes)))
+  with progress.count("scoring", len(tasks), " tasks") as bar:
+    for task in tasks:
+      digest = hashlib.sha256(json.dumps([*settings, task.name, task.digest]).encode()).hexdigest()
+      file = out / "tasks" / f"{digest[:24]}.json"
+      scored.append(kept(file, lambda task=task: score_task(encoder, task, axes)))
+      bar.update()
   scores = [_with_keys(found, language_key) for task in scored for found in task.scores]
   scores += _score_mteb(encoder, named, axes, out / "mteb", language_key) if named else []
   return Evaluation(

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.parallel import processes
+from mlembed_jax.progress import clocked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +29,16 @@ class Batching:
 @functools.lru_cache(maxsize=64)
 def _program(
   model: ModelConfig, exits: tuple[int, ...], pooling: str, out: NamedSharding | None
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], set[tuple[int, ...]]]:
+  """Returns a program, and the shapes of tokens that it was compiled for."""
+
   @functools.partial(jax.jit, out_shardings=out)
   def run(params: Any, tokens: Any, lengths: Any) -> Any:
     encoder = Encoder(model, exits, pooling)
     found: Any = encoder.apply({"params": params}, tokens, lengths[:, None] - 1)
     return found[:, :, 0].astype(jnp.float32)
 
-  return run
+  return run, set()
 
 
 def encode_batched(
@@ -64,13 +67,17 @@ def encode_batched(
   """
   sharding = batching.sharding
   whole = NamedSharding(sharding.mesh, PartitionSpec()) if sharding else None
-  program = _program(model, tuple(exits), pooling, whole)
+  program, compiled = _program(model, tuple(exits), pooling, whole)
   out = np.empty((len(exits), len(ids), model.width), np.float32)
   before: tuple[np.ndarray, Any] | None = None
   for chosen, inputs in _batches(ids, batching):
     if sharding:
       inputs = processes.place(inputs, (sharding, sharding))
-    found = chosen, program(params, *inputs)
+    shape = inputs[0].shape
+    shown = processes.is_first() and shape not in compiled
+    with clocked(f"compiling the encoder for {shape[1]} tokens a text", shown=shown):
+      found = chosen, program(params, *inputs)
+    compiled.add(shape)
     # The device has its next batch before the states of the last one are fetched.
     if before:
       _fetch(out, *before)

@@ -12,14 +12,14 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mlembed_jax import __version__, programs
+from mlembed_jax import __version__, programs, progress
 from mlembed_jax.batch import Kind
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
@@ -46,6 +46,8 @@ from mlembed_jax.training import (
   metrics,
   micro_batch,
   optimizer,
+  profile,
+  trackers,
   train_state,
   train_step,
 )
@@ -53,6 +55,7 @@ from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.goodput import COMPILING, TRAINING, Goodput
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.lock import WorkdirLock
+from mlembed_jax.training.profile import Profile
 from mlembed_jax.training.resume import (
   LENGTH,
   Resume,
@@ -62,12 +65,12 @@ from mlembed_jax.training.resume import (
 )
 from mlembed_jax.training.saved import BEST, chosen_step, load_params, steps_of
 from mlembed_jax.training.teacher import Teacher
+from mlembed_jax.training.trackers import Trackers
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import (
   Run,
   StepScores,
-  best_step,
-  mean_score,
+  early_end,
   scored_steps,
   scores_path,
 )
@@ -87,6 +90,7 @@ class Training:
   goodput: Goodput
   step: Callable[..., Any]  # step(state, batch, kind=...) -> (state, metrics)
   batches: loader.Batches
+  trackers: Trackers
 
   @property
   def config(self) -> Config:
@@ -150,6 +154,12 @@ def timed(
     yield batch, time.perf_counter() - start
 
 
+def compiling(kind: Kind, compiled: Collection[Kind]) -> contextlib.AbstractContextManager[None]:
+  """Returns a block that compiles a step on process 0 with a clock, unless that is done."""
+  shown = processes.is_first() and kind not in compiled
+  return progress.clocked(f"compiling {kind.task_type} of {kind.texts} texts a row", shown=shown)
+
+
 def close(training: Training) -> None:
   """Waits for running saves."""
   with training.goodput.during(goodput.SAVING):
@@ -167,7 +177,7 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
   """
   config, stop, batches = training.config, training.stop, training.batches
   pending, start, compiled = None, int(state.step), set[Kind]()
-  with jax.transfer_guard("disallow"):
+  with jax.transfer_guard("disallow"), Profile(config, training.workdir) as profiled:
     for batch, waited_s in timed(read_ahead.iterate(batches, start, config.data.workers), training):
       # To jax, parts of global arrays are implicit transfers.
       with jax.transfer_guard_host_to_device("allow"):
@@ -176,10 +186,13 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
         if batch.step + 1 in training.run.skipped_steps:
           state, values = train_state.passed_over(state), None
         else:
-          state, values = training.step(state, arrays, kind=batch.kind)
+          clock = compiling(batch.kind, compiled)
+          with clock, profiled.step(batch.step + 1, state):
+            state, values = training.step(state, arrays, kind=batch.kind)
           if batch.kind not in compiled:
             compiled.add(batch.kind)
             processes.on_first(programs.note_new)
+      profiled.end(batch.step + 1, state)
       if pending:
         recorder.record(*pending)
       pending = batch, values, waited_s
@@ -226,7 +239,8 @@ def evaluate(training: Training, state: TrainState) -> None:
         lambda: training.stop.leave_if_received("no step is lost"),
       )
     made = StepScores(step, wanted, scores)
-    processes.on_first(lambda: _write_scores(training.workdir, made))
+    processes.on_first(lambda: made.save(training.workdir))
+    training.trackers.log_scores(step, scores)
 
 
 def ends_early(training: Training) -> bool:
@@ -236,24 +250,6 @@ def ends_early(training: Training) -> bool:
   if why:
     processes.on_first(lambda: print(f"eval.patience: {why}", flush=True))
   return bool(why)
-
-
-def early_end(workdir: pathlib.Path, patience: int) -> str | None:
-  """Returns why a run with these held-out scores is over, None where it is not."""
-  steps = scored_steps(workdir)
-  best = best_step(workdir, steps)
-  since = [step for step in steps if best is not None and step > best]
-  if best is None or len(since) < patience:
-    return None
-  return (
-    f"no score of the last {len(since)} evaluations is better than "
-    f"{100 * mean_score(workdir, best):.2f} of step {best}; the run ends at step {steps[-1]}"
-  )
-
-
-def _write_scores(workdir: pathlib.Path, evaluation: StepScores) -> None:
-  evaluation.save(workdir)
-  metrics.write_scores(workdir, evaluation.step, evaluation.scores)
 
 
 def report(training: Training, state: TrainState) -> None:
@@ -416,10 +412,12 @@ def _train_locked(
   clock = Goodput(workdir, writes=processes.is_first())
   with processes.agreed():
     mesh = _checked_mesh(config, workdir)
+    trackers.check_installed(config.train.trackers)
     read = inputs.load(config, workdir)
     run, steps = inputs.describe(config, read), inputs.steps(config, read)
     if (last := max(resume.skip_steps, default=0)) > steps:
       raise ConfigError(f"--skip_steps: the run has {steps} steps, and none that is step {last}")
+    profile.check_within(config, steps)
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
@@ -432,6 +430,7 @@ def _train_locked(
     nn.logical_axis_rules(logical_rules()),
     StopSignals(mesh, grace_s, lock.release if lock else None) as stop,
     maintenance.watched(mesh, stop),
+    trackers.tracked(config, workdir, resumed=stored) as tracking,
   ):
     tx = optimizer.make(config.optimizer, steps)
     said = announce.description(config, tx, mesh, read.teacher)
@@ -442,9 +441,12 @@ def _train_locked(
     )
     run = dataclasses.replace(run, config=sized)
     processes.on_first(lambda: run.save(workdir))
+    tracking.set_config(sized)
     step = make_step(sized, steps, mesh, read.teacher)
     batches = make_batches(sized, read, mesh, steps)
-    training = Training(run, read, workdir, mesh, checkpoints, stop, lock, clock, step, batches)
+    training = Training(
+      run, read, workdir, mesh, checkpoints, stop, lock, clock, step, batches, tracking
+    )
     state, training = _trained(training)
     close(training)
     evaluate(training, state)
@@ -481,7 +483,7 @@ def _trained(training: Training) -> tuple[TrainState, Training]:
     span = start, len(training.batches)
     skipped = training.run.skipped_steps
     with metrics.Recorder(
-      training.workdir, *span, training.config, training.goodput, skipped
+      training.workdir, *span, training.config, training.goodput, training.trackers, skipped
     ) as recorder:
       try:
         with training.goodput.during(TRAINING):

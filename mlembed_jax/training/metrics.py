@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl, TensorBoard files and the progress bar."""
+"""Numbers of a run: metrics.jsonl and how far the run is; trackers get the same lines."""
 
 import collections
 import contextlib
@@ -6,15 +6,13 @@ import itertools
 import json
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
-import tensorboardX
-import tqdm
 
+from mlembed_jax import progress
 from mlembed_jax.config_fields import Config, ModelConfig
 from mlembed_jax.data.loader import Batch
 from mlembed_jax.devices import chips
@@ -23,9 +21,9 @@ from mlembed_jax.errors import TrainingError
 from mlembed_jax.files import storage_errors, write_text
 from mlembed_jax.models import flops
 from mlembed_jax.parallel import processes
-from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training import goodput
 from mlembed_jax.training.goodput import Goodput
+from mlembed_jax.training.trackers import Trackers
 
 # Numbers of a step that a line gives as their mean over the steps since the line before; so are
 # all terms of the loss, of which a step has those of its task type.
@@ -127,7 +125,7 @@ class Writer:
   """Writes one line per logged step; rows beyond `start` from an earlier, killed run go first."""
 
   def __init__(self, workdir: pathlib.Path, start: int, every: int, skipped: Collection[int] = ()):
-    """Opens the files; `start` is the step the run continues from, `every` the steps of a line.
+    """Opens the file; `start` is the step the run continues from, `every` the steps of a line.
 
     What is known of the rows of `skipped` steps stays, for they are not done again.
     """
@@ -138,17 +136,12 @@ class Writer:
     _keep_lines_to(workdir / NONFINITE, start, skipped)
     self._nonfinite = workdir / NONFINITE
     self._file = self._path.open("a", encoding="utf-8")
-    # Steps after `purge_step` that a killed run wrote are hidden by TensorBoard.
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
   def write(self, line: dict[str, Any]) -> None:
-    """Appends one JSON object; its numbers also go to TensorBoard under the same names."""
+    """Appends one JSON object."""
     with storage_errors(self._path):
       self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
       self._file.flush()
-    for name, value in line.items():
-      for key, scalar in value.items() if isinstance(value, dict) else [("", value)]:
-        self._board.add_scalar(f"{name}/{key}" if key else name, scalar, line["step"])
 
   def write_nonfinite(self, batch: Batch, values: dict[str, float], rows: Sequence[int]) -> None:
     """Appends the rows of a step that was not finite to their own file."""
@@ -158,9 +151,8 @@ class Writer:
       file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
   def close(self) -> None:
-    """Flushes and closes both files."""
+    """Closes the file."""
     self._file.close()
-    self._board.close()
 
 
 def faults(path: pathlib.Path, start: int, every: int) -> list[str]:
@@ -205,21 +197,6 @@ def _step(line: str) -> int | None:
   except (ValueError, KeyError, TypeError, RecursionError):
     return None
   return step if type(step) is int else None
-
-
-def write_scores(workdir: pathlib.Path, step: int, scores: Sequence[SliceScore]) -> None:
-  """Writes held-out scores to TensorBoard: of the whole model, and with one axis cut at a time."""
-  axes = ("rank", "depth", "dim")
-  # In a folder TensorBoard follows the newest file alone: beside those of the steps, this one would
-  # end their curves.
-  folder = workdir / "tensorboard" / "eval"
-  full = {axis: max(getattr(s, axis) for s in scores) for axis in axes}
-  with tensorboardX.SummaryWriter(str(folder), filename_suffix=f".{step}") as board:
-    for s in scores:
-      sizes = {axis: getattr(s, axis) for axis in axes}
-      cut = [f"{axis}_{size}" for axis, size in sizes.items() if size != full[axis]]
-      if len(cut) < 2:
-        board.add_scalar(f"{s.task}/{s.metric}/{cut[0] if cut else 'full'}", s.score, step)
 
 
 def _postfix(line: dict[str, Any]) -> str:
@@ -273,10 +250,13 @@ class Recorder:
     total: int,
     config: Config,
     goodput: Goodput,
+    trackers: Trackers,
     skipped: Collection[int] = (),
   ):
     """`start` and `total` count updates of the whole run; `skipped` steps are passed over."""
     self._workdir, self._warned, self._goodput = workdir, False, goodput
+    self._trackers = trackers
+    trackers.resume(start)
     chip = chips.find_chip(jax.devices()[0].device_kind)
     # Every process reads the numbers, and so notices what is not finite; the first one writes them.
     every = config.train.log_every
@@ -285,14 +265,8 @@ class Recorder:
     self._total, self._every = total, every
     self._spikes = SpikeWatch(config.train.spike_factor)
     self._in_a_row, self._most_in_a_row = 0, config.train.max_nonfinite_steps
-    self._bar = tqdm.tqdm(
-      initial=start,
-      total=total,
-      desc="training",
-      unit="step",
-      dynamic_ncols=True,
-      disable=not processes.is_first(),
-      mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
+    self._bar = progress.count(
+      "training", total, " steps", initial=start, shown=processes.is_first()
     )
 
   def __enter__(self) -> "Recorder":
@@ -342,6 +316,7 @@ class Recorder:
     line = self._window.summary(step) | {"goodput": self._goodput.shares()[goodput.TRAINING]}
     if self._writer:
       self._writer.write(line)
+      self._trackers.log(line)
     if "loss" in line:
       self._bar.set_postfix_str(_postfix(line), refresh=False)
 
@@ -373,15 +348,14 @@ class Recorder:
         "go on with a lower optimizer.learning_rate and --accept_changed_learning_rate"
       )
     if self._writer:
-      self._bar.write(f"WARNING: {said}", file=sys.stderr)
+      progress.say(f"WARNING: {said}")
 
   def _without_negatives(self, batch: Batch) -> None:
     """Warns of the first such step; the others are counted in `empty_rows`."""
     if not self._warned and processes.is_first():
-      self._bar.write(
+      progress.say(
         f"warning: step {batch.step + 1} ({batch.dataset}) had nothing to compare: every negative "
         "of every row has the text of its query or positive, or all scores are equal. "
-        "metrics.jsonl counts such rows as empty_rows",
-        file=sys.stderr,
+        "metrics.jsonl counts such rows as empty_rows"
       )
     self._warned = True

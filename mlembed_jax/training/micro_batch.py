@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh
 
+from mlembed_jax import progress
 from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import Config
 from mlembed_jax.devices import tpu
@@ -141,7 +142,8 @@ def with_micro_batch(
 
   @functools.cache
   def needed(size: int) -> int | None:
-    with processes.agreed():
+    what = f"compiling a step of {size:,} tokens at a time, to see its memory"
+    with processes.agreed(), progress.clocked(what, shown=processes.is_first()):
       own = lowering.step_bytes(sized(config, size), kind, steps, mesh, teacher)
     found = processes.gather(own)
     return None if None in found else max(found)

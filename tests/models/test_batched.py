@@ -41,7 +41,7 @@ def test_one_program_per_length(tiny, params, ids):
   batched._program.cache_clear()
   run(tiny, params, ids)
   run(tiny, params, ids[:13])
-  assert batched._program(tiny.model, (1, 3), "lasttoken", None)._cache_size() == 2
+  assert batched._program(tiny.model, (1, 3), "lasttoken", None)[0]._cache_size() == 2
 
 
 def test_no_texts_give_no_vectors(tiny, params):

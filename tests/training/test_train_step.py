@@ -308,7 +308,13 @@ OWN = {
 # Fields of these groups that act outside the program of a step.
 ELSEWHERE = {
   *("losses.retrieval.negatives", "train.init_from", "train.steps", "train.epochs"),
-  *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+  *(
+    "train.log_every",
+    "train.trackers",
+    "train.profile_steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+  ),
   *("train.keep_every", "train.keep_best", "train.max_nonfinite_steps", "train.spike_factor"),
   *("kd.teacher", "kd.exits", "kd.match"),  # tests/training/test_teacher.py
 }
