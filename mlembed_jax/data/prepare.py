@@ -360,7 +360,7 @@ def _chunk(file: int, chunk: int, table: str) -> str:
 def _read_file(job: Job, number: int) -> Made:
   """Writes rows and texts of every chunk; returns what there was."""
   file, (create, digests) = job.recipe.files[number], _new_files(job)
-  count = FileCount(file.name, file.entry["query_has_instruction"])
+  count = FileCount(file.name, file.instructed)
   for k, chunk in enumerate(rows.read_chunks(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
     for name in ("rows", "texts"):

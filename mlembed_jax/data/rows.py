@@ -119,7 +119,7 @@ def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:
   texts = columns(file)
   own = np.zeros(table.num_rows, bool)
   has = _mask(pc.fill_null(pc.match_substring_regex(table["query"], INSTRUCTED), False))
-  if file.entry["query_has_instruction"]:
+  if file.instructed:
     table, own = _strip_instruction(table, file.entry["instruction"])
   usable, dropped = _usable(table, [*reasons, *_reasons(file, table, texts)], start)
   rows = start + np.flatnonzero(usable)
@@ -129,7 +129,7 @@ def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:
     read=table.num_rows,
     dropped=dropped,
     other_instructions=int(np.sum(own & has & usable)),
-    against_manifest=int(np.sum((has != file.entry["query_has_instruction"]) & usable)),
+    against_manifest=int(np.sum((has != file.instructed) & usable)),
     rows=pa.table(
       {
         "row": pa.array(rows, pa.int64()),

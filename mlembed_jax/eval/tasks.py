@@ -25,7 +25,7 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from mlembed_jax.data.languages import ENGLISH, LANGUAGE_SCRIPT, language_key
-from mlembed_jax.data.manifest import SCORED, File, read_manifest, select
+from mlembed_jax.data.manifest import SCORED, File, read_manifest, select_heldout
 from mlembed_jax.data.names import MANIFEST
 from mlembed_jax.data.parquet_files import Columns
 from mlembed_jax.data.rows import CHUNK, has_text
@@ -84,7 +84,7 @@ def load_task(file: File, scheme: str = LANGUAGE_SCRIPT) -> HeldoutTask:
   task_type = file.entry["task_type"]
   langs, *others = _columns(file.path, COLUMNS[task_type])
   keys = [language_key(tag, scheme) for tag in langs]
-  prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
+  prompt = "" if file.instructed else file.entry["instruction"]
   texts = _Texts(prompt, file.symmetric)
   score = MAKERS[task_type](file.name, [keys, *others], texts)
   # The first tag of each key: what 0.1.0 scored is not scored again where no tags are merged.
@@ -116,7 +116,7 @@ def load_folder(folder: pathlib.Path, scheme: str = LANGUAGE_SCRIPT) -> list[Hel
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
         raise DataError(f"tasks: {manifest} lists no file of {folder}")
-      files = select(manifest, map(glob.escape, names), "tasks")
+      files = select_heldout(manifest, map(glob.escape, names), "tasks")
       return [load_task(file, scheme) for file in files]
   raise DataError(
     f"tasks: neither {folder} nor the folder above has a manifest.json, which says what the "
