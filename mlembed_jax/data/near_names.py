@@ -63,4 +63,8 @@ def missing_columns(missing: Collection[str], there: Collection[str]) -> str:
   taken = columns_for(missing, there)
   renames = ", ".join(f"{other} to {name}" for name, other in taken.items())
   hint = f"; rename {renames}" if renames else ""
+  if "lang" in missing:
+    hint += (
+      ", or" if hint else ";"
+    ) + " give the language of the whole file as lang in the manifest"
   return f"{columns} missing; it has {', '.join(there)}{hint}"
