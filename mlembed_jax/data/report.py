@@ -90,7 +90,8 @@ def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pa
     if count.lost > max_dropped_share * count.read or count.lost == count.read:
       raise DataError(
         f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
-        f"--max_dropped_share={max_dropped_share} ({count.reasons}); mend the file or raise the share"
+        f"--max_dropped_share={max_dropped_share} ({count.reasons}); mend the file or raise the "
+        "share"
       )
     if count.against_manifest > max_dropped_share * count.read:
       raise DataError(
