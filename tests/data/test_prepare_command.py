@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 import pyarrow as pa
 import pytest
+from tokenizers import processors
 
 from mlembed_jax.data import catalog, parquet_files, prepare, rows
 from mlembed_jax.errors import DataError
@@ -24,11 +25,11 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 BITEXT = entry("bitext", 2, "Translate.")
 
 
-def command(folder, *flags, out="dataset", manifest=None):
+def command(folder, *flags, out="dataset", manifest=None, tokenizer="tokenizer.json"):
   return [
     *(sys.executable, "-m", "mlembed_jax.prepare"),
     *("--manifest", str(manifest or folder / "manifest.json"), "--out", str(folder / out)),
-    *("--tokenizer", str(folder / "tokenizer.json"), *flags),
+    *("--tokenizer", str(folder / tokenizer), *flags),
   ]
 
 
@@ -174,6 +175,47 @@ def test_the_bytes_depend_on_what_decides_them(own, monkeypatch):
     out = prepare_dataset(own, out=f"other{k}")
     fingerprints.add(json.loads((out / "catalog.json").read_text())["fingerprint"])
   assert len(fingerprints) == 4
+
+
+# The tokenizer of a folder.
+
+
+@pytest.fixture
+def model_folder(own):
+  """A folder whose tokenizer.json ends every text with a token that is not our usual one."""
+  (own / "model").mkdir()
+  made = train_tokenizer(600)
+  ends = [("<|im_end|>", made.token_to_id("<|im_end|>"))]
+  made.post_processor = processors.TemplateProcessing(single="$A <|im_end|>", special_tokens=ends)
+  made.save(str(own / "model/tokenizer.json"))
+  return own / "model"
+
+
+def test_a_folder_gives_its_tokenizer_and_says_what_ends_a_text(own, model_folder):
+  expected = content(
+    prepare_dataset(own, tokenizer=model_folder / "tokenizer.json", out="expected")
+  )
+  result = run(own, tokenizer="model")
+  assert result.returncode == 0, result.stderr
+  said = "note: texts end with <|im_end|>; train with --config.data.pooled_token='<|im_end|>'"
+  assert said in result.stdout.splitlines()
+  assert content(own / "dataset") == expected
+  result = run(own, "--pooled_token", "<|endoftext|>", tokenizer="model", out="other")
+  assert result.returncode == 0 and "texts end with" not in result.stdout
+  result = run(own, "--pooled_token", "</s>", tokenizer="model", out="none")
+  assert result.returncode == 1 and "model/tokenizer.json has no token '</s>'" in result.stderr
+
+
+def test_a_folder_without_a_tokenizer_is_one_sentence(own, model_folder):
+  (model_folder / "tokenizer.json").unlink()
+  for name, message in (
+    ("model", "error: --tokenizer: {} has no tokenizer.json; AutoTokenizer.from_pretrained(...)"),
+    ("absent", "error: --tokenizer: E104 file: {} is no folder; a model of the Hub is hf:ORG/NAME"),
+    ("absent.json", "error: {} does not exist; give the path of a tokenizer.json"),
+  ):
+    result = run(own, tokenizer=name)
+    assert result.stderr.startswith(message.format(own / name)), result.stderr
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
 
 # Running again.
