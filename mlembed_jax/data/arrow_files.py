@@ -14,12 +14,23 @@ from mlembed_jax.errors import DataError
 
 MAGIC = b"ARROW1"  # begins a file, which can be read at random; a stream begins without a name
 END = b"\xff\xff\xff\xff\0\0\0\0"  # ends a stream
-DAMAGED = (pa.ArrowException, OSError, EOFError)
+DAMAGED = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)  # the last of a name
 BYTES = {
   pa.string(): pa.binary(),
   pa.large_string(): pa.large_binary(),
   pa.string_view(): pa.binary_view(),
 }
+
+
+@contextlib.contextmanager
+def _told(path: str, what: str) -> Iterator[None]:
+  """Turns what pyarrow raises for a file of strangers into a DataError."""
+  try:
+    yield
+  except MemoryError as error:  # also where a damaged size asks for terabytes
+    raise DataError(f"{path}: {what} Arrow file, or a batch too large for the memory") from error
+  except DAMAGED as error:
+    raise DataError(f"{path}: {what} Arrow file: {error}") from error
 
 
 @contextlib.contextmanager
@@ -31,14 +42,13 @@ def open_arrow(path: str, columns: Columns) -> Iterator[tuple[pa.Schema, Iterato
       another type.
   """
   with open_input(path, None) as source:
-    try:
+    with _told(path, "not a readable"):
       is_file = source.read(len(MAGIC)) == MAGIC
       if not is_file:
         _check_end(source)
       source.seek(0)
       reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-    except DAMAGED as error:
-      raise DataError(f"{path}: not a readable Arrow file: {error}") from error
+      reader.schema.names  # noqa: B018  (decodes them)
     check_schema(path, reader.schema, columns)
     yield reader.schema, _batches(path, reader, present(reader.schema, columns))
 
@@ -56,7 +66,7 @@ def _check_end(source: Any) -> None:
 def _batches(path: str, reader: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
   """Yields these columns of the batches of a reader, of a stream or of a file."""
   numbers = range(getattr(reader, "num_record_batches", 0))
-  try:
+  with _told(path, "damaged"):
     for batch in map(reader.get_batch, numbers) if numbers else reader:
       chosen = batch.select(names)
       for column in chosen.columns:
@@ -64,8 +74,6 @@ def _batches(path: str, reader: Any, names: list[str]) -> Iterator[pa.RecordBatc
         # leaves its row out and is no damage.
         _as_bytes(column).validate(full=True)
       yield chosen
-  except DAMAGED as error:
-    raise DataError(f"{path}: damaged Arrow file: {error}") from error
 
 
 def _as_bytes(column: Any) -> Any:
