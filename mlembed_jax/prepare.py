@@ -6,17 +6,20 @@ again, it goes on after a stop, and writes what is missing or damaged of a finis
 """
 
 import os
+import pathlib
 import shlex
 import time
 
 from absl import flags
 
 from mlembed_jax import cli
+from mlembed_jax.config_fields import DEFAULTS
 from mlembed_jax.data import manifest, prepare, rows
 from mlembed_jax.data.catalog import Recipe
 from mlembed_jax.data.names import REPORT
-from mlembed_jax.data.tokenizer import Tokenizer
-from mlembed_jax.errors import DataError
+from mlembed_jax.data.names import TOKENIZER as TOKENIZER_FILE
+from mlembed_jax.data.tokenizer import TemplateTokenizer, Tokenizer
+from mlembed_jax.errors import DataError, LoadError
 
 MANIFEST = flags.DEFINE_multi_string(
   "manifest",
@@ -26,9 +29,17 @@ MANIFEST = flags.DEFINE_multi_string(
   required=True,
 )
 FILES = flags.DEFINE_list("files", ["train/*"], "Patterns over the files of the manifests.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Path of a tokenizer.json.", required=True)
+TOKENIZER = flags.DEFINE_string(
+  "tokenizer",
+  None,
+  "A tokenizer.json, the folder in Hugging Face layout that has it, or hf:ORG/NAME.",
+  required=True,
+)
 POOLED_TOKEN = flags.DEFINE_string(
-  "pooled_token", "<|endoftext|>", "What training will end every text with; looked up here."
+  "pooled_token",
+  None,
+  "What training will end every text with; looked up here. Default: what tokenizer.json puts after "
+  "a text, else that of data.pooled_token.",
 )
 OUT = flags.DEFINE_string(
   "out", None, "Folder of the dataset. Made if it does not exist.", required=True
@@ -53,13 +64,50 @@ QUICK = flags.DEFINE_bool(
 )
 
 
+def open_tokenizer(source: str, pooled_token: str | None) -> Tokenizer:
+  """Returns the tokenizer of a file or folder, and says where training needs to be told its end.
+
+  Args:
+    source: a tokenizer.json, a folder in Hugging Face layout, or hf:ORG/NAME.
+    pooled_token: ends every text; None: what the file puts after a text, else what training takes
+      unless it is told.
+
+  Raises:
+    DataError, LoadError: there is no such file or folder, or it does not know the pooled token.
+  """
+  path, usual = tokenizer_path(source), DEFAULTS["data.pooled_token"]
+  token = pooled_token or TemplateTokenizer(path).end or usual
+  if token != usual:
+    print(f"note: texts end with {token}; train with --config.data.pooled_token='{token}'")
+  return Tokenizer(path, token)
+
+
+def tokenizer_path(source: str) -> pathlib.Path:
+  """Returns the tokenizer.json of a file or folder; raises DataError or LoadError without one."""
+  path = pathlib.Path(source)
+  if path.is_file() or (path.suffix == ".json" and not path.is_dir()):
+    return path
+  from mlembed_jax.hf.folder import resolve  # with jax, for which --help need not wait
+
+  try:
+    path = resolve(source, (TOKENIZER_FILE,)) / TOKENIZER_FILE
+  except LoadError as error:
+    raise LoadError(f"--tokenizer: {error}") from error
+  if not path.is_file():
+    raise DataError(
+      f"--tokenizer: {source} has no {TOKENIZER_FILE}; AutoTokenizer.from_pretrained(...) of "
+      "transformers writes one by save_pretrained"
+    )
+  return path
+
+
 def main() -> None:
   """Reads the flags and prepares the dataset."""
   start = time.perf_counter()
   files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
   for sentence in (sentence for file in files for sentence in rows.unused(file)):
     print(f"note: {sentence}", flush=True)
-  tokenizer = Tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
+  tokenizer = open_tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
   recipe = prepare.make_recipe(files, tokenizer, MAX_TOKENS.value)
   if BEAM_OPTIONS.value is None:
     if "://" in OUT.value:

@@ -31,12 +31,17 @@ def anchors(page: pathlib.Path) -> set[str]:
   }
 
 
-def blocks(page: pathlib.Path, language: str) -> list[tuple[bool, str]]:
-  """Returns (whether it is marked with what it needs, content) of the code blocks."""
+def all_blocks(page: pathlib.Path) -> list[tuple[bool, str, str]]:
+  """Returns (whether it is marked with what it needs, language, content) of the code blocks."""
   found = BLOCK.findall(text_of(page))
   fences = re.findall(r"^\s*```", text_of(page), re.MULTILINE)
   assert len(found) == len(fences) / 2, f"{page.name}: a fence is not understood; is it indented?"
-  return [(bool(needs), content) for needs, of, content in found if of == language]
+  return [(bool(needs), of, content) for needs, of, content in found]
+
+
+def blocks(page: pathlib.Path, language: str) -> list[tuple[bool, str]]:
+  """Returns (whether it is marked with what it needs, content) of the blocks of a language."""
+  return [(needs, content) for needs, of, content in all_blocks(page) if of == language]
 
 
 def commands(content: str) -> Iterator[list[str]]:

@@ -131,7 +131,7 @@ def _count(item: tuple[int, Iterable[tuple[int, Chunk]]], job: BeamJob) -> tuple
 
 
 def _new_count(file: File) -> FileCount:
-  return FileCount(file.name, file.entry["query_has_instruction"])
+  return FileCount(file.name, file.instructed)
 
 
 def _counts(job: BeamJob, counts: dict[int, FileCount]) -> list[FileCount]:

@@ -1,9 +1,10 @@
 """The manifest: which files there are, and what their rows are. One JSON object, file -> entry.
 
-Required of an entry: task_type, instruction, query_has_instruction, negatives. Optional: path
-(where the file lies if not beside the manifest, e.g. hf://...), lang (of a file without a
-`lang` column), positives (per row), symmetric (documents are queries of their own kind, as in
-bitext), teacher_vectors (.npy files with a teacher's vectors of every row).
+Required of an entry: task_type, instruction, query_has_instruction, negatives; of a held-out file
+task_type and instruction. Optional: path (where the file lies if not beside the manifest, e.g.
+hf://..., or its shards), lang (of a file without a `lang` column), positives (per row), symmetric
+(documents are queries of their own kind, as in bitext), teacher_vectors (.npy files with a
+teacher's vectors of every row), and what the model card says of a file.
 """
 
 import dataclasses
@@ -11,11 +12,12 @@ import difflib
 import fnmatch
 import itertools
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import fsspec
 
+from mlembed_jax.data import near_names
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import parse_json
 
@@ -23,6 +25,7 @@ SCORED = "scored_pairs"  # a query, a passage and how alike they are; no negativ
 TASK_TYPES = ("retrieval", "bitext", "clustering", "classification", SCORED)
 SYMMETRIC = ("bitext", "clustering", SCORED)  # unless the manifest says otherwise
 REQUIRED = {"task_type": str, "instruction": str, "query_has_instruction": bool, "negatives": int}
+REQUIRED_HELDOUT = {"task_type": str, "instruction": str}
 OPTIONAL = {
   "path": str,
   "lang": str,
@@ -30,6 +33,10 @@ OPTIONAL = {
   "symmetric": bool,
   "teacher_vectors": dict,
 }
+# What people note of a file: the model card has the first four, nothing reads the others.
+NOTES = ("rows", "languages", "licence", "source")
+NOTES += ("license", "notes", "use", "n_languages", "rows_per_source")
+NAMES_SHOWN = 12  # of the files that a manifest lists
 MOST_COLUMNS = 10_000  # of positives or negatives; a wrong number has its columns listed
 VECTORS = ("query", "passage", "negatives")  # keys of teacher_vectors; the last one is optional
 
@@ -56,6 +63,11 @@ class File:
   def negatives(self) -> int:
     """Negatives stored per row."""
     return self.entry["negatives"]
+
+  @property
+  def instructed(self) -> bool:
+    """Whether its queries have their instruction already."""
+    return self.entry.get("query_has_instruction", False)
 
   @property
   def symmetric(self) -> bool:
@@ -123,19 +135,34 @@ def read_manifest(path: str) -> dict[str, dict[str, Any]]:
   return manifest
 
 
-def select(manifest_path: str, patterns: Iterable[str], field: str) -> list[File]:
+def select(
+  manifest_path: str, patterns: Iterable[str], field: str, required: Mapping[str, type] = REQUIRED
+) -> list[File]:
   """Returns the checked files of a manifest that match any of the patterns, in its order.
 
+  Args:
+    manifest_path: the path or URL of the manifest.
+    patterns: over the names of its files.
+    field: the setting that has the patterns.
+    required: the fields that an entry must have, with their types.
+
   Raises:
-    DataError: a pattern matches nothing, or an entry lacks a field; `field` names the setting.
+    DataError: a pattern matches nothing, or an entry has an unknown field or lacks one.
   """
   manifest, folder = read_manifest(manifest_path), _folder(manifest_path)
   chosen = matching(manifest, patterns, field, manifest_path)
+  entries = {name: entry for name, entry in manifest.items() if name in chosen}
+  for name, entry in entries.items():
+    _check_names(manifest_path, name, entry)
   return [
-    File(name, check_entry(manifest_path, name, entry), folder)
-    for name, entry in manifest.items()
-    if name in chosen
+    File(name, check_entry(manifest_path, name, entry, required), folder)
+    for name, entry in entries.items()
   ]
+
+
+def select_heldout(manifest_path: str, patterns: Iterable[str], field: str) -> list[File]:
+  """Returns the held-out files that match, see `select`; they need no fields of training files."""
+  return select(manifest_path, patterns, field, REQUIRED_HELDOUT)
 
 
 def matching(names: Collection[str], patterns: Iterable[str], field: str, where: Any) -> set[str]:
@@ -148,12 +175,21 @@ def matching(names: Collection[str], patterns: Iterable[str], field: str, where:
   for pattern in patterns:
     found = fnmatch.filter(names, pattern)
     if not found:
-      hint = f"; several are written {tuple(pattern.split(','))}" if "," in pattern else ""
-      raise DataError(
-        f"{field}: {pattern!r} matches no file of {where}; it lists {', '.join(names)}{hint}"
-      )
+      raise DataError(f"{field}: {pattern!r} matches no file of {where}; {_hint(pattern, names)}")
     chosen |= set(found)
   return chosen
+
+
+def _hint(pattern: str, names: Collection[str]) -> str:
+  """Returns the names that a pattern may mean, the nearest one first."""
+  if "," in pattern:
+    return f"several are written {tuple(pattern.split(','))}"
+  near = difflib.get_close_matches(pattern, names, n=1)
+  # Its last part alone, as a.csv of train/a.csv, is too short to be near by letters.
+  near += [name for name in names if pattern in name.split("/") and name not in near]
+  shown, more = list(names)[:NAMES_SHOWN], len(names) - NAMES_SHOWN
+  listed = f"it lists {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
+  return f"did you mean {near[0]!r}? {listed}" if near else listed
 
 
 def select_all(manifests: Iterable[str], patterns: Iterable[str], field: str) -> list[File]:
@@ -170,28 +206,41 @@ def select_all(manifests: Iterable[str], patterns: Iterable[str], field: str) ->
   return list(files.values())
 
 
-def check_entry(manifest: str, name: str, entry: Any) -> dict[str, Any]:
+def _check_names(manifest: str, name: str, entry: Any) -> None:
+  """Raises DataError where a field is none that is known.
+
+  A folder that an earlier version prepared may have others, so `check_entry` lets them stand.
+  """
+  known = (*REQUIRED, *OPTIONAL, *NOTES)
+  for field in entry if isinstance(entry, dict) else ():
+    if field in known:
+      continue
+    near = near_names.field_for(field, known)
+    remedy = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
+    raise DataError(f"{manifest}: {name}: {field}: unknown field; {remedy}")
+
+
+def check_entry(
+  manifest: str, name: str, entry: Any, required: Mapping[str, type] = REQUIRED
+) -> dict[str, Any]:
   """Returns the entry; raises DataError where a field is missing, wrong or of another type."""
   fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
-  problem = next(itertools.chain(_type_problems(fields), _value_problems(fields)), None)
+  problem = next(itertools.chain(_type_problems(fields, required), _value_problems(fields)), None)
   if problem:
     raise DataError(f"{manifest}: {name}: {problem}")
   return fields
 
 
-def _type_problems(entry: dict[str, Any]) -> Iterator[str]:
-  known = REQUIRED | OPTIONAL
-  for field in entry.keys() - known:  # others are notes of their own, such as a licence
-    if close := difflib.get_close_matches(field, known, n=1, cutoff=0.8):
-      yield f"{field}: unknown field; did you mean {close[0]}?"
-  for field, expected in known.items():
-    if (field in entry or field in REQUIRED) and type(entry.get(field)) is not expected:
+def _type_problems(entry: dict[str, Any], required: Mapping[str, type]) -> Iterator[str]:
+  for field, expected in (REQUIRED | OPTIONAL).items():
+    if (field in entry or field in required) and type(entry.get(field)) is not expected:
       found = repr(entry[field]) if field in entry else "nothing"
       yield f"{field}: expected {expected.__name__}, found {found}"
 
 
 def _value_problems(entry: dict[str, Any]) -> Iterator[str]:
-  task, negatives, positives = entry["task_type"], entry["negatives"], entry.get("positives", 1)
+  task, negatives = entry["task_type"], entry.get("negatives", 0)
+  positives = entry.get("positives", 1)
   if task not in TASK_TYPES:
     yield f"task_type: {task!r} is unknown; known: {', '.join(TASK_TYPES)}"
   if negatives < 0:

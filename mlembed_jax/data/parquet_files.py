@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlembed_jax.data import near_names
 from mlembed_jax.data.manifest import open_input
 from mlembed_jax.errors import DataError
 
@@ -37,16 +38,31 @@ def open_parquet(path: str, columns: Columns) -> pq.ParquetFile:
     file = pq.ParquetFile(source)
   except (pa.ArrowException, OSError) as error:
     raise DataError(f"{path}: not a readable parquet file: {error}") from error
-  schema = file.schema_arrow
-  for name in (*columns.labels, *columns.texts, *columns.numbers):
-    if name not in schema.names:
-      raise DataError(f"{path}: column {name} is missing; it has {', '.join(schema.names)}")
-  for name in _present(schema, columns):
-    _check_type(path, schema.field(name), columns)
+  check_schema(path, file.schema_arrow, columns)
   return file
 
 
-def _present(schema: pa.Schema, columns: Columns) -> list[str]:
+def check_schema(path: str, schema: pa.Schema, columns: Columns) -> None:
+  """Raises DataError where a column is missing or of another type."""
+  require(path, schema.names, columns)
+  for name in present(schema, columns):
+    _check_type(path, schema.field(name), columns)
+
+
+def require(path: str, names: Sequence[str], columns: Columns) -> None:
+  """Raises DataError where one of `names` is missing, with all that are, and those to rename."""
+  wanted = (*columns.texts, *columns.labels, *columns.numbers)
+  if missing := [name for name in wanted if name not in names]:
+    raise DataError(f"{path}: {near_names.missing_columns(missing, names)}")
+
+
+def parquet_names(path: str, columns: Columns) -> list[str]:
+  """Returns the names of all columns, none where the file has no rows; see `open_parquet`."""
+  with open_parquet(path, columns) as file:
+    return file.schema_arrow.names if file.metadata.num_rows else []
+
+
+def present(schema: pa.Schema, columns: Columns) -> list[str]:
   """Returns the names of the columns that are read."""
   optional = [name for name in columns.optional if name in schema.names]
   return [*columns.texts, *columns.labels, *columns.numbers, *optional]
@@ -74,8 +90,10 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
   return kind.value_type if types.is_dictionary(kind) else kind
 
 
-def read_parquet(path: str, columns: Columns, size: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
-  """Yields up to `size` rows at a time, and which of them hold bytes that are not UTF-8.
+def read_parquet(
+  path: str, columns: Columns, size: int
+) -> Iterator[tuple[pa.Table, dict[str, np.ndarray]]]:
+  """Yields up to `size` rows at a time, and by column which hold bytes that are not UTF-8.
 
   Texts and labels become strings of 64-bit offsets, null where a value is absent or not UTF-8.
   Numbers become float64.
@@ -84,7 +102,7 @@ def read_parquet(path: str, columns: Columns, size: int) -> Iterator[tuple[pa.Ta
     DataError: the file is unreadable, now or halfway, or a column is missing or of another type.
   """
   with open_parquet(path, columns) as file:
-    names = _present(file.schema_arrow, columns)
+    names = present(file.schema_arrow, columns)
     try:
       for batch in file.iter_batches(size, columns=names):
         yield cast(pa.table(batch), columns.numbers)
@@ -92,17 +110,16 @@ def read_parquet(path: str, columns: Columns, size: int) -> Iterator[tuple[pa.Ta
       raise DataError(f"{path}: damaged parquet file: {error}") from error
 
 
-def cast(table: pa.Table, numbers: Sequence[str] = ()) -> tuple[pa.Table, np.ndarray]:
-  """Returns a table with float64 numbers and valid strings, and the rows with invalid ones."""
-  invalid = np.zeros(table.num_rows, bool)
+def cast(table: pa.Table, numbers: Sequence[str] = ()) -> tuple[pa.Table, dict[str, np.ndarray]]:
+  """Returns a table with float64 numbers and valid strings, and by column which are invalid."""
+  invalid: dict[str, np.ndarray] = {}
   for place, name in enumerate(table.column_names):
     column = table[name].combine_chunks()
     column = column.cast(_decoded(column.type))
     if name in numbers:
       column = column.cast(pa.float64(), safe=False)
     else:
-      column, wrong = _valid(column)
-      invalid |= wrong
+      column, invalid[name] = _valid(column)
     table = table.set_column(place, name, column)
   return table, invalid
 

@@ -34,6 +34,7 @@ from mlembed_jax.data.names import CATALOG, DATASET, REPORT, TOKENIZER, names_of
 from mlembed_jax.data.processes import end_with_parent
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, read_shard
 from mlembed_jax.data.report import FileCount
+from mlembed_jax.data.shards import paths_of
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.transforms import DocumentPart, Made
 from mlembed_jax.errors import DataError
@@ -94,10 +95,12 @@ def make_recipe(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) ->
     rows.check_file(file)
     vectors.check_shapes(file)
     tokenizer.prefix(file.entry["instruction"])
-  states = {
-    file.name: [_state(path) for path in (file.path, *file.vectors.values())] for file in files
-  }
-  needed = max(LEAST_PARTITIONS, sum(paths[0][0] for paths in states.values()) // PARTITION_BYTES)
+  states, size = {}, 0
+  for file in files:
+    own, beside = (list(map(_state, paths)) for paths in (paths_of(file), file.vectors.values()))
+    states[file.name] = own + beside
+    size += sum(bytes_ for bytes_, _ in own)
+  needed = max(LEAST_PARTITIONS, size // PARTITION_BYTES)
   partitions = 1 << (needed - 1).bit_length()
   return Recipe(list(files), states, tokenizer.fingerprint, max_tokens, partitions)
 
@@ -373,7 +376,7 @@ def _chunk(file: int, chunk: int, table: str) -> str:
 def _read_file(job: Job, number: int) -> Made:
   """Writes rows and texts of every chunk; returns what there was."""
   file, (create, digests) = job.recipe.files[number], _new_files(job)
-  count = FileCount(file.name, file.entry["query_has_instruction"])
+  count = FileCount(file.name, file.instructed)
   for k, chunk in enumerate(rows.read_chunks(file)):
     vectors.check_rows(file, chunk.rows["row"].to_numpy())
     for name in ("rows", "texts"):

@@ -33,14 +33,20 @@ class FileCount:
     self.other_instructions += chunk.other_instructions
     self.against_manifest += chunk.against_manifest
     for reason, more in chunk.dropped.items():
-      old = self.dropped.get(reason, Dropped(0, []))
+      old = self.dropped.get(reason, Dropped(0, [], {}))
       examples = (old.examples + more.examples)[:EXAMPLES]
-      self.dropped[reason] = Dropped(old.rows + more.rows, examples)
+      columns = dict(Counter(old.columns) + Counter(more.columns))
+      self.dropped[reason] = Dropped(old.rows + more.rows, examples, columns)
 
   @property
   def lost(self) -> int:
     """Rows that cannot be used."""
     return sum(dropped.rows for dropped in self.dropped.values())
+
+  @property
+  def reasons(self) -> str:
+    """Why rows cannot be used, with columns and the numbers of the first rows."""
+    return "; ".join(_reason(*item) for item in sorted(self.dropped.items()))
 
   @property
   def contradiction(self) -> str:
@@ -65,6 +71,14 @@ class FileCount:
     }
 
 
+def _reason(name: str, drop: Dropped) -> str:
+  """Returns how many rows were left out for a reason, in which columns, and which come first."""
+  counted = len(drop.columns) > 1  # a row may lack several
+  columns = ", ".join(f"{c} ({n})" if counted else c for c, n in drop.columns.items())
+  where = f" in {columns}" if columns else ""
+  return f"{name}{where}: {drop.rows}, e.g. row {', '.join(map(str, drop.examples))}"
+
+
 def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Path) -> None:
   """Writes the report as far as it goes.
 
@@ -74,13 +88,10 @@ def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pa
   write_json(out / REPORT, {"files": {count.name: count.as_json() for count in counts}})
   for count in counts:
     if count.lost > max_dropped_share * count.read or count.lost == count.read:
-      reasons = "; ".join(
-        f"{reason}: {drop.rows}, e.g. row {', '.join(map(str, drop.examples))}"
-        for reason, drop in sorted(count.dropped.items())
-      )
       raise DataError(
         f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
-        f"--max_dropped_share={max_dropped_share} ({reasons}); mend the file or raise the share"
+        f"--max_dropped_share={max_dropped_share} ({count.reasons}); mend the file or raise the "
+        "share"
       )
     if count.against_manifest > max_dropped_share * count.read:
       raise DataError(
@@ -96,7 +107,7 @@ def write_report(
   documents: Sequence[Written],
   cut: int,
 ) -> None:
-  """Writes the whole report, and prints which tags training will count as one language.
+  """Writes the whole report; prints what is left out, and which tags count as one language.
 
   `cut`: texts that are not stored whole.
   """
@@ -128,6 +139,10 @@ def write_report(
   write_json(out / REPORT, {"totals": totals, "merged": merged, "files": files})
   if merged:
     print(languages.merges_text(merged), flush=True)
+  for count in counts:
+    if count.lost:
+      left_out = f"{count.lost:,} of {count.read:,} rows are left out ({count.reasons})"
+      print(f"note: {count.name}: {left_out}", flush=True)
 
 
 def cut_texts(number: int, max_tokens: int) -> str:

@@ -6,6 +6,7 @@ out and counted by reason.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import re
@@ -16,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from mlembed_jax.data import tables
+from mlembed_jax.data import near_names, tables
 from mlembed_jax.data.manifest import SCORED, File
 from mlembed_jax.data.parquet_files import Columns
+from mlembed_jax.data.shards import paths_of
 from mlembed_jax.data.tables import Reasons
 from mlembed_jax.errors import DataError
 
@@ -31,15 +33,17 @@ CHUNK = 16_384
 EXAMPLES = 5  # the report names so many rows per reason
 # Qwen3 has no blank after `Query:`, other releases have one.
 INSTRUCTED = r"(?s)^Instruct:.*?\r?\nQuery: ?"
+FIELDS = {"passage": "positives", "negative": "negatives"}  # that count columns of a kind
 UNKNOWN = "und"  # the language of rows that name none
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """Rows left out for one reason: how many, and the numbers of the first."""
+  """Rows left out for one reason: how many, the numbers of the first, and how many by column."""
 
   rows: int
   examples: list[int]
+  columns: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,16 @@ def numbers(file: File) -> list[str]:
 
 def check_file(file: File) -> None:
   """Raises DataError where the file cannot be read, or a column is missing or of another type."""
-  tables.column_names(file.path, _wanted(file))
+  _names(file)
+
+
+def _names(file: File) -> list[str]:
+  """Returns the names of all columns of a file; raises DataError as `check_file`."""
+  names = tables.column_names(paths_of(file), _wanted(file))
+  near = near_names.columns_for(["lang"], names)
+  if near and "lang" not in names and "lang" not in file.entry:
+    raise DataError(f"{file.path}: {near_names.missing_columns(['lang'], names)}")
+  return names
 
 
 def unused(file: File) -> list[str]:
@@ -76,18 +89,13 @@ def unused(file: File) -> list[str]:
   Raises:
     DataError: see `check_file`.
   """
-  names = tables.column_names(file.path, _wanted(file))
-  passages = _beyond(names, "passage", file.positives)
-  negatives = _beyond(names, "negative", file.negatives)
-  found = []
-  if passages:
-    found.append(f"{passages} not used, as the manifest says positives: {file.positives}")
-  if negatives:
-    found.append(f"{negatives} not used, as the manifest says negatives: {file.negatives}")
-  if "language" in names and "lang" not in names:
-    found.append("column language is not read; languages stand in a column lang")
-  if "language" in file.entry and "lang" not in file.entry:
-    found.append("language in the manifest is not read; the field is lang")
+  names, found = _names(file), []
+  for kind, used in (("passage", file.positives), ("negative", file.negatives)):
+    if beyond := _beyond(names, kind, used):
+      found.append(f"{beyond} not used, as the manifest says {FIELDS[kind]}: {used}")
+  for column in near_names.COLUMNS["negative_1"]:
+    if column in names:
+      found.append(f"column {column} is not used; negatives stand in negative_1, negative_2, ...")
   return [f"{file.name}: {sentence}" for sentence in found]
 
 
@@ -106,9 +114,10 @@ def read_chunks(file: File) -> Iterator[Chunk]:
     DataError: the file is unreadable, now or halfway, or a score lies outside [0, 1].
   """
   start = 0
-  for table, reasons in tables.read_tables(file.path, _wanted(file), CHUNK):
-    yield _chunk(file, table, reasons, start)
-    start += table.num_rows
+  for path in paths_of(file):
+    for table, reasons in tables.read_tables(path, _wanted(file), CHUNK):
+      yield _chunk(file, table, reasons, start)
+      start += table.num_rows
 
 
 def _wanted(file: File) -> Columns:
@@ -119,9 +128,9 @@ def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:
   texts = columns(file)
   own = np.zeros(table.num_rows, bool)
   has = _mask(pc.fill_null(pc.match_substring_regex(table["query"], INSTRUCTED), False))
-  if file.entry["query_has_instruction"]:
+  if file.instructed:
     table, own = _strip_instruction(table, file.entry["instruction"])
-  usable, dropped = _usable(table, [*reasons, *_reasons(file, table, texts)], start)
+  usable, dropped = _usable(table, reasons | _reasons(file, table, texts), start)
   rows = start + np.flatnonzero(usable)
   kept = table.filter(pa.array(usable)).combine_chunks()
   unique, places = _unique(kept, texts[1:])
@@ -129,11 +138,11 @@ def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:
     read=table.num_rows,
     dropped=dropped,
     other_instructions=int(np.sum(own & has & usable)),
-    against_manifest=int(np.sum((has != file.entry["query_has_instruction"]) & usable)),
+    against_manifest=int(np.sum((has != file.instructed) & usable)),
     rows=pa.table(
       {
         "row": pa.array(rows, pa.int64()),
-        "language": _languages(file, kept),
+        "language": languages_of(file, kept),
         "query": kept["query"],
         "score": _scores(file, kept, rows),
         "documents": pa.FixedSizeListArray.from_arrays(places.reshape(-1), len(texts) - 1),
@@ -154,16 +163,13 @@ def _strip_instruction(table: pa.Table, instruction: str) -> tuple[pa.Table, np.
 
 
 def _reasons(file: File, table: pa.Table, texts: list[str]) -> Reasons:
-  needed = [*texts, *numbers(file)]
-  null, empty, equal = (np.zeros(table.num_rows, bool) for _ in range(3))
-  for name in needed:
-    null |= _mask(pc.is_null(table[name]))
-  for name in texts:
-    empty |= ~has_text(table[name])
-  for i, j in itertools.product(range(file.positives), range(file.negatives)):
-    same = pc.equal(table[texts[1 + i]], table[texts[1 + file.positives + j]])
-    equal |= _mask(pc.fill_null(same, False))
-  return [("null", null), ("empty", empty), ("negative_equals_positive", equal)]
+  null = {name: _mask(pc.is_null(table[name])) for name in (*texts, *numbers(file))}
+  empty = {name: ~has_text(table[name]) for name in texts}
+  equal = {name: np.zeros(table.num_rows, bool) for name in texts[1 + file.positives :]}
+  for passage, negative in itertools.product(texts[1 : 1 + file.positives], equal):
+    same = pc.equal(table[passage], table[negative])
+    equal[negative] |= _mask(pc.fill_null(same, False))
+  return {"null": null, "empty": empty, "negative_equals_positive": equal}
 
 
 def has_text(column: pa.ChunkedArray) -> np.ndarray:
@@ -179,15 +185,19 @@ def _mask(values: Any) -> np.ndarray:
 def _usable(table: pa.Table, reasons: Reasons, start: int) -> tuple[np.ndarray, dict[str, Dropped]]:
   """Returns which rows are usable, and the others by the first reason that holds."""
   usable, dropped = np.ones(table.num_rows, bool), {}
-  for name, mask in reasons:
-    rows = start + np.flatnonzero(usable & mask)
+  for name, masks in reasons.items():
+    lost = {column: usable & mask for column, mask in masks.items()}
+    any_of = functools.reduce(np.logical_or, lost.values(), np.zeros(table.num_rows, bool))
+    rows = start + np.flatnonzero(any_of)
     if rows.size:
-      dropped[name] = Dropped(rows.size, rows[:EXAMPLES].tolist())
-    usable &= ~mask
+      columns = {column: int(mask.sum()) for column, mask in lost.items() if column and mask.any()}
+      dropped[name] = Dropped(rows.size, rows[:EXAMPLES].tolist(), columns)
+    usable &= ~any_of
   return usable, dropped
 
 
-def _languages(file: File, table: pa.Table) -> pa.Array:
+def languages_of(file: File, table: pa.Table) -> pa.Array:
+  """Returns the language of each row: its own, else that of the file, else UNKNOWN."""
   language = file.entry.get("lang", UNKNOWN)
   if "lang" not in table.column_names:
     return pa.array([language] * table.num_rows, pa.large_string())

@@ -1,4 +1,4 @@
-"""Rows of files of any form as Arrow tables: parquet, JSON, CSV and TSV."""
+"""Rows of files of any form as Arrow tables: parquet, Arrow, JSON, CSV and TSV."""
 
 import itertools
 import math
@@ -8,30 +8,49 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mlembed_jax.data.parquet_files import Columns, open_parquet, read_parquet
-from mlembed_jax.data.text_files import CSV, PARQUET, TEXT, TSV, form_of, is_valid, read_records
+from mlembed_jax.data.arrow_files import arrow_names, read_arrow
+from mlembed_jax.data.parquet_files import Columns, parquet_names, read_parquet, require
+from mlembed_jax.data.text_files import (
+  ARROW,
+  CSV,
+  PARQUET,
+  TEXT,
+  TSV,
+  form_of,
+  is_valid,
+  read_records,
+)
 from mlembed_jax.errors import DataError
 
 CHECKED = 1000  # so many rows of a file that is not parquet are looked at before any work
 
 Row = dict[str, Any] | None  # by column; None: no row
-Reasons = list[tuple[str, np.ndarray]]  # why rows cannot be used, and which [N]
+# Why rows cannot be used, and which [N], by column; "" is for what is no row at all.
+Reasons = dict[str, dict[str, np.ndarray]]
 Tables = Iterator[tuple[pa.Table, Reasons]]
+# Of forms whose columns have types: what reads the names of columns, and the rows.
+TYPED = {PARQUET: (parquet_names, read_parquet), ARROW: (arrow_names, read_arrow)}
 
 
-def column_names(path: str, columns: Columns) -> list[str]:
-  """Returns the names of all columns of a file, of one that is not parquet those of its first rows.
+def column_names(paths: Sequence[str], columns: Columns) -> list[str]:
+  """Returns the names of all columns of files that are one after another.
+
+  Where columns have no types, they are those of the first rows.
 
   Raises:
-    DataError: the file cannot be read or has no rows, or one of `columns` is missing or of another
+    DataError: a file cannot be read, all have no rows, or one of `columns` is missing or of another
       type.
   """
-  if form_of(path).kind == PARQUET:
-    with open_parquet(path, columns) as file:
-      if not file.metadata.num_rows:
-        raise DataError(f"{path}: no rows")
-      return file.schema_arrow.names
-  return _known(next(_blocks(path, columns, CHECKED)))
+  found = [_names(path, columns) for path in paths]
+  if not any(found):
+    raise DataError(f"{paths[0]}: no rows")
+  return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _names(path: str, columns: Columns) -> list[str]:
+  if names_and_rows := TYPED.get(form_of(path).kind):
+    return names_and_rows[0](path, columns)
+  return _known(next(_blocks(path, columns, CHECKED), []))
 
 
 def read_tables(path: str, columns: Columns, size: int) -> Tables:
@@ -44,8 +63,8 @@ def read_tables(path: str, columns: Columns, size: int) -> Tables:
     DataError: the file is unreadable, now or halfway, or a column is missing or of another type.
   """
   kind = form_of(path).kind
-  if kind == PARQUET:
-    yield from ((t, [("invalid_utf8", bad)]) for t, bad in read_parquet(path, columns, size))
+  if kind in TYPED:
+    yield from ((t, {"invalid_utf8": bad}) for t, bad in TYPED[kind][1](path, columns, size))
     return
   for rows in _blocks(path, columns, size):
     yield _table(rows, columns, "wrong_fields" if kind in (CSV, TSV) else "not_json")
@@ -65,8 +84,6 @@ def _blocks(path: str, columns: Columns, size: int) -> Iterator[list[Row]]:
     if kind in (CSV, TSV):
       rows = [row and row | {n: _number(row.get(n)) for n in columns.numbers} for row in rows]
     yield rows
-  if first:
-    raise DataError(f"{path}: no rows")
 
 
 def _known(rows: Sequence[Row]) -> list[str]:
@@ -77,10 +94,7 @@ def _check_columns(path: str, rows: Sequence[Row], columns: Columns) -> None:
   """Raises DataError where the first rows of a file are none, or none has a column."""
   if not any(rows):
     raise DataError(f"{path}: its first {len(rows)} lines are no JSON objects")
-  known = _known(rows)
-  for name in (*columns.texts, *columns.labels, *columns.numbers):
-    if name not in known:
-      raise DataError(f"{path}: column {name} is missing; it has {', '.join(known)}")
+  require(path, _known(rows), columns)
 
 
 def _number(text: str | None) -> float | str | None:
@@ -97,17 +111,18 @@ def _table(rows: Sequence[Row], columns: Columns, broken: str) -> tuple[pa.Table
   `broken`: the reason of rows that are none.
   """
   none = np.array([row is None for row in rows])
-  wrong, invalid = np.zeros((2, len(rows)), bool)
+  wrong: dict[str, np.ndarray] = {}
+  invalid: dict[str, np.ndarray] = {}
   data: dict[str, pa.Array] = {}
   for name in (*columns.texts, *columns.labels, *columns.optional, *columns.numbers):
     kinds = _kinds(name, columns)
     values = [row.get(name) if row else None for row in rows]
     fits = np.array([v is None or type(v) in kinds for v in values], bool)
-    wrong |= ~fits
+    wrong[name] = ~fits
     kept = [v if ok else None for v, ok in zip(values, fits, strict=True)]
     data[name] = _column(kept, name, columns)
-    invalid |= np.array([v is not None for v in kept]) & np.asarray(data[name].is_null())
-  return pa.table(data), [(broken, none), ("wrong_type", wrong), ("invalid_utf8", invalid)]
+    invalid[name] = np.array([v is not None for v in kept]) & np.asarray(data[name].is_null())
+  return pa.table(data), {broken: {"": none}, "wrong_type": wrong, "invalid_utf8": invalid}
 
 
 def _kinds(name: str, columns: Columns) -> tuple[type, ...]:

@@ -4,7 +4,7 @@
   .json              one array of JSON values, or as .jsonl
   .csv .tsv          fields with a header, quoted as in RFC 4180; blank lines are none
   .txt, a pipe       a text per line, also where it is blank
-  .parquet           see `parquet_files`
+  .parquet .arrow    see `parquet_files` and `arrow_files`
 
 After each may follow .gz, .bz2, .xz or .zst; capitals do not matter. Text is UTF-8, with or without
 a mark. Bytes that are no UTF-8 become lone surrogates here, which no text may have.
@@ -28,17 +28,22 @@ from mlembed_jax.errors import DataError
 from mlembed_jax.files import once
 
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}
-PARQUET, JSON_LINES, JSON, CSV, TSV, TEXT = "parquet", "jsonl", "json", "csv", "tsv", "txt"
-FORMS = {name: name for name in (PARQUET, JSON_LINES, JSON, CSV, TSV, TEXT)} | {
+PARQUET, ARROW, JSON_LINES, JSON = "parquet", "arrow", "jsonl", "json"
+CSV, TSV, TEXT = "csv", "tsv", "txt"
+FORMS = {name: name for name in (PARQUET, ARROW, JSON_LINES, JSON, CSV, TSV, TEXT)} | {
   "ndjson": JSON_LINES
 }
-KNOWN = ".parquet, .jsonl, .ndjson, .json, .csv, .tsv or .txt, and .gz, .bz2, .xz or .zst after it"
+KNOWN = (
+  ".parquet, .arrow, .jsonl, .ndjson, .json, .csv, .tsv or .txt, and .gz, .bz2, .xz or .zst after "
+  "it"
+)
 MARK = b"\xef\xbb\xbf"
 # How files of another kind begin, and what they are.
 OTHERS = {
   b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
   b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
   b"PAR1\x15": "a parquet file; name it .parquet",
+  b"ARROW1\0\0": "an Arrow file; name it .arrow",
   b"\x1f\x8b": "compressed by gzip; add .gz to its name",
   b"\xfd7zXZ": "compressed by xz; add .xz to its name",
   b"\x28\xb5\x2f\xfd": "compressed by zstd; add .zst to its name",

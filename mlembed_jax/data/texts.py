@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator
 from typing import cast
 
-from mlembed_jax.data.parquet_files import Columns, read_parquet
+from mlembed_jax.data.parquet_files import Columns
+from mlembed_jax.data.tables import TYPED
 from mlembed_jax.data.text_files import (
-  PARQUET,
   Record,
   check_text,
   form_of,
@@ -16,7 +16,7 @@ from mlembed_jax.data.text_files import (
 )
 from mlembed_jax.errors import DataError
 
-BATCH = 4096  # texts of a parquet file that are read at a time
+BATCH = 4096  # texts of a file with typed columns that are read at a time
 
 
 def read_texts(name: str, column: str, flag: str = "--input") -> Iterator[str]:
@@ -30,8 +30,8 @@ def read_texts(name: str, column: str, flag: str = "--input") -> Iterator[str]:
   Raises:
     DataError: the file cannot be read, or a row has no text; the message names it.
   """
-  parquet = name != "-" and form_of_file(name, flag) == PARQUET
-  records = _parquet(name, column) if parquet else _records(name)
+  kind = form_of_file(name, flag) if name != "-" else ""
+  records = _typed(name, column, kind) if kind in TYPED else _records(name)
   while (record := _next(records, flag)) is not None:
     yield _text(record, f"{name}, {record.where}", column)
 
@@ -50,10 +50,10 @@ def _records(name: str) -> Iterator[Record]:
   return read_pipe(cast("io.BufferedReader", sys.stdin.buffer), name)
 
 
-def _parquet(name: str, column: str) -> Iterator[Record]:
+def _typed(name: str, column: str, kind: str) -> Iterator[Record]:
   row = 0
-  for table, invalid in read_parquet(name, Columns([column]), BATCH):
-    for text, wrong in zip(table[column].to_pylist(), invalid.tolist(), strict=True):
+  for table, invalid in TYPED[kind][1](name, Columns([column]), BATCH):
+    for text, wrong in zip(table[column].to_pylist(), invalid[column].tolist(), strict=True):
       yield Record(f"row {row}", text, "bytes that are not UTF-8" if wrong else "")
       row += 1
 

@@ -21,15 +21,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float
 
 from mlembed_jax.data.languages import ENGLISH, LANGUAGE_SCRIPT, language_key
-from mlembed_jax.data.manifest import SCORED, File, read_manifest, select
+from mlembed_jax.data.manifest import SCORED, File, read_manifest, select_heldout
 from mlembed_jax.data.names import MANIFEST
 from mlembed_jax.data.parquet_files import Columns
-from mlembed_jax.data.rows import CHUNK, has_text
-from mlembed_jax.data.tables import read_tables
+from mlembed_jax.data.rows import CHUNK, has_text, languages_of
+from mlembed_jax.data.shards import paths_of
+from mlembed_jax.data.tables import column_names, read_tables
 from mlembed_jax.data.tokenizer import with_instruction
 from mlembed_jax.errors import DataError
 from mlembed_jax.eval import scores
@@ -38,6 +38,7 @@ from mlembed_jax.eval.scores import Scores
 Vectors = Float[np.ndarray, "N D"]
 ByLanguage = dict[str, Scores]
 SUPPORT, TEST, SCORE = "support", "test", "score"
+LANG = "lang"
 LABELS = ("intent", "label")  # texts or whole numbers
 COLUMNS = {
   "bitext": ("lang", "text", "en"),
@@ -82,9 +83,9 @@ def load_task(file: File, scheme: str = LANGUAGE_SCRIPT) -> HeldoutTask:
     DataError: the file cannot be read.
   """
   task_type = file.entry["task_type"]
-  langs, *others = _columns(file.path, COLUMNS[task_type])
+  langs, *others = _columns(file, COLUMNS[task_type])
   keys = [language_key(tag, scheme) for tag in langs]
-  prompt = "" if file.entry["query_has_instruction"] else file.entry["instruction"]
+  prompt = "" if file.instructed else file.entry["instruction"]
   texts = _Texts(prompt, file.symmetric)
   score = MAKERS[task_type](file.name, [keys, *others], texts)
   # The first tag of each key: what 0.1.0 scored is not scored again where no tags are merged.
@@ -116,7 +117,7 @@ def load_folder(folder: pathlib.Path, scheme: str = LANGUAGE_SCRIPT) -> list[Hel
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
         raise DataError(f"tasks: {manifest} lists no file of {folder}")
-      files = select(manifest, map(glob.escape, names), "tasks")
+      files = select_heldout(manifest, map(glob.escape, names), "tasks")
       return [load_task(file, scheme) for file in files]
   raise DataError(
     f"tasks: neither {folder} nor the folder above has a manifest.json, which says what the "
@@ -149,18 +150,27 @@ class _Texts:
     return list(self._places)
 
 
-def _columns(path: str, names: Sequence[str]) -> list[list[Any]]:
+def _columns(file: File, names: Sequence[str]) -> list[list[Any]]:
+  optional = [LANG] if LANG in file.entry else []  # of the whole file, unless a row says another
   labels, numbers = ([n for n in names if n in kind] for kind in (LABELS, (SCORE,)))
-  texts = [name for name in names if name not in (*labels, *numbers)]
-  wanted = Columns(texts, labels=labels, numbers=numbers)
-  read = list(read_tables(path, wanted, CHUNK))
-  unfit = [reason for _, reasons in read for reason, rows in reasons if rows.any()]
+  texts = [name for name in names if name not in (*labels, *numbers, *optional)]
+  wanted, paths = Columns(texts, optional, labels, numbers), paths_of(file)
+  column_names(paths, wanted)
+  read = [table for path in paths for table in read_tables(path, wanted, CHUNK)]
+  unfit = [
+    f"rows that cannot be used: {reason}" + f" in {column}" * bool(column)
+    for _, reasons in read
+    for reason, rows in reasons.items()
+    for column in rows
+    if rows[column].any()
+  ]
   empty = [n for n in (*labels, *texts) for table, _ in read if not has_text(table[n]).all()]
-  if unfit or empty or not read:
-    found = f"null or empty texts in {', '.join(dict.fromkeys(empty))}" if empty else "no rows"
-    found = f"rows that cannot be used: {unfit[0]}" if unfit else found
-    raise DataError(f"{path}: {found}; held-out files must be whole")
-  return [pa.concat_tables([table for table, _ in read])[name].to_pylist() for name in names]
+  if unfit or empty:
+    found = unfit[0] if unfit else f"null or empty texts in {', '.join(dict.fromkeys(empty))}"
+    raise DataError(f"{file.path}: {found}; held-out files must be whole")
+  columns = {name: [v for table, _ in read for v in table[name].to_pylist()] for name in names[1:]}
+  columns[LANG] = [tag for table, _ in read for tag in languages_of(file, table).to_pylist()]
+  return [columns[name] for name in names]
 
 
 def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vectors], ByLanguage]:

@@ -103,8 +103,12 @@ class Folder:
   tensors: list[tuple[param_mapping.Tensor, Stored]]
 
 
-def resolve(source: str) -> pathlib.Path:
+def resolve(source: str, patterns: Sequence[str] = FILES) -> pathlib.Path:
   """Returns the folder of `train.init_from`: a path, or hf:ORG/NAME, which is downloaded.
+
+  Args:
+    source: the path or name.
+    patterns: of the files that are downloaded.
 
   Raises:
     LoadError: there is no such folder, or the Hub does not give the model.
@@ -124,7 +128,7 @@ def resolve(source: str) -> pathlib.Path:
   except ImportError as error:
     raise LoadError(f'{source}: pip install "mlembed_jax[hub]", or download the folder') from error
   try:
-    found = huggingface_hub.snapshot_download(str(path), allow_patterns=list(FILES))
+    found = huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns))
   except Exception as error:  # its own, of requests, of the file system
     raise LoadError(f"{source} cannot be downloaded: {error}") from error
   return pathlib.Path(found)

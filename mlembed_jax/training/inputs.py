@@ -99,7 +99,9 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   _check_lengths(data.lengths, opened, split)
   if config.kd.teacher == STORED:
     check_stored(config, split)
-  heldout = manifest.select(data.manifest, data.heldout, "data.heldout") if data.heldout else []
+  heldout = (
+    manifest.select_heldout(data.manifest, data.heldout, "data.heldout") if data.heldout else []
+  )
   return Inputs(
     split=split,
     plan=make_plan(config, split, opened.fingerprint),

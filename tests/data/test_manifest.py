@@ -150,6 +150,12 @@ BAD = [
   ({"postives": 2}, "postives: unknown field; did you mean positives?"),
   ({"symetric": True}, "symetric: unknown field; did you mean symmetric?"),
   ({"teacher_vector": {}}, "teacher_vector: unknown field; did you mean teacher_vectors?"),
+  ({"language": "de"}, "language: unknown field; did you mean lang?"),
+  ({"task": "bitext"}, "task: unknown field; did you mean task_type?"),
+  ({"negative": 4}, "negative: unknown field; did you mean negatives?"),
+  ({"Prompt": "Do."}, "Prompt: unknown field; did you mean instruction?"),
+  ({"data_files": "a"}, "data_files: unknown field; did you mean path?"),
+  ({"colour": "red"}, "colour: unknown field; known are task_type, instruction, query_has_instr"),
   ({"task_type": "sts"}, "task_type: 'sts' is unknown; known: retrieval, bitext"),
   ({"negatives": -1}, "negatives: must not be negative"),
   ({"negatives": "4"}, "negatives: expected int, found '4'"),
@@ -206,8 +212,38 @@ def test_a_required_field_must_be_there(write, field):
     manifest.select(path, ("train/*",), "--files")
 
 
+def test_a_heldout_file_needs_no_fields_of_training(write):
+  path = write({NAMES[3]: {"task_type": "bitext", "instruction": "Translate."}})
+  (file,) = manifest.select_heldout(path, ("heldout/*",), "--tasks")
+  assert not file.instructed
+  with pytest.raises(DataError, match=r"heldout/a\.parquet: query_has_instruction: expected bool"):
+    manifest.select(path, ("heldout/*",), "--files")
+  for absent in ("task_type", "instruction"):
+    short = {name: value for name, value in BITEXT.items() if name != absent}
+    with pytest.raises(DataError, match=f"{absent}: expected str, found nothing"):
+      manifest.select_heldout(write({NAMES[3]: short}), ("heldout/*",), "--tasks")
+
+
+@pytest.mark.parametrize(
+  ("pattern", "hint"),
+  [
+    ("train/b.parqet", "did you mean 'train/b.parquet'? it lists train/b.parquet, train/a"),
+    ("b.parquet", "did you mean 'train/b.parquet'? it lists"),
+    ("train/a,train/b", "several are written ('train/a', 'train/b')"),
+    ("nothing/*", "it lists " + ", ".join(NAMES[:3]) + ", heldout/a.parquet, n00, n01, n02, n03"),
+    ("nothing/*", "n07 and 8 more"),
+  ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_of_many(write, pattern, hint):
+  path = write({f"n{k:02}": BITEXT for k in range(16)})
+  with pytest.raises(DataError) as error:
+    manifest.select(path, (pattern,), "data.train")
+  assert str(error.value).startswith(f"data.train: {pattern!r} matches no file of {path}; ")
+  assert hint in str(error.value) and len(str(error.value)) < 400
+
+
 def test_notes_of_its_own_may_stand_in_an_entry(write):
-  path = write({NAMES[1]: BITEXT | {"license": "MIT", "rows": 7}})
+  path = write({NAMES[1]: BITEXT | {"license": "MIT", "rows": 7, "notes": "Of 2024."}})
   assert manifest.select(path, ("train/a*",), "--files")[0].entry["license"] == "MIT"
 
 

@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 import pyarrow as pa
 import pytest
+from tokenizers import processors
 
 from mlembed_jax.data import catalog, parquet_files, prepare, rows
 from mlembed_jax.errors import DataError
@@ -24,11 +25,11 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 BITEXT = entry("bitext", 2, "Translate.")
 
 
-def command(folder, *flags, out="dataset", manifest=None):
+def command(folder, *flags, out="dataset", manifest=None, tokenizer="tokenizer.json"):
   return [
     *(sys.executable, "-m", "mlembed_jax.prepare"),
     *("--manifest", str(manifest or folder / "manifest.json"), "--out", str(folder / out)),
-    *("--tokenizer", str(folder / "tokenizer.json"), *flags),
+    *("--tokenizer", str(folder / tokenizer), *flags),
   ]
 
 
@@ -176,6 +177,47 @@ def test_the_bytes_depend_on_what_decides_them(own, monkeypatch):
   assert len(fingerprints) == 4
 
 
+# The tokenizer of a folder.
+
+
+@pytest.fixture
+def model_folder(own):
+  """A folder whose tokenizer.json ends every text with a token that is not our usual one."""
+  (own / "model").mkdir()
+  made = train_tokenizer(600)
+  ends = [("<|im_end|>", made.token_to_id("<|im_end|>"))]
+  made.post_processor = processors.TemplateProcessing(single="$A <|im_end|>", special_tokens=ends)
+  made.save(str(own / "model/tokenizer.json"))
+  return own / "model"
+
+
+def test_a_folder_gives_its_tokenizer_and_says_what_ends_a_text(own, model_folder):
+  expected = content(
+    prepare_dataset(own, tokenizer=model_folder / "tokenizer.json", out="expected")
+  )
+  result = run(own, tokenizer="model")
+  assert result.returncode == 0, result.stderr
+  said = "note: texts end with <|im_end|>; train with --config.data.pooled_token='<|im_end|>'"
+  assert said in result.stdout.splitlines()
+  assert content(own / "dataset") == expected
+  result = run(own, "--pooled_token", "<|endoftext|>", tokenizer="model", out="other")
+  assert result.returncode == 0 and "texts end with" not in result.stdout
+  result = run(own, "--pooled_token", "</s>", tokenizer="model", out="none")
+  assert result.returncode == 1 and "model/tokenizer.json has no token '</s>'" in result.stderr
+
+
+def test_a_folder_without_a_tokenizer_is_one_sentence(own, model_folder):
+  (model_folder / "tokenizer.json").unlink()
+  for name, message in (
+    ("model", "error: --tokenizer: {} has no tokenizer.json; AutoTokenizer.from_pretrained(...)"),
+    ("absent", "error: --tokenizer: E104 file: {} is no folder; a model of the Hub is hf:ORG/NAME"),
+    ("absent.json", "error: {} does not exist; give the path of a tokenizer.json"),
+  ):
+    result = run(own, tokenizer=name)
+    assert result.stderr.startswith(message.format(own / name)), result.stderr
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+
+
 # Running again.
 
 
@@ -318,13 +360,28 @@ def test_too_many_unusable_rows_stop_the_command_with_reasons_and_a_report(own):
   assert result.returncode == 1 and "Traceback" not in result.stderr
   assert (
     "error: train/a.parquet: 7 of 150 rows cannot be used, more than --max_dropped_share=0.01 "
-    "(empty: 1, e.g. row 149; null: 6, e.g. row 0, 1, 2, 3, 4); mend the file or raise the share"
+    "(empty in query: 1, e.g. row 149; null in passage: 6, e.g. row 0, 1, 2, 3, 4); mend the file "
+    "or raise the share"
   ) in result.stderr
   report = json.loads((own / "dataset/prepare_report.json").read_text())
   assert report["files"]["train/a.parquet"]["dropped"] == 7
+  reasons = report["files"]["train/a.parquet"]["dropped_by_reason"]
+  assert reasons["null"] == {"rows": 6, "examples": [0, 1, 2, 3, 4], "columns": {"passage": 6}}
   assert not list((own / "dataset").glob("*array_record*"))
   out = prepare_dataset(own, max_dropped_share=0.05)
   assert (out / "catalog.json").is_file() and not (out / ".work").exists()
+
+
+def test_rows_that_are_left_out_are_said_at_the_end_by_reason_and_column(own, capsys):
+  columns = pairs(150, 2)
+  columns["passage"][3], columns["negative_1"][3], columns["negative_1"][7] = None, None, None
+  columns["query"][9] = " "
+  write_files(own, {"train/a.parquet": (columns, BITEXT)})
+  prepare_dataset(own)
+  assert capsys.readouterr().out.endswith(
+    "note: train/a.parquet: 3 of 150 rows are left out (empty in query: 1, e.g. row 9; "
+    "null in passage (1), negative_1 (2): 2, e.g. row 3, 7)\n"
+  )
 
 
 TASK = "Given a question, find the answer."
@@ -367,18 +424,29 @@ def test_queries_that_are_not_as_the_manifest_says_are_counted_against_the_share
 
 def test_what_is_there_and_not_used_is_said(own):
   columns = pairs(150, 3) | {"passage_2": pairs(150, 3)["passage"]}
-  columns["language"] = columns.pop("lang")
-  write_files(own, {"train/a.parquet": (columns, entry("bitext", 1, "") | {"language": "de"})})
+  columns["neg"] = columns["negative_3"]
+  write_files(own, {"train/a.parquet": (columns, entry("bitext", 1, ""))})
   result = run(own, "--max_tokens", "3", "--max_dropped_share", "1")
   notes = [line for line in result.stdout.splitlines() if line.startswith("note: ")]
-  assert notes[:4] == [
+  assert notes[:3] == [
     "note: train/a.parquet: column passage_2 is not used, as the manifest says positives: 1",
     "note: train/a.parquet: columns negative_2 to negative_3 are not used, as the manifest says "
     "negatives: 1",
-    "note: train/a.parquet: column language is not read; languages stand in a column lang",
-    "note: train/a.parquet: language in the manifest is not read; the field is lang",
+    "note: train/a.parquet: column neg is not used; negatives stand in negative_1, negative_2, ...",
   ], result.stderr
-  assert len(notes) == 5 and "texts are longer than --max_tokens 3; the rest is" in notes[4]
+  assert len(notes) == 4 and "texts are longer than --max_tokens 3; the rest is" in notes[3]
+
+
+def test_languages_under_another_name_are_refused_unless_the_manifest_has_them(own):
+  columns = pairs(150, 2)
+  columns["language"] = columns.pop("lang")
+  write_files(own, {"train/a.parquet": (columns, BITEXT)})
+  with pytest.raises(
+    DataError, match=r"a\.parquet: column lang is missing; .*; rename language to "
+  ):
+    prepare_dataset(own)
+  change(own, "train/a.parquet", lang="de")
+  prepare_dataset(own)
 
 
 def test_a_file_without_any_usable_row_is_refused_whatever_the_share(own):

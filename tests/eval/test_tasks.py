@@ -1,7 +1,12 @@
 """Scores from vectors whose answers are known, and refusals of unusable held-out files."""
 
+import gzip
+import json
+
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import csv, feather
 
 from mlembed_jax.data.manifest import File
 from mlembed_jax.errors import DataError
@@ -107,7 +112,17 @@ def test_clusters_and_scored_pairs_by_language(tmp_path):
       {"lang": ["de"], "intent": ["x"], "text": ["a"], "split": ["test"]},
       "no rows with split 'support' to learn the labels from, neither in deu-Latn nor in English",
     ),
-    ("clustering", {"lang": ["de"]}, "column label is missing"),
+    ("clustering", {"lang": ["de"], "text": ["a"]}, "column label is missing"),
+    (
+      "clustering",
+      {"lang": ["de"], "class": ["a"]},
+      "columns text, label are missing; it has lang",
+    ),
+    (
+      "bitext",
+      {"language": ["de"], "text": ["a"], "en": ["b"]},
+      "; rename language to lang, or give",
+    ),
     (
       "scored_pairs",
       {"lang": ["de"], "query": ["a"], "passage": ["b"], "score": ["high"]},
@@ -159,6 +174,48 @@ def test_the_digest_follows_all_that_scores_depend_on(tmp_path):
   assert load(tmp_path, "scored_pairs", **columns).digest == task.digest
   other = load(tmp_path, "scored_pairs", **columns | {"score": [0.5, 0.1]})
   assert other.texts == task.texts and other.digest != task.digest
+
+
+# Files of every form, as the manifest of a new user says.
+
+FORMS = {
+  "t.parquet": lambda columns, path: write_parquet(path, columns),
+  "t.arrow": lambda columns, path: feather.write_feather(pa.table(columns), path),
+  "t.csv": lambda columns, path: csv.write_csv(pa.table(columns), path),
+  "t.csv.gz": lambda columns, path: path.write_bytes(gzip.compress(as_csv(columns))),
+  "t.jsonl": lambda columns, path: path.write_text(
+    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pa.table(columns).to_pylist()),
+    encoding="utf-8",
+  ),
+  "t.json": lambda columns, path: path.write_text(json.dumps(pa.table(columns).to_pylist())),
+}
+
+
+def as_csv(columns):
+  sink = pa.BufferOutputStream()
+  csv.write_csv(pa.table(columns), sink)
+  return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("task_type", tasks.COLUMNS)
+def test_heldout_files_of_every_form_and_type_are_one_task(tmp_path, task_type, name):
+  columns = OF_TYPE[task_type]
+  expected = load(tmp_path, task_type, lang=["he"] * ROWS, **columns).digest
+  described = {"task_type": task_type, "instruction": "Do.", "lang": "he"}  # all that is needed
+  (tmp_path / "held").mkdir()
+  FORMS[name](columns, tmp_path / "held" / name)
+  (tmp_path / "manifest.json").write_text(json.dumps({f"held/{name}": described}))
+  (task,) = tasks.load_folder(tmp_path / "held")
+  assert task.digest == expected
+
+
+def test_a_row_may_have_another_language_than_its_file(tmp_path):
+  columns = {"lang": ["de", None, " "], "text": ["a", "b", "c"], "label": ["x", "y", "x"]}
+  write_parquet(tmp_path / "t.parquet", columns)
+  described = {"task_type": "clustering", "instruction": "", "lang": "sw"}
+  task = tasks.load_task(File("t.parquet", described, str(tmp_path)))
+  assert set(task.score(np.eye(3, dtype=np.float32))) == {"deu-Latn", "swa-Latn"}
 
 
 # One language, one name.

@@ -12,10 +12,13 @@ import subprocess
 import sys
 
 import hypothesis
+import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
 from mlembed_jax.data import catalog, manifest
+from mlembed_jax.data.parquet_files import Columns
+from mlembed_jax.data.tables import read_tables
 from mlembed_jax.errors import MlembedError
 from mlembed_jax.eval.evaluation import Evaluation
 from mlembed_jax.eval.scoring import TaskScores
@@ -27,6 +30,7 @@ from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training import metrics
 from mlembed_jax.workdir import Run, StepScores
 from tests.faults.mutants import changed, damaged, json_files
+from tests.material import pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHORT, LONG = 40, 4000  # files of each kind
@@ -211,6 +215,20 @@ def test_manifest(data, tmp_path, examples):
   path = tmp_path / "manifest.json"
   value = value_of(data / "manifest.json")
   examples(json_files(value), path, lambda: manifest.select(str(path), ["*"], "data.train"))
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_files(tmp_path, examples, new):
+  columns = pa.table(pairs(20, 1))
+  columns = columns.set_column(3, "lang", columns["lang"].dictionary_encode())
+  sink = pa.BufferOutputStream()
+  with new(sink, columns.schema) as writer:
+    writer.write_table(columns, max_chunksize=7)
+  path = tmp_path / "a.arrow"
+  wanted = Columns(["query", "passage"], ["lang"])
+  content = damaged(sink.getvalue().to_pybytes())
+  counts = examples(content, path, lambda: list(read_tables(str(path), wanted, 8)))
+  assert counts["refused"]
 
 
 def test_catalog(data, tmp_path, examples):

@@ -13,17 +13,17 @@ import sys
 import time
 from collections.abc import Iterator
 
-from tests.pages import PAGES, ROOT, blocks, commands, is_after_quickstart
+from tests.pages import PAGES, ROOT, all_blocks, commands, is_after_quickstart
 
 
 def examples() -> Iterator[list[str]]:
-  """Yields the words of every command, of Python blocks too."""
+  """Yields the words of every command, of Python blocks too, in the order of each page."""
   for page in PAGES:
-    for marked, content in blocks(page, "sh"):
-      yield from (words for words in commands(content) if not marked and is_after_quickstart(words))
-    for marked, content in blocks(page, "python"):
-      if not marked:
+    for _, of, content in (block for block in all_blocks(page) if not block[0]):
+      if of == "python":
         yield ["python", "-c", content]
+      elif of == "sh":
+        yield from filter(is_after_quickstart, commands(content))
 
 
 def run(words: list[str], folder: pathlib.Path) -> None:

@@ -230,7 +230,11 @@ def test_a_run_records_what_decides_its_rows(folder):
   [
     ({"data.train": ("nothing/*",)}, DataError, r"data\.train: 'nothing/\*' matches no file of .*"),
     ({"data.heldout": ("none",)}, DataError, r"data\.heldout: 'none' matches no file of"),
-    ({"data.heldout": ("train/bitext*",)}, DataError, r"column text is missing; it has query"),
+    (
+      {"data.heldout": ("train/bitext*",)},
+      DataError,
+      r"columns text, en are missing; it has query",
+    ),
     ({"data.pooled_token": "<|x|>"}, DataError, r"pooled_token: .*has no token '<\|x\|>'"),
     (
       {"data.pooled_token": "a"},
