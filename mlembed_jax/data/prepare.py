@@ -16,6 +16,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +32,7 @@ from mlembed_jax.data.catalog import Recipe, row_shard
 from mlembed_jax.data.file_digests import FileDigest, NewFile, digest_of, problems, recorded
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.names import CATALOG, DATASET, REPORT, TOKENIZER, names_of_rows, shard_name
-from mlembed_jax.data.processes import end_with_parent
+from mlembed_jax.data.processes import end_with_parent, unheard
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, VALIDATION, read_shard
 from mlembed_jax.data.report import FileCount
 from mlembed_jax.data.shards import paths_of
@@ -318,7 +319,9 @@ def _in_pool(
 ) -> list[Any]:
   context = multiprocessing.get_context("spawn")
   pool = ProcessPoolExecutor(processes, context, _begin, (os.getpid(),))
-  futures = [pool.submit(do, numbered) for numbered in enumerate(items)]
+  others = multiprocessing.active_children()
+  with unheard(signal.SIGINT):  # the first submission starts the processes
+    futures = [pool.submit(do, numbered) for numbered in enumerate(items)]
   try:
     for future in _counted(as_completed(futures), bar):
       future.result()
@@ -327,6 +330,10 @@ def _in_pool(
       f"{title}: a process was ended from outside, perhaps for want of memory; run the command "
       "again, with fewer --processes: it goes on where it stopped"
     ) from error
+  except BaseException:
+    for worker in set(multiprocessing.active_children()) - {*others}:
+      worker.kill()  # the program would wait for its part, which may be killed at any time
+    raise
   finally:
     pool.shutdown(wait=False, cancel_futures=True)  # an error is shown at once
   return [future.result() for future in futures]

@@ -1,8 +1,11 @@
-"""Makes processes end with the one that started them."""
+"""Makes processes leave signals to the one that started them, and end with it."""
 
+import contextlib
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 
 
 def end_with_parent(parent: int) -> None:
@@ -14,3 +17,17 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def unheard(*numbers: signal.Signals) -> Iterator[None]:
+  """Starts the processes of the block without these signals, which a terminal sends to all.
+
+  A process inherits what is blocked, so they do not reach it while it imports either, where they
+  would end in a traceback. The starting process hears them when the block ends.
+  """
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import grain
 
 from mlembed_jax.data.loader import Batch, Batches
-from mlembed_jax.data.processes import end_with_parent
+from mlembed_jax.data.processes import end_with_parent, unheard
 from mlembed_jax.errors import DataError
 
 PREFETCH = 2  # each worker has so many batches ready
@@ -109,7 +109,8 @@ class _Worker:
     self._pipe, theirs = context.Pipe(duplex=False)
     arguments = theirs, batches, first, stride, os.getpid()
     self._process = context.Process(target=_work, args=arguments, daemon=True)
-    self._process.start()
+    with unheard(signal.SIGINT, signal.SIGTERM):  # Slurm sends both to all processes of a job
+      self._process.start()
     theirs.close()
     self._stalled = self._began = False
 
@@ -151,8 +152,6 @@ class _Worker:
 
 def _work(pipe: Connection, batches: Batches, first: int, stride: int, parent: int) -> None:
   """Sends batches from a process of its own."""
-  for number in (signal.SIGINT, signal.SIGTERM):  # Slurm, too, sends them to all processes of a job
-    signal.signal(number, signal.SIG_IGN)  # they are for the process that trains
   end_with_parent(parent)
   ready: queue.Queue[Batch | Exception] = queue.Queue(PREFETCH - 1)
 

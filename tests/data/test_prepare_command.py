@@ -144,6 +144,24 @@ def test_a_command_that_was_killed_three_times_writes_the_same_bytes(many):
   assert content(many / "killed") == content(many / "dataset")
 
 
+@pytest.mark.parametrize("after_s", [1.0, 1.5, 2.0, 3.0])  # workers import, then work
+def test_a_terminal_that_interrupts_all_processes_gets_one_sentence(many, tmp_path, after_s):
+  process = subprocess.Popen(
+    command(many, "--processes", "2", out=tmp_path / "out"),
+    cwd=ROOT,
+    env=ENVIRONMENT,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,  # as a terminal does
+  )
+  time.sleep(after_s)
+  os.killpg(process.pid, signal.SIGINT)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode in (130, 0), said  # 0: it was faster
+  assert "Traceback" not in said
+  assert process.returncode == 0 or "stopped by signal 2; the same command goes on" in said
+
+
 def test_leftovers_of_a_kill_right_before_the_end_are_cleared(own):
   prepare_dataset(own, out="expected")
   out = prepare_dataset(own)
