@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution
 from typing import Any
 
@@ -164,9 +164,9 @@ def bound(folder: pathlib.Path, program: str) -> float:
   return MIN_COSINE
 
 
-def rows(root: pathlib.Path, folders: list[pathlib.Path]) -> Iterator[Row]:
-  """Yields a row for each program that reads the files of a folder."""
-  for environment in ENVIRONMENTS:
+def rows(root: pathlib.Path, folders: list[pathlib.Path], names: Sequence[str]) -> Iterator[Row]:
+  """Yields a row for each program of some environments that reads the files of a folder."""
+  for environment in (e for e in ENVIRONMENTS if e.name in names):
     wanted = [f for f in folders if environment.reads(f)]
     if not wanted:
       continue
@@ -192,9 +192,11 @@ def main() -> None:
     default=pathlib.Path("/tmp/mlembed_consumers"),
     help="of the environments",
   )
+  names = [environment.name for environment in ENVIRONMENTS]
+  parser.add_argument("--only", nargs="+", choices=names, default=names, help="environments")
   args = parser.parse_args()
   all_well = True
-  for row in rows(args.root.absolute(), [f.absolute() for f in args.folders]):
+  for row in rows(args.root.absolute(), [f.absolute() for f in args.folders], args.only):
     print(row, flush=True)
     all_well &= row.well
   sys.exit(0 if all_well else 1)
