@@ -74,6 +74,8 @@ def is_after_quickstart(words: Sequence[str]) -> bool:
   set_up = [command for text in SET_UP for command in commands(text)]
   if list(words[:2]) != ["python", "-m"] or list(words) in set_up:
     return False
+  if list(words[2:4]) == ["pip", "install"]:
+    return True  # what the next blocks of the page need
   paths = [path for path in (word.rpartition("=")[2] for word in words) if path.startswith("/")]
   ours = words[2].startswith("mlembed_jax.") and words[2] != "mlembed_jax.aot"
   return ours and all(path.startswith("/tmp/") for path in paths)

@@ -9,7 +9,7 @@ from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import REFERENCE, LossesConfig
 from mlembed_jax.data import languages
 from mlembed_jax.families import FAMILIES
-from mlembed_jax.hf.card_use import use
+from mlembed_jax.hf.card_use import listed, remote_code, use
 from mlembed_jax.hf.config_files import Variant, switches
 from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.slice_scores import SliceScore
@@ -33,6 +33,33 @@ TAGS = (
   "mlembed-jax",
 )
 MIN_LANGUAGE_ROWS = 1000  # of training data, for a language to be named in the front matter
+DIMENSION = """\
+**Dimension.** Keep the first {dims} coordinates and normalise again:
+
+```python
+short = model.encode(
+  ["Put the egg in boiling water."], truncate_dim={dim}, normalize_embeddings=True
+)
+```"""
+DEPTH = """\
+**Depth.** Keep the first layers and the final norm:
+
+```python
+shallow = SentenceTransformer("{name}", config_kwargs={{"num_hidden_layers": {depth}}}{code})
+print(shallow.encode_query(["how do I boil an egg?"]).shape)
+```
+
+Queries and documents need the same depth: training compares no vectors of two depths."""
+RANK = """\
+**Rank.** `mlembed/uv.safetensors` holds the factors of the token table, whose columns are ordered:
+the first ones make the table of a lower rank.
+
+```python
+from safetensors.torch import load_file
+
+factors = load_file("{name}/mlembed/uv.safetensors")
+table = factors["U"][:, :{rank}] @ factors["V"][:{rank}]
+```"""
 CITATION = """\
 Trained with mlembed_jax. The method is 3-D Matryoshka learning of ML-Embed (arXiv:2605.15081); the
 embedding recipe is that of F2LLM-v2 (arXiv:2603.19223); the architecture is {family.title}
@@ -101,10 +128,6 @@ def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def _sizes(sizes: Iterable[int]) -> str:
-  return ", ".join(map(str, sizes))
-
-
 def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str]) -> str:
   config, axes, body = variant.run.config, variant.axes, variant.body
   start = config.train.init_from
@@ -113,51 +136,46 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
   rank = "full, never factorised"
   if variant.rank:
     form = "stored as two factors" if variant.forms.factors else "stored as their product"
-    rank = f"rank {variant.rank} of {config.model.rank}, trained {_sizes(axes.ranks)}; {form}"
+    rank = f"rank {variant.rank} of {config.model.rank}, trained {listed(axes.ranks)}; {form}"
   facts = (
     ("Architecture", f"{family} decoder, causal, without a language-model head"),
     ("Started from", base),
     ("Parameters", f"{parameter_count(body):,}"),
-    ("Layers", f"{variant.depth} of {config.model.layers}, trained exits {_sizes(axes.exits)}"),
-    ("Dimension", f"{variant.dim} of {body.width}, trained dimensions {_sizes(axes.dims)}"),
+    ("Layers", f"{variant.depth} of {config.model.layers}, trained exits {listed(axes.exits)}"),
+    ("Dimension", f"{variant.dim} of {body.width}, trained dimensions {listed(axes.dims)}"),
     ("Token table", rank),
     ("Context", f"trained to {config.data.lengths[-1]}, allowed {config.export.max_seq_length}"),
     ("Pooling", f"state of the last token, `{pooled_token}`, which the tokenizer appends"),
     ("Stored as", config.export.dtype),
   )
   warnings = [f"**Warning.** {sentence}.\n" for sentence in variant.untrained]
-  listed = _table(
+  texts = _table(
     ("prompt", "text"),
     ((f"`{k}`", f"`{json.dumps(v, ensure_ascii=False)}`") for k, v in prompts.items()),
   )
-  return "\n".join([*warnings, _table(("", ""), facts), "", listed])
+  return "\n".join([*warnings, _table(("", ""), facts), "", texts])
 
 
 def _cutting(variant: Variant) -> str:
-  itemsize = {"bfloat16": 2, "float32": 4}[variant.run.config.export.dtype]
-  depths = []
-  for depth in (e for e in variant.axes.exits if e <= variant.depth):
-    count = parameter_count(dataclasses.replace(variant.body, layers=depth))
-    depths.append((depth, f"{count:,}", f"{count * itemsize / 1e6:.1f}"))
-  dims = _sizes(dim for dim in variant.axes.dims if dim <= variant.dim)
-  lines = [
-    f"**Dimension.** Keep the first {dims} coordinates and normalise again: "
-    "`encode(..., truncate_dim=N, normalize_embeddings=True)`.",
-    "**Depth.** Keep the first layers and the final norm: "
-    '`SentenceTransformer(path, config_kwargs={"num_hidden_layers": N})`.',
-    _table(("layers", "parameters", "MB"), depths),
-  ]
+  lines = [_dimensions(variant), *_depths(variant)]
   if variant.table_form == "merged":
-    lines.append(
-      "**Rank.** `mlembed/uv.safetensors` holds the factors U and V of the token table, whose "
-      "columns are ordered: the table of rank r is `U[:, :r] @ V[:r]`."
-    )
-  if variant.dim < variant.body.width:
-    lines.append(
-      "The `2_Dense` module of this folder cuts the dimension. llama.cpp does not apply it: there, "
-      f"keep the first {variant.dim} coordinates and normalise again."
-    )
+    lines.append(RANK.format(name=variant.name, rank=min((variant.rank, *variant.axes.ranks))))
   return "\n\n".join(lines)
+
+
+def _dimensions(variant: Variant) -> str:
+  return DIMENSION.format(dims=listed(variant.dims), dim=variant.dims[0])
+
+
+def _depths(variant: Variant) -> list[str]:
+  """Returns how layers are cut, and what each depth costs."""
+  itemsize = {"bfloat16": 2, "float32": 4}[variant.run.config.export.dtype]
+  rows = []
+  for depth in variant.depths:
+    count = parameter_count(dataclasses.replace(variant.body, layers=depth))
+    rows.append((depth, f"{count:,}", f"{count * itemsize / 1e6:.1f}"))
+  how = DEPTH.format(name=variant.name, depth=variant.depths[0], code=remote_code(variant))
+  return [how, _table(("layers", "parameters", "MB"), rows)]
 
 
 def _training(variant: Variant) -> str:
@@ -205,8 +223,8 @@ def _data(variant: Variant) -> str:
   ]
   text = _table(("file", *columns), rows)
   if rows_of := _languages(variant):
-    listed = ", ".join(f"{key} {count:,}" for key, count in rows_of.items())
-    text += f"\n\nTraining rows by language: {listed}."
+    counted = ", ".join(f"{key} {count:,}" for key, count in rows_of.items())
+    text += f"\n\nTraining rows by language: {counted}."
   return text + "\n\nOverlap with public test sets was not checked."
 
 

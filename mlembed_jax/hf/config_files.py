@@ -93,6 +93,16 @@ class Variant:
     return axes_of(self.run.config.model, self.run.config.matryoshka)
 
   @property
+  def dims(self) -> list[int]:
+    """Returns the trained dimensions up to its own; its own where there are none."""
+    return [dim for dim in self.axes.dims if dim <= self.dim] or [self.dim]
+
+  @property
+  def depths(self) -> list[int]:
+    """Returns the trained depths up to its own; its own where there are none."""
+    return [depth for depth in self.axes.exits if depth <= self.depth] or [self.depth]
+
+  @property
   def recipe(self) -> str:
     """Returns the name of the training recipe."""
     return "reference" if switches(self.run.config) == REFERENCE else "default"
@@ -147,7 +157,7 @@ def model_config(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]
     # Without a version up to 4.57.2, transformers 4.57 warns of a wrong tokenizer regex.
     "transformers_version": "4.51.0",
     "is_matryoshka": True,
-    "matryoshka_dimensions": [dim for dim in variant.axes.dims if dim <= variant.dim],
+    "matryoshka_dimensions": variant.dims,
   }
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shlex
 
 import jax
 import numpy as np
@@ -15,11 +16,13 @@ from sentence_transformers import SentenceTransformer
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import ExportError
 from mlembed_jax.hf import card, config_files, export, variants
+from mlembed_jax.hf.config_files import Forms
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.workdir import StepScores
 from tests import material
 from tests.hf.exports import CUTS, TEXTS, Trained, load_st, parity_difference, read, trained
+from tests.release.cards import groups
 
 
 def states_of_transformers(folder: pathlib.Path, tokens: np.ndarray, sizes: np.ndarray, depth: int):
@@ -366,6 +369,26 @@ def test_the_card_has_its_front_matter_headings_and_scores(
   assert "language: Python 2,000, nor-Latn 1,200, heb-Hebr 1,100, zho-Hans 900, " in body
   assert "fewer than 1,000 rows: zho-Hans, zho-Hant, deu-Latn." in body
   assert "Warning" not in body
+
+
+def test_every_block_of_a_card_has_a_program_that_runs_it_before_a_release(
+  factorised: Trained, tmp_path: pathlib.Path
+):
+  forms = Forms(factors=True, onnx="int8", gguf=("f32",))
+  folder = factorised.export(tmp_path / "out", Slice(dim=16), forms=forms)
+  found = {name: (language, blocks) for language, name, _, blocks in groups(folder / "README.md")}
+  programs = {"newest", "vllm", "optimum", "onnxruntime", "transformers-js", "llama-cpp"}
+  assert set(found) == programs
+  for language, blocks in found.values():
+    if language == "python":
+      compile("\n".join(blocks), "card", "exec")
+  command, request = found["vllm"][1]
+  assert "--trust-remote-code" in command
+  body = json.loads(shlex.split(request)[-1])
+  config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  assert body["dimensions"] in config["matryoshka_dimensions"], "vLLM refuses others"
+  prompts = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+  assert body["input"].startswith(prompts["prompts"]["query"])
 
 
 def test_a_card_without_scores_says_so(folders: dict):

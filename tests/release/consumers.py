@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution
 from typing import Any
 
@@ -48,17 +48,19 @@ class Row:
     return f"{self.folder:<32} {self.program:<62} {self.said}"
 
 
-def make(root: pathlib.Path, environment: Environment) -> list[str]:
-  """Returns the words that run a probe in an environment; makes it where it is not there."""
+def make(root: pathlib.Path, environment: Environment) -> pathlib.Path:
+  """Returns the folder of an environment; makes it where it is not there.
+
+  Raises:
+    NotInstalled: a package cannot be installed.
+  """
   path = root / environment.name
   if environment.is_node:
-    script = pathlib.Path(__file__).with_name("probe.mjs")
     path.mkdir(parents=True, exist_ok=True)
-    shutil.copy(script, path)  # node looks packages up beside it
     # The scripts of its packages fetch libraries for GPUs.
     quiet = ("--silent", "--ignore-scripts", "--prefix", str(path))
     install(["npm", "install", *quiet, *environment.packages])
-    return ["node", str(path / script.name)]
+    return path
   venv.create(path, with_pip=True, symlinks=True)
   python, packages = str(path / "bin" / "python"), list(environment.packages)
   if environment.needs_torch:
@@ -68,8 +70,19 @@ def make(root: pathlib.Path, environment: Environment) -> list[str]:
       (pathlib.Path(own.stdout.strip()) / "torch.pth").write_text(f"{shared}\n", encoding="utf-8")
     else:
       packages.append(f"torch=={TORCH}")
-  install([python, "-m", "pip", "install", "--quiet", *packages])
-  return [python, str(pathlib.Path(__file__).with_name("probe.py"))]
+  index = ["--extra-index-url", environment.index] if environment.index else []
+  install([python, "-m", "pip", "install", "--quiet", *index, *packages])
+  if environment.removed:
+    install([python, "-m", "pip", "uninstall", "--quiet", "--yes", *environment.removed])
+  return path
+
+
+def probe_words(path: pathlib.Path, environment: Environment) -> list[str]:
+  """Returns the words that run a probe in an environment."""
+  here = pathlib.Path(__file__)
+  if environment.is_node:
+    return ["node", shutil.copy(here.with_name("probe.mjs"), path)]  # packages lie beside it
+  return [str(path / "bin" / "python"), str(here.with_name("probe.py"))]
 
 
 def install(words: list[str]) -> None:
@@ -132,7 +145,7 @@ def read(folder: pathlib.Path, program: str, found: dict[str, Any]) -> tuple[str
   if "error" in found:
     return f"FAILED: {found['error']}", False
   least, other = found["cosine"], found["other_ids"]
-  well = least >= _bound(folder, program) and not other  # NaN is no more than any bound
+  well = least >= bound(folder, program) and not other  # NaN is no more than any bound
   ids = (
     "ids not shown" if other is None else f"other ids: {', '.join(other)}" if other else "ids equal"
   )
@@ -140,7 +153,7 @@ def read(folder: pathlib.Path, program: str, found: dict[str, Any]) -> tuple[str
   return f"{said}  {'ok' if well else 'FAILED'}", well
 
 
-def _bound(folder: pathlib.Path, program: str) -> float:
+def bound(folder: pathlib.Path, program: str) -> float:
   """Returns the least cosine that is right; the files that each program reads differ."""
   own = json.loads((folder / "mlembed.json").read_text(encoding="utf-8"))
   reads_onnx = "onnx" in program or program in ("fastembed", "transformers_js")
@@ -151,14 +164,14 @@ def _bound(folder: pathlib.Path, program: str) -> float:
   return MIN_COSINE
 
 
-def rows(root: pathlib.Path, folders: list[pathlib.Path]) -> Iterator[Row]:
-  """Yields a row for each program that reads the files of a folder."""
-  for environment in ENVIRONMENTS:
+def rows(root: pathlib.Path, folders: list[pathlib.Path], names: Sequence[str]) -> Iterator[Row]:
+  """Yields a row for each program of some environments that reads the files of a folder."""
+  for environment in (e for e in ENVIRONMENTS if e.name in names):
     wanted = [f for f in folders if environment.reads(f)]
     if not wanted:
       continue
     try:
-      words = make(root, environment)
+      words = probe_words(make(root, environment), environment)
     except NotInstalled as error:
       yield Row("", environment.title, f"skipped, as it cannot be installed: {error}", True)
       continue
@@ -179,9 +192,11 @@ def main() -> None:
     default=pathlib.Path("/tmp/mlembed_consumers"),
     help="of the environments",
   )
+  names = [environment.name for environment in ENVIRONMENTS]
+  parser.add_argument("--only", nargs="+", choices=names, default=names, help="environments")
   args = parser.parse_args()
   all_well = True
-  for row in rows(args.root.absolute(), [f.absolute() for f in args.folders]):
+  for row in rows(args.root.absolute(), [f.absolute() for f in args.folders], args.only):
     print(row, flush=True)
     all_well &= row.well
   sys.exit(0 if all_well else 1)

