@@ -18,6 +18,7 @@ data/             what `data.builder` wrote
 export/           the Hugging Face folder of `export.at_end`
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +26,6 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
 from mlembed_jax import files, typed
@@ -155,31 +155,36 @@ def scores_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
   return workdir / "eval" / f"step_{step}.json"
 
 
-def mean_score(workdir: pathlib.Path, step: int) -> float:
-  """Returns the mean over the held-out tasks of the whole model's scores, NaN without any."""
-  try:
-    scores = StepScores.load(workdir, step).scores
-  except ConfigError:
-    return math.nan  # a damaged file is told where its scores are shown
-  whole = {s.task: s.score for s in sorted(scores, key=lambda s: (s.depth, s.rank, s.dim))}
+def mean_scores(workdir: pathlib.Path) -> dict[int, float]:
+  """Returns {step: mean over the held-out tasks of the whole model's scores}, the best step first.
+
+  Of equal ones the earliest comes first. Steps that were scored on other tasks than the newest are
+  left out, as their means are not comparable, and so are damaged files.
+  """
+  found = {}
+  for step in scored_steps(workdir):
+    with contextlib.suppress(ConfigError):  # a damaged file is told where its scores are shown
+      found[step] = StepScores.load(workdir, step)
+  newest = found[max(found)].tasks if found else {}
+  means = {step: _mean(scored) for step, scored in found.items() if scored.tasks == newest}
+  ranked = sorted(means, key=lambda step: (-means[step], step))
+  return {step: means[step] for step in ranked if math.isfinite(means[step])}
+
+
+def _mean(scored: StepScores) -> float:
+  ascending = sorted(scored.scores, key=lambda s: (s.depth, s.rank, s.dim))
+  whole = {s.task: s.score for s in ascending}  # the last one of a task is that of all sizes
   return statistics.fmean(whole.values()) if whole else math.nan
 
 
-def best_step(workdir: pathlib.Path, steps: Iterable[int]) -> int | None:
-  """Returns the first of the steps with the highest mean score, None where none has one."""
-  scores = {step: mean_score(workdir, step) for step in steps}
-  scored = [step for step in sorted(scores) if math.isfinite(scores[step])]
-  return max(scored, key=lambda step: scores[step], default=None)
-
-
-def early_end(workdir: pathlib.Path, patience: int) -> str | None:
-  """Returns why a run with these held-out scores is over, None where it is not."""
-  steps = scored_steps(workdir)
-  best = best_step(workdir, steps)
-  since = [step for step in steps if best is not None and step > best]
-  if best is None or len(since) < patience:
+def early_end(workdir: pathlib.Path, patience: int, step: int) -> str | None:
+  """Returns why a run that has come to `step` is over by its held-out scores; None: it is not."""
+  means = {at: mean for at, mean in mean_scores(workdir).items() if at <= step}
+  best = next(iter(means), step)
+  since = [at for at in means if at > best]
+  if len(since) < patience:
     return None
   return (
-    f"no score of the last {len(since)} evaluations is better than "
-    f"{100 * mean_score(workdir, best):.2f} of step {best}; the run ends at step {steps[-1]}"
+    f"no score of the last {len(since)} evaluations is better than {100 * means[best]:.2f} of step "
+    f"{best}; the run ends at step {step}"
   )

@@ -233,7 +233,7 @@ def test_a_run_ends_early_and_its_best_checkpoint_is_exported(data, tmp_path):
     assert "eval.patience: no score of the last 2 evaluations is better than" in result.stdout
     assert "of step 0; the run ends at step 6\n" in result.stdout
     assert lines(tmp_path)[-1]["step"] == 6
-  assert "exported is step 3, of the best mean of held-out scores" in result.stdout
+  assert f"step 3 is exported to {tmp_path}/export/tiny; use it with" in result.stdout
   own = json.loads((tmp_path / "export/tiny/mlembed.json").read_text())
   assert own["training"]["step"] == 3
   for flag, step in (("best", 3), ("6", 6)):

@@ -65,9 +65,9 @@ def _check_end(source: Any) -> None:
 
 def _batches(path: str, reader: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
   """Yields these columns of the batches of a reader, of a stream or of a file."""
-  numbers = range(getattr(reader, "num_record_batches", 0))
+  is_file = isinstance(reader, pa.ipc.RecordBatchFileReader)
   with _told(path, "damaged"):
-    for batch in map(reader.get_batch, numbers) if numbers else reader:
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
       chosen = batch.select(names)
       for column in chosen.columns:
         # A text outside of its buffer would end the process. As bytes, for what is no UTF-8

@@ -35,7 +35,7 @@ OPTIONAL = {
 }
 # What people note of a file: the model card has the first four, nothing reads the others.
 NOTES = ("rows", "languages", "licence", "source")
-NOTES += ("license", "notes", "use", "n_languages", "rows_per_source")
+NOTES += ("notes", "use", "n_languages", "rows_per_source")
 NAMES_SHOWN = 12  # of the files that a manifest lists
 MOST_COLUMNS = 10_000  # of positives or negatives; a wrong number has its columns listed
 VECTORS = ("query", "passage", "negatives")  # keys of teacher_vectors; the last one is optional

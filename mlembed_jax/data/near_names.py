@@ -13,6 +13,7 @@ FIELDS = {  # of a manifest
   "negatives": ("negative", "neg", "num_negatives", "n_negatives", "hard_negatives"),
   "positives": ("positive", "pos", "num_positives", "n_positives"),
   "lang": ("language", "lang_code", "language_code", "locale"),
+  "licence": ("license",),
   "path": ("file", "url", "data_files", "data_dir", "filename", "location"),
 }
 COLUMNS = {  # of training and held-out files

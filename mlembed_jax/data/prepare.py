@@ -320,9 +320,9 @@ def _in_pool(
   context = multiprocessing.get_context("spawn")
   pool = ProcessPoolExecutor(processes, context, _begin, (os.getpid(),))
   others = multiprocessing.active_children()
-  with unheard(signal.SIGINT):  # the first submission starts the processes
-    futures = [pool.submit(do, numbered) for numbered in enumerate(items)]
   try:
+    with unheard(signal.SIGINT):  # submissions start the processes
+      futures = [pool.submit(do, numbered) for numbered in enumerate(items)]
     for future in _counted(as_completed(futures), bar):
       future.result()
   except BrokenProcessPool as error:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 
 def end_with_parent(parent: int) -> None:
@@ -26,6 +27,7 @@ def unheard(*numbers: signal.Signals) -> Iterator[None]:
   A process inherits what is blocked, so they do not reach it while it imports either, where they
   would end in a traceback. The starting process hears them when the block ends.
   """
+  resource_tracker.ensure_running()  # else the first process starts it, which ends the blocking
   before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
   try:
     yield

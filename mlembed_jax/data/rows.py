@@ -115,7 +115,9 @@ def read_chunks(file: File) -> Iterator[Chunk]:
   """
   start = 0
   for path in paths_of(file):
+    first = start
     for table, reasons in tables.read_tables(path, _wanted(file), CHUNK):
+      _check_scores(file, table, f"{path}: row", start - first)
       yield _chunk(file, table, reasons, start)
       start += table.num_rows
 
@@ -144,7 +146,7 @@ def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:
         "row": pa.array(rows, pa.int64()),
         "language": languages_of(file, kept),
         "query": kept["query"],
-        "score": _scores(file, kept, rows),
+        "score": _scores(file, kept),
         "documents": pa.FixedSizeListArray.from_arrays(places.reshape(-1), len(texts) - 1),
       }
     ),
@@ -205,18 +207,26 @@ def languages_of(file: File, table: pa.Table) -> pa.Array:
   return pa.chunked_array(named).combine_chunks() if isinstance(named, list) else named
 
 
-def _scores(file: File, table: pa.Table, rows: np.ndarray) -> pa.Array:
-  """Returns the score of each row, 0 for files without; raises DataError outside [0, 1]."""
-  if not numbers(file):
-    return pa.array(np.zeros(rows.size, np.float32))
-  scores = table["score"].cast(pa.float64(), safe=False).to_numpy()
-  outside = np.flatnonzero(~((scores >= 0) & (scores <= 1)))  # NaN too
-  if outside.size:
-    raise DataError(
-      f"{file.path}: row {rows[outside[0]]}: score {scores[outside[0]]} is not in [0, 1]; rescale "
-      "the column, e.g. divide STS scores 0-5 by 5 (a null score leaves its row out)"
-    )
-  return pa.array(scores.astype(np.float32))
+def _check_scores(file: File, table: pa.Table, where: str, start: int) -> None:
+  """Raises DataError where a score is outside [0, 1]; the first row of the table is `start`."""
+  for name in numbers(file):
+    scores = _numbers(table[name])
+    outside = np.flatnonzero(~((scores >= 0) & (scores <= 1) | _mask(pc.is_null(table[name]))))
+    if outside.size:
+      raise DataError(
+        f"{where} {start + outside[0]}: {name} {scores[outside[0]]} is not in [0, 1]; rescale the "
+        "column, e.g. divide STS scores 0-5 by 5 (a null score leaves its row out)"
+      )
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+  return column.cast(pa.float64(), safe=False).to_numpy()
+
+
+def _scores(file: File, table: pa.Table) -> pa.Array:
+  """Returns the score of each row, float32; 0 for files without."""
+  found = [_numbers(table[name]) for name in numbers(file)] or [np.zeros(table.num_rows)]
+  return pa.array(found[0].astype(np.float32))
 
 
 def _unique(table: pa.Table, names: list[str]) -> tuple[pa.Table, np.ndarray]:

@@ -27,6 +27,8 @@ def paths_of(file: File) -> list[str]:
 
 def _matching(file: File) -> list[str]:
   inner, chain, outer = file.path.partition("::")  # zip://train-*.parquet::gs://archive
+  if "*" in outer:
+    raise DataError(f"{file.name}: {file.path}: * may stand before the first :: alone")
   filesystem, pattern = _opened(file.path)
   try:
     found = sorted(filesystem.glob(pattern))
@@ -41,8 +43,12 @@ def _matching(file: File) -> list[str]:
 def _opened(path: str) -> tuple[Any, str]:
   try:
     return fsspec.core.url_to_fs(path)
+  except FileNotFoundError as error:  # the archive that holds the file
+    raise DataError(f"{path} does not exist") from error
   except (ImportError, ValueError) as error:  # a protocol without its package, or an unknown one
     raise DataError(f"{path}: {error}") from error
+  except Exception as error:  # each store has errors of its own, as has an archive
+    raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _is_folder(path: str) -> bool:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from mlembed_jax import files
@@ -34,7 +33,7 @@ from mlembed_jax.training.saved import (
   unchecked,
 )
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import mean_score
+from mlembed_jax.workdir import mean_scores
 
 DAMAGED = "damaged"
 TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # follows the step while orbax writes a checkpoint
@@ -86,11 +85,8 @@ class Retention:
     return [step in kept or (self.every > 0 and step % self.every == 0) for step in steps]
 
   def _best(self, steps: Sequence[int]) -> list[int]:
-    if not self.best:
-      return []
-    scores = {step: mean_score(self.workdir, step) for step in steps}
-    scored = [step for step in steps if np.isfinite(scores[step])]
-    return sorted(scored, key=lambda step: scores[step])[-self.best :]
+    ranked = mean_scores(self.workdir) if self.best else {}
+    return [step for step in ranked if step in steps][: self.best]
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:

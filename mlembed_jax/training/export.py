@@ -10,6 +10,7 @@ from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.sample import sample_ids
 from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.devices.start import start_devices
 from mlembed_jax.errors import DataError
 from mlembed_jax.hf import push, stored_ranges
 from mlembed_jax.hf.config_files import Forms
@@ -56,6 +57,7 @@ def export_model(
       folder that is written would replace something else (nothing is written then); or see
       `export_folder`.
   """
+  start_devices()
   workdir, out = pathlib.Path(workdir).absolute(), pathlib.Path(out).absolute()
   wanted = _wanted(cut or Slice(), _listed(variants), _listed(gguf))
   repositories = [push.repository(push_to, suffix) for suffix in wanted] if push_to else []

@@ -33,7 +33,7 @@ from mlembed_jax.files import copy_file, make_writable_folder
 from mlembed_jax.hf import stored_ranges
 from mlembed_jax.hf.export import TrainedModel, check_target, export_folder
 from mlembed_jax.hf.folder import resolve
-from mlembed_jax.hf.load import load_params as read_params
+from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.parallel import maintenance, processes
 from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh, put_batch, rows_of
@@ -63,7 +63,7 @@ from mlembed_jax.training.resume import (
   check_same_run,
   parse_steps,
 )
-from mlembed_jax.training.saved import BEST, chosen_step, load_params, steps_of
+from mlembed_jax.training.saved import BEST, chosen_step, load_newest_params, steps_of
 from mlembed_jax.training.teacher import Teacher
 from mlembed_jax.training.trackers import Trackers
 from mlembed_jax.training.train_state import TrainState
@@ -129,7 +129,7 @@ def initial_state(training: Training) -> TrainState:
   if config.train.init_from:
     like = train_state.abstract(config, tx, mesh).params
     state = state.replace(params=None)  # their memory is needed
-    state = state.replace(params=read_params(resolve(config.train.init_from), config.model, like))
+    state = state.replace(params=load_params(resolve(config.train.init_from), config.model, like))
   return state
 
 
@@ -208,7 +208,7 @@ def fit(training: Training, state: TrainState, recorder: metrics.Recorder) -> Tr
       if scored:
         with recorder.paused(), jax.transfer_guard("allow"):
           evaluate(training, state)
-          if ends_early(training):
+          if ends_early(training, done):
             return state
       if stopping:
         close(training)
@@ -243,41 +243,49 @@ def evaluate(training: Training, state: TrainState) -> None:
     training.trackers.log_scores(step, scores)
 
 
-def ends_early(training: Training) -> bool:
+def ends_early(training: Training, step: int) -> bool:
   """Returns whether held-out scores say that the run is over (`eval.patience`), and prints why."""
-  patience = training.config.eval.patience
-  why = processes.gather(early_end(training.workdir, patience) if patience else None)[0]
-  if why:
+  patience, why = training.config.eval.patience, None
+  with processes.agreed():
+    if patience and processes.is_first():
+      why = early_end(training.workdir, patience, step)
+  if why := processes.gather(why)[0]:
     processes.on_first(lambda: print(f"eval.patience: {why}", flush=True))
   return bool(why)
 
 
 def report(training: Training, state: TrainState) -> None:
   """Prints the held-out table, and writes and prints the export where `export.at_end` asks."""
-  last = training.config.export.at_end and not training.config.export.best
-  params = processes.fetch(state.params) if last else None
-  processes.on_first(lambda: _report(training, int(state.step), params))
+  step, params = int(state.step), None
+  processes.on_first(lambda: _report_scores(training, step))
+  if training.config.export.best:
+    with processes.agreed():
+      step = chosen_step(training.workdir, BEST)
+    step, params = load_newest_params(training.workdir, training.config.model, [step])
+  elif training.config.export.at_end:
+    params = processes.fetch(state.params)
+  processes.on_first(lambda: _export(training, step, params))
 
 
-def _report(training: Training, step: int, params: Any) -> None:
-  workdir, read = training.workdir, training.inputs
-  before, after = StepScores.load(workdir, 0), StepScores.load(workdir, step)
-  for task in read.tasks:
+def _report_scores(training: Training, step: int) -> None:
+  before, after = (StepScores.load(training.workdir, at) for at in (0, step))
+  for task in training.inputs.tasks:
     print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
     print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
-  if not training.config.export.at_end:
+
+
+def _export(training: Training, step: int, params: Any) -> None:
+  """Writes the export of a step, or says how to write one."""
+  workdir, read = training.workdir, training.inputs
+  if params is None:
     print(f"\ntrained to step {step:,}; this writes a model that any program loads:\n")
     print(f"  python -m mlembed_jax.export --checkpoint {workdir} --out DIR\n", flush=True)
-  if training.config.export.best:
-    step = chosen_step(workdir, BEST)
-    params = load_params(workdir, step, training.config.model)
-    print(f"\nexported is step {step}, of the best mean of held-out scores", flush=True)
-    after = StepScores.load(workdir, step)
-  if training.config.export.at_end:
-    sample = sample_ids(read.split, read.tokenizer, *stored_ranges.texts(training.config.model))
-    trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, after, sample)
-    folder = export_folder(export_path(training.config, workdir), trained, Slice())
-    print(f"\nexported to {folder}; use it with\n\n{usage(folder)}")
+    return
+  sample = sample_ids(read.split, read.tokenizer, *stored_ranges.texts(training.config.model))
+  scores = StepScores.load(workdir, step)
+  trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, scores, sample)
+  folder = export_folder(export_path(training.config, workdir), trained, Slice())
+  print(f"\nstep {step:,} is exported to {folder}; use it with\n\n{usage(folder)}")
 
 
 def export_path(config: Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -320,7 +328,10 @@ def resumed(
     asked, resume = resume, resume.remaining(stored.history, latest, same_settings=same)
     start = latest if resume.from_step is None else resume.from_step
     if start > steps:
-      raise ConfigError(f"train.steps: {steps} of them, and the workdir is at step {start}")
+      raise ConfigError(
+        f"train.steps, train.epochs: they make {steps} steps, and {workdir} is at step {start}; "
+        "--from_step goes back to an earlier checkpoint"
+      )
     entry = resume.entry(stored.config, run.config, start)
   if asked.from_step != resume.from_step:
     said = f"--from_step={asked.from_step} was done by an earlier start, see run.json"
@@ -478,7 +489,7 @@ def _trained(training: Training) -> tuple[TrainState, Training]:
     if evaluated_at(training.config, start):
       evaluate(training, state)
     training.stop.leave_if_received("no step is lost")
-    if ends_early(training):
+    if ends_early(training, start):
       return state, training
     span = start, len(training.batches)
     skipped = training.run.skipped_steps

@@ -33,7 +33,7 @@ class Profile(contextlib.AbstractContextManager["Profile"]):
     """Traces nothing before its first step."""
     wanted = config.train.profile_steps if processes.is_first() else ()
     self._first, self._last = wanted or (1, 0)
-    self._folder, self._traces = workdir / FOLDER, False
+    self._folder, self._traces, self._newest = workdir / FOLDER, False, 0
 
   def step(self, step: int, state: Any) -> contextlib.AbstractContextManager[Any]:
     """Returns the block of a step, numbered from 1, that begins with `state`."""
@@ -43,6 +43,7 @@ class Profile(contextlib.AbstractContextManager["Profile"]):
       jax.block_until_ready(state)
       jax.profiler.start_trace(str(self._folder))
       self._traces = True
+    self._newest = step
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
   def end(self, step: int, state: Any) -> None:
@@ -54,7 +55,7 @@ class Profile(contextlib.AbstractContextManager["Profile"]):
   def _stop(self) -> None:
     jax.profiler.stop_trace()
     self._traces = False
-    progress.say(f"steps {self._first} to {self._last} are traced in {self._folder}")
+    progress.say(f"steps {self._first} to {self._newest} are traced in {self._folder}")
 
   def __exit__(self, *error: Any) -> None:
     """Writes what there is of a trace, where the run ends in the middle of it."""

@@ -21,7 +21,7 @@ from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.parallel import processes
-from mlembed_jax.workdir import Run, best_step, scored_steps
+from mlembed_jax.workdir import Run, mean_scores
 
 DIGESTS = "digests.json"
 DIGESTS_FORMAT = 1
@@ -141,17 +141,26 @@ def chosen_step(workdir: pathlib.Path, step: int | str) -> int:
     ConfigError: it is not kept, or no kept step has scores.
   """
   kept = steps_of(workdir)
-  found = best_step(workdir, kept) if step == BEST else step
+  if step == BEST:
+    return _best(workdir, kept)
+  if step not in kept:
+    raise ConfigError(f"step: {workdir} keeps no step {step}; it keeps {kept}")
+  return int(step)
+
+
+def _best(workdir: pathlib.Path, kept: Sequence[int]) -> int:
+  means = mean_scores(workdir)
+  found = next((step for step in means if step in kept), None)
   if found is None:
     raise ConfigError(
       f"step: no checkpoint of {workdir} has held-out scores, by which one is the best; eval.every "
       "and train.keep_best make them"
     )
-  if found not in kept:
-    raise ConfigError(f"step: {workdir} keeps no step {found}; it keeps {kept}")
-  if step == BEST and (better := best_step(workdir, scored_steps(workdir))) != found:
-    print(f"step {better} was better, but is not kept; train.keep_best keeps such", flush=True)
-  return int(found)
+  first = next(iter(means))
+  if means[first] > means[found]:
+    why = "but is not kept, see train.keep_best" if first else "so training made the scores worse"
+    print(f"step {first} was better than step {found}, {why}", flush=True)
+  return found
 
 
 def load_params(workdir: pathlib.Path, step: int, model: ModelConfig) -> Any:

@@ -26,6 +26,7 @@ from mlembed_jax.errors import ConfigError
 from mlembed_jax.files import read_object, write_object
 from mlembed_jax.parallel import processes
 from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.training.saved import first_line
 
 FILE = "trackers.json"
 FORMAT = 1
@@ -121,15 +122,16 @@ class WandB:
 
   def __init__(self, workdir: pathlib.Path, run_id: str | None):
     wandb, env = importlib.import_module("wandb"), os.environ
-    self.run_id = run_id or env.get("WANDB_RUN_ID") or secrets.token_hex(4)
     self._run = wandb.init(
-      id=self.run_id,
+      id=run_id or env.get("WANDB_RUN_ID") or secrets.token_hex(4),
       resume="allow",
+      reinit="create_new",  # else a run of the program that calls us would be taken, and ended
       dir=env.get("WANDB_DIR", str(workdir)),
       project=env.get("WANDB_PROJECT", PROJECT),
       name=env.get("WANDB_NAME", workdir.name),
       settings=wandb.Settings(finish_timeout=0.8 * CLOSE_S),  # 0 would wait for ever
     )
+    self.run_id = self._run.id
     # W&B counts steps by itself and drops what it is given of earlier ones, as they come where a
     # run goes back to a checkpoint. With an axis of our own all are kept.
     self._run.define_metric("*", step_metric="step")
@@ -262,13 +264,12 @@ class _Feed:
       try:
         act(self._tracker)
       except Exception as error:  # whatever a library raises, training goes on
-        self._fail(f"{type(error).__name__}: {error}")
+        self._fail(f"{type(error).__name__}: {first_line(error)}")
 
   def _fail(self, why: str) -> None:
     self._failed += 1
     if self._failed == 1:
-      first = why.splitlines()[0]
-      progress.say(f"WARNING: {self.name}: {first}. Training goes on; metrics.jsonl has all lines")
+      progress.say(f"WARNING: {self.name}: {why}. Training goes on; metrics.jsonl has all lines")
 
   def join(self, seconds: float) -> None:
     """Waits for the thread, and says what is missing."""
@@ -324,12 +325,15 @@ def tracked(config: Config, workdir: pathlib.Path, *, resumed: bool) -> Iterator
       gone keeps no run from going on.
   """
   trackers: dict[str, Tracker] = {}
-  with processes.agreed():
-    for name in config.train.trackers if processes.is_first() else ():
-      with _told(name, resumed):
-        trackers[name] = _begun(name, workdir)
-  opened = Trackers(trackers)
-  finished = False
+  try:
+    with processes.agreed():
+      for name in config.train.trackers if processes.is_first() else ():
+        with _told(name, resumed):
+          trackers[name] = _begun(name, workdir)
+  except BaseException:  # those that have begun are not left open
+    Trackers(trackers).close(finished=False)
+    raise
+  opened, finished = Trackers(trackers), False
   try:
     yield opened
     finished = True
@@ -344,7 +348,7 @@ def _told(name: str, resumed: bool) -> Iterator[None]:
   except ConfigError:
     raise
   except Exception as error:  # whatever a library raises
-    said = f"{name} cannot begin ({type(error).__name__}: {str(error).splitlines()[0]})"
+    said = f"{name} cannot begin ({type(error).__name__}: {first_line(error)})"
     if not resumed:
       raise ConfigError(f"train.trackers: {said}; {SERVICES[name].remedy}") from error
     progress.say(f"WARNING: {said}. The run goes on without it; metrics.jsonl has all lines")

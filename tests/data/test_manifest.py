@@ -243,8 +243,8 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_of_many(writ
 
 
 def test_notes_of_its_own_may_stand_in_an_entry(write):
-  path = write({NAMES[1]: BITEXT | {"license": "MIT", "rows": 7, "notes": "Of 2024."}})
-  assert manifest.select(path, ("train/a*",), "--files")[0].entry["license"] == "MIT"
+  path = write({NAMES[1]: BITEXT | {"licence": "MIT", "rows": 7, "notes": "Of 2024."}})
+  assert manifest.select(path, ("train/a*",), "--files")[0].entry["licence"] == "MIT"
 
 
 @pytest.mark.parametrize(

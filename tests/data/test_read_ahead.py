@@ -78,6 +78,36 @@ if __name__ == "__main__":
 """
 
 
+def test_no_worker_hears_the_signals_of_a_terminal(dataset, tmp_path):
+  """Of a fresh process: the first worker starts with what multiprocessing starts once."""
+  code = f"""
+import multiprocessing, pathlib, pickle
+from mlembed_jax.data import read_ahead
+if __name__ == "__main__":
+  batches = pickle.loads(pathlib.Path({str(tmp_path / "batches")!r}).read_bytes())
+  iterator = read_ahead.iterate(batches, 0, 2)
+  next(iterator)
+  for worker in multiprocessing.active_children():
+    status = pathlib.Path(f"/proc/{{worker.pid}}/status").read_text().split()
+    print(status[status.index("SigBlk:") + 1])
+  iterator.close()
+"""
+  (tmp_path / "batches").write_bytes(pickle.dumps(batches_of(dataset)))
+  (tmp_path / "script.py").write_text(code)
+  done = subprocess.run(
+    [sys.executable, tmp_path / "script.py"],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
+    env=ENVIRONMENT,
+    cwd=ROOT,
+  )
+  masks = [int(mask, 16) for mask in done.stdout.split()]
+  both = 1 << (signal.SIGINT - 1) | 1 << (signal.SIGTERM - 1)
+  assert len(masks) == 2 and all(mask & both == both for mask in masks)
+
+
 def test_processes_end_soon_after_a_run_that_was_killed(dataset, tmp_path):
   (tmp_path / "endless.py").write_text(ENDLESS)
   arguments = [sys.executable, str(tmp_path / "endless.py"), str(dataset)]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import zipfile
 
@@ -15,7 +16,7 @@ from mlembed_jax.data.manifest import File
 from mlembed_jax.data.shards import paths_of
 from mlembed_jax.data.texts import read_texts
 from mlembed_jax.errors import DataError
-from tests.material import entry, pairs, prepare_dataset, write_files, write_parquet
+from tests.material import entry, pairs, prepare_dataset, scored, write_files, write_parquet
 
 BITEXT = entry("bitext", 2, "Translate.")
 COLUMNS = pairs(50, 2)
@@ -141,6 +142,35 @@ def test_arrow_files_hold_the_same_rows(tmp_path, monkeypatch, expected, kind, s
   reads = [chunk.read for chunk in rows.read_chunks(file)]
   assert reads == [min(size, 50 - start) for start in range(0, 50, size)]
   assert list(read_texts(file.path, "passage")) == COLUMNS["passage"]
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_an_arrow_file_without_rows_is_an_empty_shard(tmp_path, expected, kind):
+  new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+  (tmp_path / "a-0.arrow").write_bytes(as_stream(pa.table(COLUMNS).slice(0, 0), new=new))
+  (tmp_path / "a-1.arrow").write_bytes(as_stream(pa.table(COLUMNS)))
+  assert read(described(tmp_path, "a-*.arrow")) == expected
+
+
+@pytest.mark.parametrize("content", [None, b"no archive"])
+def test_an_archive_that_cannot_be_opened_is_named(tmp_path, content):
+  if content:
+    (tmp_path / "a.zip").write_bytes(content)
+  path = f"zip://a.parquet::{tmp_path}/a.zip"
+  with pytest.raises(DataError, match=re.escape(path)):
+    paths_of(described(tmp_path, path))
+  with pytest.raises(DataError, match=r"\* may stand before the first :: alone"):
+    paths_of(described(tmp_path, f"zip://a.parquet::{tmp_path}/*.zip"))
+
+
+def test_a_score_is_named_by_shard_and_row(tmp_path):
+  table = pa.table(scored(20))
+  bad = table.set_column(table.column_names.index("score"), "score", [pa.array([0.5] * 19 + [2.0])])
+  for k, part in enumerate((table, bad)):
+    pq.write_table(part, tmp_path / f"a-{k}.parquet")
+  file = File("all", entry("scored_pairs", 0, "Compare.") | {"path": "a-*.parquet"}, str(tmp_path))
+  with pytest.raises(DataError, match=r"a-1\.parquet: row 19: score 2\.0 is not in \[0, 1\]"):
+    list(rows.read_chunks(file))
 
 
 def test_a_damaged_arrow_file_is_named(tmp_path):

@@ -37,21 +37,34 @@ def test_a_platform_that_is_not_there_is_one_error_with_its_extra():
 
 
 def test_a_gpu_that_jax_cannot_use_is_said_once(tmp_path, monkeypatch, capfd):
-  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   monkeypatch.setattr(start, "NVIDIA", (str(tmp_path),))  # stands for the file of its driver
   start._warn.cache_clear()
   for _ in range(2):
-    start._warn("cpu")
+    start._warn()
   said = capfd.readouterr().err
   assert said.count("WARNING: this machine has an NVIDIA GPU") == 1 and "[cuda]" in said
   start._warn.cache_clear()
-  monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the CPU is meant
-  start._warn("cpu")
+  monkeypatch.setattr(start, "CUDA_PLUGINS", ("numpy",))  # stands for one that is installed
+  start._warn()
+  assert "JAX_PLATFORMS=cuda says why" in capfd.readouterr().err
+  start._warn.cache_clear()
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU is meant
+  start._warn()
   assert capfd.readouterr().err == ""
+  start._warn.cache_clear()
 
 
-@pytest.mark.parametrize(("device", "found"), [("0x0062", True), ("0x0042", False)])
-def test_a_network_card_of_google_is_no_tpu(tmp_path, monkeypatch, device, found):
+def test_a_plugin_of_another_name_is_not_left_alone(monkeypatch):
+  monkeypatch.setattr(start, "PCI", "/nowhere/*")
+  assert start._is_without_accelerator()
+  monkeypatch.setenv("PJRT_NAMES_AND_LIBRARY_PATHS", "mine:/lib/mine.so")
+  assert not start._is_without_accelerator()
+
+
+@pytest.mark.parametrize(
+  ("device", "found"), [("0x0062", True), ("0x0042", False), ("0x001f", False)]
+)
+def test_network_cards_and_disks_of_google_are_no_tpus(tmp_path, monkeypatch, device, found):
   (tmp_path / "vendor").write_text("0x1ae0\n")
   (tmp_path / "device").write_text(device + "\n")
   monkeypatch.setattr(start, "PCI", str(tmp_path))

