@@ -21,6 +21,7 @@ from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training import trackers
 from mlembed_jax.workdir import StepScores
 from tests import runs
+from tests.data.test_prepare_command import wait_until
 from tests.material import config_dict
 from tests.runs import SMALL, lines, run, start, wait_for_step
 from tests.test_train import scalars
@@ -38,6 +39,8 @@ def wandb_records(path):
       at += left
       continue
     size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+    if at + HEADER + size > len(data):
+      return  # it is being written
     parts += data[at + HEADER : at + HEADER + size]
     at += HEADER + size
     if kind in (1, 4):  # whole, or the last part
@@ -45,12 +48,18 @@ def wandb_records(path):
       parts = b""
 
 
+def ended_records(path):
+  """Returns the records of a run that has ended, whose file W&B's own process writes to its end."""
+  wait_until(lambda: [r for r in wandb_records(path) if r.HasField("exit")])
+  return wandb_records(path)
+
+
 def wandb_runs(workdir):
   """Returns {run id: lines}, each {name: value}, of all starts in their order."""
   found = collections.defaultdict(list)
   for path in sorted(workdir.glob("wandb/offline-run-*/*.wandb")):
     name = None
-    for record in wandb_records(path):
+    for record in ended_records(path):
       if record.HasField("run"):
         name = record.run.run_id
       elif record.HasField("history"):
@@ -245,7 +254,7 @@ def test_a_tracker_that_hangs_delays_nothing(monkeypatch, capsys):
   start = time.monotonic()
   for step in range(1, 101):
     tracking.log({"step": step, "loss": 0.0})
-    time.sleep(0.001)  # or the good one could not follow
+    wait_until(lambda step=step: good.steps[-1:] == [step])  # the good one can follow
   tracking.close(finished=True)
   release.set()
   assert time.monotonic() - start < 30 and good.steps == list(range(1, 101))
