@@ -6,6 +6,8 @@ The program `mlembed`, which the installation makes, does the same.
 import runpy
 import sys
 
+from mlembed_jax import __version__
+
 COMMANDS = {
   "prepare": "checks and tokenises text once, for training",
   "train": "trains an encoder",
@@ -24,6 +26,9 @@ def main() -> None:
   if name in ("-h", "--help"):
     print("usage: mlembed COMMAND --FLAG=VALUE ...; each command takes --help\n")
     print("\n".join(f"  {command:<10} {said}" for command, said in COMMANDS.items()))
+    return
+  if name == "--version":
+    print(f"mlembed_jax {__version__}")
     return
   if name not in COMMANDS:
     sys.exit(f"error: {name!r} is no command; there are {', '.join(COMMANDS)}")

@@ -53,6 +53,7 @@ def run(main: Callable[..., None], *names: str) -> None:
 
 def _stop(number: int, _: Any) -> None:
   """Ends the program, where a run does not save first (`mlembed_jax.parallel.stop`)."""
+  signal.signal(number, lambda again, _: os._exit(128 + again))  # a second press waits for nothing
   # print() could be in the middle of another one.
   said = f"\nstopped by signal {number}; the same command goes on\n"
   os.write(sys.stderr.fileno(), said.encode())

@@ -380,7 +380,9 @@ def _check_data_and_length(config: Config) -> None:
   if data.heldout and not (data.builder or data.manifest):
     raise ConfigError("data.manifest: data.heldout names files of a manifest; give its path")
   if data.manifest and not data.heldout:
-    raise ConfigError("data.heldout: data.manifest is only read for held-out files; name some")
+    raise ConfigError(
+      "data.heldout: data.manifest is only read for held-out files; name some, or give neither"
+    )
   if config.train.keep_best and not config.eval.every:
     raise ConfigError("train.keep_best: no checkpoint has scores; set eval.every")
   if config.eval.patience and not config.eval.every:

@@ -186,5 +186,5 @@ def early_end(workdir: pathlib.Path, patience: int, step: int) -> str | None:
     return None
   return (
     f"no score of the last {len(since)} evaluations is better than {100 * means[best]:.2f} of step "
-    f"{best}; the run ends at step {step}"
+    f"{best}; the run ends at step {step}, and goes on with a larger eval.patience"
   )

@@ -231,7 +231,7 @@ def test_a_run_ends_early_and_its_best_checkpoint_is_exported(data, tmp_path):
     result = run(data, tmp_path, **flags)
     assert result.returncode == 0, result.stderr
     assert "eval.patience: no score of the last 2 evaluations is better than" in result.stdout
-    assert "of step 0; the run ends at step 6\n" in result.stdout
+    assert "of step 0; the run ends at step 6, and goes on with" in result.stdout
     assert lines(tmp_path)[-1]["step"] == 6
   assert f"step 3 is exported to {tmp_path}/export/tiny; use it with" in result.stdout
   own = json.loads((tmp_path / "export/tiny/mlembed.json").read_text())

@@ -259,10 +259,24 @@ def _check_same(job: Job, found: dict[str, Any], folder: pathlib.Path) -> None:
   asked = json.loads(json.dumps(job.recipe.as_json()))
   different = [key for key in asked if asked[key] != found.get(key)]
   if different:
+    changed = (
+      _changed_inputs(found.get("inputs"), asked["inputs"]) if different == ["inputs"] else ""
+    )
     raise DataError(
-      f"{folder} holds a dataset of other input: {', '.join(different)} differ; "
+      f"{folder} holds a dataset of other input: {changed or ', '.join(different)} differ; "
       "name another folder, or delete this one"
     )
+
+
+def _changed_inputs(before: Any, now: dict[str, list[list[Any]]]) -> str:
+  """Returns which files were changed since; where only their time was, how to give it back."""
+  changed = {name: files for name, files in now.items() if before.get(name) != files}
+  sizes = lambda files: [size for size, _ in files]  # noqa: E731
+  touched = [name for name, files in changed.items() if sizes(before.get(name, [])) == sizes(files)]
+  shown = ", ".join(list(changed)[:SHOWN]) or "files"
+  if len(touched) < max(1, len(changed)):
+    return f"size or number of {shown}"
+  return f"the times of {shown} (a copy has a new one; `cp -p` keeps it) but not the sizes"
 
 
 @contextlib.contextmanager

@@ -77,6 +77,7 @@ _PRETOKEN = (
 )
 
 Row = dict[str, str]
+MARK = "fingerprint"  # names the file that says what the text was made of
 
 
 def build(out: pathlib.Path, *, vocab_size: int, seed: int) -> None:
@@ -86,21 +87,29 @@ def build(out: pathlib.Path, *, vocab_size: int, seed: int) -> None:
     DataError: a package whose text is read is not installed, `out` holds something else, or the
       text gives fewer than `vocab_size` tokens.
   """
-  mark = _fingerprint(vocab_size, seed)
-  written = out / "fingerprint"
-  if written.is_file() and written.read_text() == mark:
+  if is_built(out, vocab_size=vocab_size, seed=seed):
     return
-  if out.exists() and not written.is_file() and any(out.iterdir()):
+  if out.exists() and not (out / MARK).is_file() and any(out.iterdir()):
     raise DataError(f"{out} holds files that are not the quickstart's; name another folder")
   new = out.with_name(f".{out.name}.new")
   shutil.rmtree(new, ignore_errors=True)  # of a build that was killed
   try:
     new.mkdir(parents=True)
     _write(new, _rows(seed), vocab_size)
-    (new / "fingerprint").write_text(mark)
+    (new / MARK).write_text(_fingerprint(vocab_size, seed))
     replace_folder(new, out)
   finally:
     shutil.rmtree(new, ignore_errors=True)
+
+
+def is_built(out: pathlib.Path, *, vocab_size: int, seed: int) -> bool:
+  """Returns whether `build` has nothing to do: the same text by the same versions is there.
+
+  Raises:
+    DataError: a package whose text is read is not installed.
+  """
+  mark = _fingerprint(vocab_size, seed)
+  return (out / MARK).is_file() and (out / MARK).read_text() == mark
 
 
 def _fingerprint(vocab_size: int, seed: int) -> str:

@@ -1,5 +1,6 @@
 """Batches in order, read ahead by processes that may die without a step being lost."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -156,8 +157,9 @@ def _work(pipe: Connection, batches: Batches, first: int, stride: int, parent: i
   ready: queue.Queue[Batch | Exception] = queue.Queue(PREFETCH - 1)
 
   def send() -> None:
-    while True:
-      pipe.send(ready.get())
+    with contextlib.suppress(OSError):  # the process that trains has ended
+      while True:
+        pipe.send(ready.get())
 
   threading.Thread(target=send, daemon=True).start()
   try:

@@ -116,7 +116,11 @@ def load_folder(folder: pathlib.Path, scheme: str = LANGUAGE_SCRIPT) -> list[Hel
     if (place / MANIFEST).is_file():
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
-        raise DataError(f"tasks: {manifest} lists no file of {folder}")
+        others = dict.fromkeys(name.rpartition("/")[0] for name in read_manifest(manifest))
+        raise DataError(
+          f"tasks: {manifest} lists no file of {folder}; give one of the folders that it lists: "
+          + ", ".join(str(place / other) for other in others)
+        )
       files = select_heldout(manifest, map(glob.escape, names), "tasks")
       return [load_task(file, scheme) for file in files]
   raise DataError(

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 RELEASE_S = 1.0  # the storage may be what the process hangs on
 # Python raises nothing while XLA compiles; after so many seconds a second Ctrl-C ends the process.
 IMPATIENT_S = 3.0
+# Programs such as `timeout` pass on what a terminal has sent to all: one press comes twice.
+ONE_PRESS_S = 1.0
 
 
 SAYS: dict[int, str] = {
@@ -47,7 +50,7 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
         that lets launchers start it again; 0: it takes the time it needs. This ends with the block.
       on_timeout: called before that end, which waits a second for it.
     """
-    self._received, self._mesh = 0, mesh
+    self._received, self._mesh, self._pressed_twice = 0, mesh, False
     self._grace_s, self._on_timeout = grace_s, on_timeout
     self._watchdogs: list[threading.Timer] = []
     whole = NamedSharding(mesh, PartitionSpec())
@@ -63,19 +66,23 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
   def _receive(self, number: int, _: Any) -> None:
     # A second Ctrl-C ends the program at once. SIGTERM stays caught: machines that are taken away
     # may get several, or one after a notice, while the checkpoint is being written.
-    if number == signal.SIGINT:
+    if number == signal.SIGINT and self._pressed_twice:
       signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+      signal.raise_signal(signal.SIGINT)
     self.request(number)
 
   def _answer(self) -> None:
     """Requests a stop for each signal that arrives, whatever the main thread does meanwhile."""
-    interrupts = 0
+    pressed = 0.0  # when Ctrl-C came first
     while number := (self._woken.recv(1) or b"\0")[0]:
-      interrupts += number == signal.SIGINT
       if number in SAYS:
         self.request(number)
-      if interrupts == 2:
-        self._end_in(IMPATIENT_S, "ended without saving")
+      if number == signal.SIGINT and not self._pressed_twice:
+        pressed = pressed or time.monotonic()
+        if time.monotonic() - pressed > ONE_PRESS_S:
+          self._pressed_twice = True
+          self._end_in(IMPATIENT_S, "ended without saving")
+          os.kill(os.getpid(), signal.SIGINT)  # the handler may have run before it could know
 
   def request(self, number: int = signal.SIGTERM) -> None:
     """Stops the run as the signal does; any thread may call this. Only the first one counts."""

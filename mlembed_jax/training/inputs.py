@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 from typing import Any
 
 from mlembed_jax.batch import Kind
@@ -31,6 +32,7 @@ from mlembed_jax.hf import recipe
 from mlembed_jax.hf.file_names import MODULES
 from mlembed_jax.hf.folder import check_folder, resolve
 from mlembed_jax.parallel import processes
+from mlembed_jax.training.saved import steps_of
 from mlembed_jax.training.teacher import Teacher, check_stored, open_teacher
 from mlembed_jax.workdir import Run
 
@@ -126,13 +128,20 @@ def _built(config: Config, workdir: pathlib.Path) -> DataConfig:
   """Returns where the data lies that the builder wrote."""
   folder = workdir / "data"
   text = folder / "text" / MANIFEST
-  processes.on_first(lambda: _build(config, folder))
+  processes.on_first(lambda: _build(config, workdir, folder))
   return dataclasses.replace(config.data, dataset=str(folder / "dataset"), manifest=str(text))
 
 
-def _build(config: Config, folder: pathlib.Path) -> None:
+def _build(config: Config, workdir: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes text and dataset; a run under way keeps those that it began with."""
+  vocab, seed = config.model.vocab, config.train.seed
+  if not quickstart.is_built(folder / "text", vocab_size=vocab, seed=seed):
+    if steps_of(workdir):
+      print(f"{folder}: packages have changed; the run goes on with its own text", flush=True)
+      return
+    shutil.rmtree(folder / "dataset", ignore_errors=True)  # of other text
   print(f"collecting the text of installed packages in {folder}", flush=True)
-  quickstart.build(folder / "text", vocab_size=config.model.vocab, seed=config.train.seed)
+  quickstart.build(folder / "text", vocab_size=vocab, seed=seed)
   text = folder / "text" / MANIFEST
   files = manifest.select(str(text), ("train/*",), "data.train")
   tokenizer = Tokenizer(folder / "text" / TOKENIZER, config.data.pooled_token)

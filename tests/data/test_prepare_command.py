@@ -251,12 +251,15 @@ def test_a_finished_folder_is_left_alone(own):
   assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
 
 
+TIMES = "the times of train/a.parquet (a copy has a new one; `cp -p` keeps it)"
+
+
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
   ("change_", "options", "named"),
   [
     (lambda f: write_files(f, {"train/a.parquet": (pairs(151, 2), BITEXT)}), {}, "files, inputs"),
-    (lambda f: os.utime(f / "train/a.parquet", (1, 1)), {}, "inputs"),  # of the same size
+    (lambda f: os.utime(f / "train/a.parquet", (1, 1)), {}, f"{TIMES} but not the sizes"),
     (lambda f: change(f, "train/a.parquet", instruction="Other."), {}, "files"),
     (lambda f: train_tokenizer(500).save(str(f / "tokenizer.json")), {}, "tokenizer"),
     (lambda _: None, {"max_tokens": 100}, "max_tokens"),

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 import unicodedata
 from collections import Counter, defaultdict
 from random import Random
@@ -15,9 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from mlembed_jax.data import intent_templates, quickstart, quickstart_sources
+from mlembed_jax import load_config
+from mlembed_jax.data import (
+  intent_templates,
+  manifest,
+  prepare,
+  quickstart,
+  quickstart_sources,
+)
 from mlembed_jax.data.quickstart_sources import fold
 from mlembed_jax.errors import DataError
+from mlembed_jax.training import inputs
 
 VOCAB = 4096
 TRAIN = ["messages", "names", "intents", "name_kinds"]
@@ -257,6 +266,26 @@ def _digests(folder: pathlib.Path) -> dict[str, str]:
 def test_what_is_built_is_not_built_again(built, monkeypatch):
   monkeypatch.setattr(quickstart, "_rows", lambda seed: pytest.fail("read the sources again"))
   quickstart.build(built, vocab_size=VOCAB, seed=0)
+
+
+def test_a_run_under_way_keeps_its_text_where_packages_have_changed(tmp_path, monkeypatch):
+  """Its dataset stays, too; without a checkpoint both are made anew."""
+  config = load_config("configs/quickstart.py")
+  for name in ("text", "dataset"):
+    (tmp_path / "data" / name).mkdir(parents=True)
+  (tmp_path / "data/text/fingerprint").write_text("of other versions")
+  made = []
+  monkeypatch.setattr(quickstart, "build", lambda *args, **options: made.append(args))
+  monkeypatch.setattr(prepare, "prepare_dataset", lambda *args, **options: made.append(args))
+  monkeypatch.setattr(prepare, "make_recipe", lambda *args, **options: None)
+  monkeypatch.setattr(manifest, "select", lambda *args: [])
+  monkeypatch.setattr(inputs, "Tokenizer", lambda path, token: types.SimpleNamespace(path=path))
+  (tmp_path / "checkpoints/10").mkdir(parents=True)
+  inputs._build(config, tmp_path, tmp_path / "data")
+  assert not made and (tmp_path / "data/dataset").is_dir()
+  (tmp_path / "checkpoints/10").rmdir()
+  inputs._build(config, tmp_path, tmp_path / "data")
+  assert len(made) == 2 and not (tmp_path / "data/dataset").exists()
 
 
 def test_another_fingerprint_replaces_the_folder(tmp_path, monkeypatch):

@@ -183,7 +183,8 @@ def test_a_run_is_over_after_so_many_scores_that_are_not_better(tmp_path):
   for step, score in ((0, 0.5), (10, 0.7), (20, 0.7), (30, 0.6)):
     scored(tmp_path, step, a=score)
   assert early_end(tmp_path, 2, 30) == (
-    "no score of the last 2 evaluations is better than 70.00 of step 10; the run ends at step 30"
+    "no score of the last 2 evaluations is better than 70.00 of step 10; the run ends at step 30, "
+    "and goes on with a larger eval.patience"
   )
   assert early_end(tmp_path, 3, 30) is None
   assert early_end(tmp_path, 2, 20) is None  # it was taken back to this step
