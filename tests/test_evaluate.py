@@ -159,7 +159,7 @@ def test_what_is_no_model_or_no_task_is_refused(exported, data, tmp_path):
 def test_where_scores_cannot_be_written_is_said_first(exported, data, tmp_path):
   (tmp_path / "file").touch()
   for out, message in (
-    (tmp_path / "file", "is not writable: File exists"),
+    (tmp_path / "file", "is not writable: it is a file"),
     (exported["full"] / "scores", "lies in the model's folder"),
   ):
     result = run(exported["full"], data / "heldout", out)
@@ -203,7 +203,7 @@ def test_python_names_out_and_cut_in_errors(exported, data, tmp_path):
   (tmp_path / "file").touch()
   for out, cut, message in (
     (exported["full"] / "scores", None, "out: .* lies in the model's folder"),
-    (tmp_path / "file", None, "out: .* is not writable: File exists"),
+    (tmp_path / "file", None, "out: .* is not writable: it is a file"),
     (tmp_path / "out", Slice(depth=2), "cut: depth: 2 was not trained"),
   ):
     with pytest.raises(ConfigError, match=f"^{message}"):

@@ -260,7 +260,7 @@ def test_help_is_short_and_complete():
     text=True,
   )
   assert "--config" in result.stdout and "--workdir" in result.stdout
-  assert len(result.stdout.splitlines()) < 40
+  assert len(result.stdout.splitlines()) < 45
 
 
 def test_training_starts_from_an_exported_folder(data, twenty, tmp_path):

@@ -102,9 +102,7 @@ def test_a_dataset_notices_that_a_shard_changed(tmp_path, data):
   counts = [json.loads((d / "prepare_report.json").read_text())["totals"] for d in (whole, sharded)]
   assert counts[0] == counts[1]
   write_parquet(tmp_path / "a-1.parquet", parts[0])
-  with pytest.raises(
-    DataError, match="of other input: size or number of train/a differ"
-  ):
+  with pytest.raises(DataError, match="of other input: size or number of train/a differ"):
     prepare_dataset(tmp_path)
 
 

@@ -17,7 +17,7 @@ from tests.material import (
   write_parquet,
   write_vectors,
 )
-from tests.test_train import SMALL, lines, run
+from tests.runs import SMALL, lines, run
 
 
 @pytest.fixture(scope="module")

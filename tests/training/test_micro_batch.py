@@ -117,7 +117,7 @@ def test_a_given_micro_batch_is_kept_where_it_fits(config, monkeypatch):
   monkeypatch.setattr(lowering, "step_bytes", lambda *_: 3 * 2**30)
   assert choose() == given  # on CPU
   monkeypatch.setattr(micro_batch, "has_own_memory", lambda _: True)
-  with pytest.raises(ConfigError, match=r"data\.micro_batch: with 1,024 tokens.* takes 3\.0 GiB"):
+  with pytest.raises(ConfigError, match=r"data\.micro_batch: with 1,024 tokens.* takes 3\.22 GB"):
     choose()
   monkeypatch.setattr(lowering, "step_bytes", lambda *_: 2**30)
   assert choose() == given
