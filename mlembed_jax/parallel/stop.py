@@ -19,6 +19,7 @@ RELEASE_S = 1.0  # the storage may be what the process hangs on
 IMPATIENT_S = 3.0
 # Programs such as `timeout` pass on what a terminal has sent to all: one press comes twice.
 ONE_PRESS_S = 1.0
+HANDLED_S = 0.1  # so soon the main thread has run a handler, unless it is in a compilation
 
 
 SAYS: dict[int, str] = {
@@ -50,7 +51,8 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
         that lets launchers start it again; 0: it takes the time it needs. This ends with the block.
       on_timeout: called before that end, which waits a second for it.
     """
-    self._received, self._mesh, self._pressed_twice = 0, mesh, False
+    self._received, self._mesh = 0, mesh
+    self._pressed_twice = self._interrupted = False
     self._grace_s, self._on_timeout = grace_s, on_timeout
     self._watchdogs: list[threading.Timer] = []
     whole = NamedSharding(mesh, PartitionSpec())
@@ -67,6 +69,7 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
     # A second Ctrl-C ends the program at once. SIGTERM stays caught: machines that are taken away
     # may get several, or one after a notice, while the checkpoint is being written.
     if number == signal.SIGINT and self._pressed_twice:
+      self._interrupted = True
       signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
       signal.raise_signal(signal.SIGINT)
     self.request(number)
@@ -82,7 +85,9 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
         if time.monotonic() - pressed > ONE_PRESS_S:
           self._pressed_twice = True
           self._end_in(IMPATIENT_S, "ended without saving")
-          os.kill(os.getpid(), signal.SIGINT)  # the handler may have run before it could know
+          time.sleep(HANDLED_S)
+          if not self._interrupted:  # the handler ran before it could know
+            os.kill(os.getpid(), signal.SIGINT)
 
   def request(self, number: int = signal.SIGTERM) -> None:
     """Stops the run as the signal does; any thread may call this. Only the first one counts."""
