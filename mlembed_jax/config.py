@@ -126,6 +126,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   _check_teacher(config)
   _check_kept(config)
   _check_data_and_length(config)
+  _check_evaluation(config)
   return config
 
 
@@ -383,16 +384,6 @@ def _check_data_and_length(config: Config) -> None:
     raise ConfigError(
       "data.heldout: data.manifest is only read for held-out files; name some, or give neither"
     )
-  if config.train.keep_best and not config.eval.every:
-    raise ConfigError("train.keep_best: no checkpoint has scores; set eval.every")
-  if config.eval.patience and not config.eval.every:
-    raise ConfigError("eval.patience: nothing is evaluated on the way; set eval.every")
-  if config.export.best and not config.train.keep_best:
-    raise ConfigError("export.best: the best checkpoint may be gone by then; set train.keep_best")
-  if config.export.best and not config.export.at_end:
-    raise ConfigError("export.best: no folder is written when training ends; set export.at_end")
-  if config.eval.every and not data.heldout:
-    raise ConfigError("eval.every: there is nothing to evaluate; name files in data.heldout")
   if data.max_repeats < 1:
     raise ConfigError(
       f"data.max_repeats: {data.max_repeats} would leave rows out; use data.max_rows"
@@ -419,3 +410,16 @@ def _check_data_and_length(config: Config) -> None:
     )
   if bool(train.steps) == bool(train.epochs):
     raise ConfigError("train.steps, train.epochs: set exactly one of the two, and the other to 0")
+
+
+def _check_evaluation(config: Config) -> None:
+  if config.train.keep_best and not config.eval.every:
+    raise ConfigError("train.keep_best: no checkpoint has scores; set eval.every")
+  if config.eval.patience and not config.eval.every:
+    raise ConfigError("eval.patience: nothing is evaluated on the way; set eval.every")
+  if config.export.best and not config.train.keep_best:
+    raise ConfigError("export.best: the best checkpoint may be gone by then; set train.keep_best")
+  if config.export.best and not config.export.at_end:
+    raise ConfigError("export.best: no folder is written when training ends; set export.at_end")
+  if config.eval.every and not config.data.heldout:
+    raise ConfigError("eval.every: there is nothing to evaluate; name files in data.heldout")

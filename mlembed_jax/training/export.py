@@ -73,22 +73,44 @@ def export_model(
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
   sample = _sample(run, workdir, tokenizer)
   trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step), sample)
-  folders = []
-  for suffix, (size, forms) in wanted.items():
-    folder = export_folder(
-      out.with_name(out.name + suffix),
-      trained,
-      size,
-      name=name and name + suffix,
-      force=force,
-      forms=forms,
-    )
-    print(f"exported step {step} to {folder}", flush=True)
-    folders.append(folder)
-  for folder, repository in zip(folders, repositories, strict=False):  # none, where none is pushed
+  folders = [
+    _write(out, suffix, trained, size, forms, name, force)
+    for suffix, (size, forms) in wanted.items()
+  ]
+  if repositories:
+    _publish(folders, repositories, private, dry_run)
+  return folders
+
+
+def _write(
+  out: pathlib.Path,
+  suffix: str,
+  trained: TrainedModel,
+  size: Slice,
+  forms: Forms,
+  name: str | None,
+  force: bool,
+) -> pathlib.Path:
+  """Returns the folder of a variant, which it writes."""
+  folder = export_folder(
+    out.with_name(out.name + suffix),
+    trained,
+    size,
+    name=name and name + suffix,
+    force=force,
+    forms=forms,
+  )
+  print(f"exported step {trained.step} to {folder}", flush=True)
+  return folder
+
+
+def _publish(
+  folders: Sequence[pathlib.Path], repositories: Sequence[str], private: bool, dry_run: bool
+) -> None:
+  """Puts each folder into its repository, or lists what would be put there."""
+  for folder, repository in zip(folders, repositories, strict=True):
     put = push.listing(folder, repository) if dry_run else push.push(folder, repository, private)
     print(put, flush=True)
-  return folders
 
 
 def _wanted(

@@ -235,9 +235,9 @@ SERVICES = {"wandb": WandB, "mlflow": MLflow}
 
 def check_installed(names: Sequence[str]) -> None:
   """Raises ConfigError, with the command of pip, where a package of a tracker is not installed."""
-  for name in names:
+  for name in SERVICES.keys() & names:
     try:
-      importlib.import_module(name if name in SERVICES else "tensorboardX")
+      importlib.import_module(name)
     except ImportError as error:
       command = f'pip install "mlembed_jax[{name}]"'
       raise ConfigError(f"train.trackers: {name} is not installed: {command}") from error

@@ -13,7 +13,6 @@ tests.release.consumers. Prints a table; ends with status 1 where a block fails.
 is named, and skipped.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,7 +20,6 @@ import pathlib
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -32,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from tests.pages import BLOCK
-from tests.release.consumers import NotInstalled, Row, bound, make
+from tests.release.consumers import NotInstalled, Row, bound, end, make, new_parser
 from tests.release.programs import ENVIRONMENTS
 
 # The first word that a block holds says which environment of ENVIRONMENTS runs it, and the program
@@ -200,21 +198,11 @@ def rows(root: pathlib.Path, folder: pathlib.Path) -> Iterator[Row]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = new_parser(__doc__)
   parser.add_argument("folders", nargs="+", type=pathlib.Path, help="that export wrote")
-  parser.add_argument(
-    "--root",
-    type=pathlib.Path,
-    default=pathlib.Path("/tmp/mlembed_consumers"),
-    help="of the environments",
-  )
   args = parser.parse_args()
-  all_well = True
-  for folder in args.folders:
-    for row in rows(args.root.absolute(), folder.absolute()):
-      print(row, flush=True)
-      all_well &= row.well
-  sys.exit(0 if all_well else 1)
+  root = args.root.absolute()
+  end(row for folder in args.folders for row in rows(root, folder.absolute()))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import Distribution
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.release.programs import ENVIRONMENTS, TORCH, Environment
 
@@ -183,23 +183,34 @@ def rows(root: pathlib.Path, folders: list[pathlib.Path], names: Sequence[str]) 
         yield Row(folder.name, title, *read(folder, program, found))
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("folders", nargs="+", type=pathlib.Path, help="that export wrote")
+def new_parser(description: str) -> argparse.ArgumentParser:
+  """Returns a parser of the flag that all scripts with environments have."""
+  parser = argparse.ArgumentParser(description=description.split("\n")[0])
   parser.add_argument(
     "--root",
     type=pathlib.Path,
     default=pathlib.Path("/tmp/mlembed_consumers"),
     help="of the environments",
   )
-  names = [environment.name for environment in ENVIRONMENTS]
-  parser.add_argument("--only", nargs="+", choices=names, default=names, help="environments")
-  args = parser.parse_args()
+  return parser
+
+
+def end(found: Iterable[Row]) -> NoReturn:
+  """Prints the rows as they come, and ends with status 1 where one is not well."""
   all_well = True
-  for row in rows(args.root.absolute(), [f.absolute() for f in args.folders], args.only):
+  for row in found:
     print(row, flush=True)
     all_well &= row.well
   sys.exit(0 if all_well else 1)
+
+
+def main() -> None:
+  parser = new_parser(__doc__)
+  parser.add_argument("folders", nargs="+", type=pathlib.Path, help="that export wrote")
+  names = [environment.name for environment in ENVIRONMENTS]
+  parser.add_argument("--only", nargs="+", choices=names, default=names, help="environments")
+  args = parser.parse_args()
+  end(rows(args.root.absolute(), [f.absolute() for f in args.folders], args.only))
 
 
 if __name__ == "__main__":

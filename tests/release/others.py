@@ -7,15 +7,12 @@ tests.release.consumers, in `--root`. Prints a row for each statement; ends with
 is not true, so that the page can be corrected. What cannot be installed is named, and skipped.
 """
 
-import argparse
 import pathlib
-import sys
 from collections.abc import Iterator
 
-from tests.release.consumers import NotInstalled, Row, make, probe
-from tests.release.programs import SENTENCE_TRANSFORMERS, Environment
+from tests.release.consumers import NotInstalled, Row, end, make, new_parser, probe
+from tests.release.programs import SENTENCE_TRANSFORMERS, TRANSFORMERS, Environment
 
-TRANSFORMERS = "transformers==5.24.0"
 OTHERS = (
   Environment(
     "newest",
@@ -58,21 +55,11 @@ def rows(root: pathlib.Path, whole: pathlib.Path, cut: pathlib.Path) -> Iterator
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = new_parser(__doc__)
   parser.add_argument("whole", type=pathlib.Path)
   parser.add_argument("cut", type=pathlib.Path)
-  parser.add_argument(
-    "--root",
-    type=pathlib.Path,
-    default=pathlib.Path("/tmp/mlembed_consumers"),
-    help="of the environments",
-  )
   args = parser.parse_args()
-  all_well = True
-  for row in rows(args.root.absolute(), args.whole.absolute(), args.cut.absolute()):
-    print(row, flush=True)
-    all_well &= row.well
-  sys.exit(0 if all_well else 1)
+  end(rows(args.root.absolute(), args.whole.absolute(), args.cut.absolute()))
 
 
 if __name__ == "__main__":

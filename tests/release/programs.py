@@ -5,6 +5,7 @@ import pathlib
 
 TORCH = "2.13.0"
 SENTENCE_TRANSFORMERS = "sentence-transformers==6.2.0"
+TRANSFORMERS = "transformers==5.24.0"
 ONNX, GGUF = "onnx/model.onnx", "*.gguf"
 WEIGHTS = "model*.safetensors"
 
@@ -35,7 +36,7 @@ class Environment:
 ENVIRONMENTS = (
   Environment(
     "newest",
-    (SENTENCE_TRANSFORMERS, "transformers==5.24.0"),
+    (SENTENCE_TRANSFORMERS, TRANSFORMERS),
     ("sentence_transformers", "transformers"),
     needs_torch=True,
   ),
@@ -47,13 +48,13 @@ ENVIRONMENTS = (
   ),
   Environment(
     "langchain",
-    ("langchain-huggingface==1.2.3", SENTENCE_TRANSFORMERS, "transformers==5.24.0"),
+    ("langchain-huggingface==1.2.3", SENTENCE_TRANSFORMERS, TRANSFORMERS),
     ("langchain",),
     needs_torch=True,
   ),
   Environment(
     "llama-index",
-    ("llama-index-embeddings-huggingface==0.8.0", SENTENCE_TRANSFORMERS, "transformers==5.24.0"),
+    ("llama-index-embeddings-huggingface==0.8.0", SENTENCE_TRANSFORMERS, TRANSFORMERS),
     ("llama_index",),
     needs_torch=True,
   ),
