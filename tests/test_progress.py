@@ -45,7 +45,10 @@ with progress.clocked("compiling"):
 
 
 def on_pipe(script):
-  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # libtpu without a TPU writes to stderr, too
+  done = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+  )
   assert done.returncode == 0, done.stderr
   return done.stderr
 
