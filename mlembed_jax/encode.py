@@ -37,6 +37,7 @@ from mlembed_jax.quantize import (
   ranges,
   ranges_path,
 )
+from mlembed_jax.vector_files import Encoding
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -48,8 +49,9 @@ COLUMN = flags.DEFINE_string("column", "text", "Field or column that holds the t
 OUT = flags.DEFINE_string(
   "out",
   None,
-  "File .npy or .parquet to write. Ranges of int8 and uint8 go beside it: v.ranges.npy for both "
-  "v.npy and v.parquet, which can stand in one folder only where they share them.",
+  "File .npy or .parquet to write. Beside it goes how the texts were encoded, v.npy.json, and the "
+  "ranges of int8 and uint8: v.ranges.npy for both v.npy and v.parquet, which can stand in one "
+  "folder only where they share them.",
   required=True,
 )
 PROMPT_NAME = flags.DEFINE_string("prompt_name", None, "Prompt of the model before every text.")
@@ -266,10 +268,20 @@ def join_parts(files: Sequence[pathlib.Path], out: pathlib.Path) -> int:
 
 
 def finish(
-  parts: Parts, files: Sequence[pathlib.Path], calibration: np.ndarray | None, out: pathlib.Path
+  parts: Parts,
+  files: Sequence[pathlib.Path],
+  calibration: np.ndarray | None,
+  encoding: Encoding,
+  out: pathlib.Path,
 ) -> int:
-  """Writes `out` and its ranges, removes the parts, and returns the number of vectors."""
+  """Writes `out` and what stands beside it, removes the parts, returns the number of vectors.
+
+  An older `out` is removed first, so that vectors never stand beside the encoding of others.
+  """
   write_ranges(calibration, out)
+  with storage_errors(out):
+    out.unlink(missing_ok=True)
+  encoding.write(out)
   count = join_parts(files, out)
   shutil.rmtree(parts.folder)
   return count
@@ -364,7 +376,14 @@ def main() -> None:
     options | settings,
     given,
   )
-  count = finish(parts, files, calibration, out)
+  encoding = Encoding(
+    encoder.prompt(PROMPT_NAME.value) if PROMPT.value is None else PROMPT.value,
+    DEPTH.value,
+    RANK.value,
+    UNTRAINED.value,
+    POOLED_TOKEN.value,
+  )
+  count = finish(parts, files, calibration, encoding, out)
   cut = f", of which {encoder.truncated:,} were cut" if encoder.truncated else ""
   print(f"{count:,} vectors{cut}: {out}")
 

@@ -4,11 +4,13 @@
     --query "how do I reset my password?"
 
 Every vector is compared, in float32, so nothing is missed: for a first look, and for up to some
-millions of texts. Give the --depth and --rank that the texts were encoded with.
+millions of texts. Queries are encoded with the depth and rank of the texts, unless they are told
+another. Some texts are encoded again, to see that model, texts and vectors belong together.
 """
 
 import pathlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from absl import flags
@@ -18,7 +20,15 @@ from mlembed_jax.data.text_files import KNOWN
 from mlembed_jax.data.texts import read_texts
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.nearest import nearest
-from mlembed_jax.quantize import LEVELED, check_ranges, ranges_path
+from mlembed_jax.quantize import LEVELED, Ranges, check_ranges, decoded, ranges_path, unit
+from mlembed_jax.vector_files import Encoding, encoding_path
+
+if TYPE_CHECKING:
+  from mlembed_jax.inference import Encoder
+
+# The least cosine of a vector of the file and of the same text, encoded now. Codes of 8 bits and
+# bfloat16 leave more than 0.999, another model almost always less.
+SAME = 0.99
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -35,8 +45,12 @@ K = flags.DEFINE_integer("k", 10, "Texts to show of each query.", lower_bound=1)
 PROMPT_NAME = flags.DEFINE_string(
   "prompt_name", None, "Prompt before the queries. Default: `query`, where the model has it."
 )
-DEPTH = flags.DEFINE_integer("depth", None, "Layers to use for queries; a trained exit.")
-RANK = flags.DEFINE_integer("rank", None, "Rank of the token table for queries; a trained one.")
+DEPTH = flags.DEFINE_integer(
+  "depth", None, "Layers to use for queries; a trained exit. Default: that of the texts."
+)
+RANK = flags.DEFINE_integer(
+  "rank", None, "Rank of the token table for queries; a trained one. Default: that of the texts."
+)
 UNTRAINED = flags.DEFINE_bool("untrained", False, "Allow sizes that were not trained.")
 
 
@@ -82,28 +96,66 @@ def pick(rows: set[int], count: int) -> dict[int, str]:
   return found
 
 
+def check_same(
+  encoder: "Encoder",
+  encoding: Encoding,
+  documents: np.ndarray,
+  calibration: Ranges | None,
+  texts: Mapping[int, str],
+) -> None:
+  """Raises ConfigError where the vectors of these rows are not those of the texts."""
+  rows = sorted(texts)
+  options = encoding.options | {"dim": documents.shape[1]}
+  try:
+    encoder.check(encoding.depth, encoding.rank, documents.shape[1], encoding.untrained)
+  except ValueError as error:
+    raise ConfigError(f"{encoding_path(pathlib.Path(VECTORS.value))}: {error}") from error
+  found = encoder.encode([texts[row] for row in rows], **options)
+  stored = np.asarray(documents[rows])
+  stored = stored.astype(np.float32) if calibration is None else decoded(stored, calibration)
+  cosines = np.sum(unit(found) * unit(stored), axis=1)
+  worst = int(np.argmin(cosines))
+  if not cosines[worst] >= SAME:
+    raise ConfigError(
+      f"--vectors: row {rows[worst]} of {VECTORS.value} is not what --model {MODEL.value} makes of "
+      f"that text of --texts {TEXTS.value} (cosine {cosines[worst]:.2f}); name the model and the "
+      "texts that `encode` was given, or encode them again"
+    )
+
+
+def encode_queries(encoder: "Encoder", encoding: Encoding | None, dim: int) -> np.ndarray:
+  """Returns the vectors of the queries; raises ConfigError where a flag cannot be meant."""
+  given = {"depth": DEPTH.value, "rank": RANK.value, "untrained": UNTRAINED.value}
+  used = encoding.options | {k: v for k, v in given.items() if v} if encoding else given
+  used |= {"prompt": None, "prompt_name": PROMPT_NAME.value}
+  try:
+    return encoder.encode_query(QUERY.value, dim=dim, **used)
+  except ValueError as error:
+    raise ConfigError(f"--{error}") from error
+
+
 def main() -> None:
   """Reads the flags, and prints the nearest texts of each query."""
   if not QUERY.value:
     raise ConfigError("--query: give at least one")
-  documents, calibration = read_vectors(pathlib.Path(VECTORS.value))
+  path = pathlib.Path(VECTORS.value)
+  documents, calibration = read_vectors(path)
+  encoding = Encoding.read(path)
   # Imported here, jax does not slow down --help.
   from mlembed_jax.inference import Encoder
 
-  encoder = Encoder.load(MODEL.value)
-  try:
-    queries = encoder.encode_query(
-      QUERY.value,
-      prompt_name=PROMPT_NAME.value,
-      depth=DEPTH.value,
-      rank=RANK.value,
-      dim=documents.shape[1],
-      untrained=UNTRAINED.value,
+  encoder = Encoder.load(MODEL.value, pooled_token=encoding.pooled_token if encoding else None)
+  if documents.shape[1] > encoder.dim:
+    raise ConfigError(
+      f"--vectors: {path} has {documents.shape[1]} dimensions, --model {MODEL.value} gives "
+      f"{encoder.dim}; name the model that `encode` was given"
     )
-  except ValueError as error:
-    raise ConfigError(f"--{error}") from error
+  queries = encode_queries(encoder, encoding, documents.shape[1])
   scores, rows = nearest(queries, documents, K.value, calibration)
-  texts = pick(set(rows.ravel().tolist()), len(documents))
+  checked = {0, len(documents) // 2, len(documents) - 1} if encoding else set()
+  texts = pick({*rows.ravel().tolist(), *checked}, len(documents))
+  if encoding:
+    check_same(encoder, encoding, documents, calibration, {row: texts[row] for row in checked})
   for query, best, places in zip(QUERY.value, scores, rows, strict=True):
     print(query)
     for score, row in zip(best.tolist(), places.tolist(), strict=True):

@@ -23,7 +23,8 @@ ENVIRONMENT = os.environ | {
 
 
 def command(data, workdir, more=(), **overrides):
-  flags = {"data.heldout": "()", "data.manifest": ""} | overrides
+  # Each tracker is imported anew by every run, for as long as a run compiles.
+  flags = {"data.heldout": "()", "data.manifest": "", "train.trackers": "()"} | overrides
   return [
     sys.executable,
     *("-m", "mlembed_jax.train", "--config", f"tests/tiny_config.py:{data}"),

@@ -1,14 +1,19 @@
 """The nearest texts of a file: exact, of float32 and of codes."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from mlembed_jax.errors import ConfigError
 from mlembed_jax.inference import Encoder
 from mlembed_jax.nearest import nearest
 from mlembed_jax.quantize import decoded, quantize, ranges, unit
+from mlembed_jax.vector_files import Encoding, encoding_path
 
 
 def vectors(count, dim=24, seed=0):
@@ -63,6 +68,11 @@ def files(exported, tmp_path_factory):
   np.save(root / "codes.ranges.npy", calibration)
   np.save(root / "bare.npy", quantize(found, "int8", calibration))
   np.save(root / "bits.npy", quantize(found, "ubinary"))
+  np.save(root / "cut.npy", encoder.encode(TEXTS, prompt="Find: ", depth=1, dim=16))
+  Encoding("Find: ", 1, None, False, None).write(root / "cut.npy")
+  shutil.copy(root / "cut.npy", root / "swapped.npy")
+  shutil.copy(root / "cut.npy.json", root / "swapped.npy.json")
+  (root / "swapped.txt").write_text("\n".join(TEXTS[::-1]), encoding="utf-8")
   return root
 
 
@@ -99,3 +109,42 @@ def test_what_does_not_fit_is_refused(exported, files):
     result = search(exported, files, name, texts, *more)
     assert result.returncode == 1 and said in result.stderr, (said, result.stderr)
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_queries_are_as_deep_as_the_texts_and_vectors_are_those_of_the_texts(exported, files):
+  asked = ("--query", TEXTS[31], "--k", "3")
+  result = search(exported, files, "cut.npy", "texts.txt", *asked)
+  assert result.returncode == 0, result.stderr
+  encoder = Encoder.load(exported["full"])
+  queries = encoder.encode_query([TEXTS[31]], depth=1, dim=16)
+  wanted = nearest(queries, np.load(files / "cut.npy"), 3)[1][0]
+  found = [line.split("  ")[2:] for line in result.stdout.splitlines()[1:]]
+  assert found == [[str(i), TEXTS[i]] for i in wanted]
+  result = search(exported, files, "swapped.npy", "swapped.txt", *asked)
+  assert result.returncode == 1 and "row 0 of " in result.stderr, result.stderr
+  assert "name the model and the texts that `encode` was given" in result.stderr
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"prompt": 3}, "encoding.prompt is 3, expected str"),
+    ({"dim": 3}, "encoding.dim is unknown"),
+    ({"depth": 0}, "encoding.depth is 0, which is out of range"),
+  ],
+)
+def test_what_an_encoding_says_is_read_or_refused(tmp_path, changes, said):
+  vectors = tmp_path / "v.npy"
+  assert Encoding.read(vectors) is None
+  written = Encoding("a: ", 2, None, True, "</s>")
+  written.write(vectors)
+  assert Encoding.read(vectors) == written
+  value = json.loads(encoding_path(vectors).read_text(encoding="utf-8"))
+  value["encoding"] |= changes
+  encoding_path(vectors).write_text(json.dumps(value), encoding="utf-8")
+  with pytest.raises(ConfigError, match="is not what was written"):
+    Encoding.read(vectors)
+  del value["sha256"]
+  encoding_path(vectors).write_text(json.dumps(value), encoding="utf-8")
+  with pytest.raises(ConfigError, match=re.escape(f"{encoding_path(vectors)}: {said}")):
+    Encoding.read(vectors)

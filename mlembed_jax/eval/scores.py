@@ -9,12 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import threadpoolctl
 from jaxtyping import Float, Int
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import v_measure_score
 
 from mlembed_jax.quantize import Vectors, unit
 
@@ -103,12 +99,16 @@ def samples(labels: np.ndarray) -> list[list[int]]:
 def _logistic(train: Vectors, labels: np.ndarray, test: Vectors) -> np.ndarray:
   if len(set(labels)) == 1:
     return np.repeat(labels[:1], len(test))
+  from sklearn.linear_model import LogisticRegression
+
   return LogisticRegression(max_iter=100).fit(train, labels).predict(test)
 
 
 @functools.cache
 def _libraries() -> threadpoolctl.ThreadpoolController:
   """Returns the loaded libraries that have threads; looking for them takes as long as a fit."""
+  import sklearn.linear_model  # noqa: F401  its libraries are among them
+
   return threadpoolctl.ThreadpoolController()
 
 
@@ -120,6 +120,9 @@ def _nearest_centroid(train: Vectors, labels: np.ndarray, test: Vectors) -> np.n
 
 def clustering(vectors: Vectors, labels: np.ndarray) -> Scores:
   """Returns `v_measure`, the mean over ten draws with replacement, of k-means with k labels."""
+  from sklearn.cluster import MiniBatchKMeans
+  from sklearn.metrics import v_measure_score
+
   draw = np.random.default_rng(SEED)
   count = len(set(labels))
   options: dict[str, Any] = {"batch_size": 512, "n_init": 1, "random_state": SEED}
@@ -133,6 +136,8 @@ def clustering(vectors: Vectors, labels: np.ndarray) -> Scores:
 
 def sts(first: Vectors, second: Vectors, gold: Float[np.ndarray, " N"]) -> Scores:
   """Returns the rank correlation of cosines with human scores; 0 where all cosines are equal."""
+  import scipy.stats
+
   cosines = np.sum(first * second, axis=1)
   if np.ptp(cosines) == 0:
     return {"cosine_spearman": 0.0}

@@ -15,9 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
-
-import tensorboardX
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlembed_jax import progress
 from mlembed_jax.config import flatten
@@ -27,6 +25,11 @@ from mlembed_jax.files import read_object, write_object
 from mlembed_jax.parallel import processes
 from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training.saved import first_line
+
+# Trackers are imported where one begins: tensorboardX brings torch, where that is installed, and
+# that takes 1.6 s.
+if TYPE_CHECKING:
+  import tensorboardX
 
 FILE = "trackers.json"
 FORMAT = 1
@@ -92,6 +95,8 @@ class TensorBoard:
   def resume(self, step: int) -> None:
     """Begins a file that hides the steps after `step` of the files before."""
     self.close(finished=False)
+    import tensorboardX
+
     self._board = tensorboardX.SummaryWriter(str(self._folder), purge_step=step + 1)
 
   def log(self, step: int, values: Values) -> None:
@@ -102,6 +107,8 @@ class TensorBoard:
 
   def log_scores(self, step: int, scores: Sequence[SliceScore]) -> None:
     """Shows the scores of the whole model, and with one axis cut at a time."""
+    import tensorboardX
+
     # In a folder TensorBoard follows the newest file alone: beside those of the steps, this one
     # would end their curves.
     folder = str(self._folder / "eval")
