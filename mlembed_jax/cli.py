@@ -27,9 +27,10 @@ def run(main: Callable[..., None], *names: str) -> None:
   def wrapped(argv: Sequence[str]) -> None:
     given = argv[1:]
     if len(given) > len(names):
-      raise app.UsageError(f"unexpected argument {given[len(names)]!r}; every option is a --flag")
+      taken = f"the one argument is {names[0]}" if names else "there are none"
+      sys.exit(f"error: unexpected argument {given[len(names)]!r}; {taken}, options are --flags")
     if len(given) < len(names):
-      raise app.UsageError(f"{names[len(given)]} is missing")
+      sys.exit(f"error: {names[len(given)]} is missing; --help tells more")
     try:
       main(*given)
     except MlembedError as error:

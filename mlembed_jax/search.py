@@ -9,7 +9,7 @@ another. Some texts are encoded again, to see that model, texts and vectors belo
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -123,13 +123,15 @@ def check_same(
     )
 
 
-def encode_queries(encoder: "Encoder", encoding: Encoding | None, dim: int) -> np.ndarray:
-  """Returns the vectors of the queries; raises ConfigError where a flag cannot be meant."""
+def encode_queries(
+  encoder: "Encoder", queries: Sequence[str], encoding: Encoding | None, dim: int
+) -> np.ndarray:
+  """Returns the vectors of queries; raises ConfigError where a flag cannot be meant."""
   given = {"depth": DEPTH.value, "rank": RANK.value, "untrained": UNTRAINED.value}
   used = encoding.options | {k: v for k, v in given.items() if v} if encoding else given
   used |= {"prompt": None, "prompt_name": PROMPT_NAME.value}
   try:
-    return encoder.encode_query(QUERY.value, dim=dim, **used)
+    return encoder.encode_query(queries, dim=dim, **used)
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
 
@@ -150,7 +152,7 @@ def main() -> None:
       f"--vectors: {path} has {documents.shape[1]} dimensions, --model {MODEL.value} gives "
       f"{encoder.dim}; name the model that `encode` was given"
     )
-  queries = encode_queries(encoder, encoding, documents.shape[1])
+  queries = encode_queries(encoder, QUERY.value, encoding, documents.shape[1])
   scores, rows = nearest(queries, documents, K.value, calibration)
   checked = {0, len(documents) // 2, len(documents) - 1} if encoding else set()
   texts = pick({*rows.ravel().tolist(), *checked}, len(documents))

@@ -41,7 +41,10 @@ TOOLS += (".ci/run", "python launch/local_processes.py")  # the last by tests/pa
 # Programs whose flags may stand in a sentence.
 PROGRAMS = [*PACKAGE.glob("*.py"), *(ROOT / "launch").rglob("*"), *(ROOT / "tests").rglob("*.py")]
 # Files of users, in examples.
-EXAMPLES = {"faq.query.npy", "faq.passage.npy", "vectors.ranges.npy"}
+EXAMPLES = {
+  *("faq.query.npy", "faq.passage.npy", "vectors.ranges.npy"),
+  *("vectors.npy.json", "full.npy.json"),
+}
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

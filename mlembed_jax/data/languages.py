@@ -73,6 +73,11 @@ def _script(language: Language) -> str:
   return _SAME_SCRIPT.get(script, script)
 
 
+def is_known(tag: str) -> bool:
+  """Returns whether a tag names a known language."""
+  return _parsed(tag) is not None
+
+
 def bare_code(tag: str) -> str:
   """Returns the shortest code of the language alone, he of heb_Hebr, as model cards name it."""
   language = _parsed(tag)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import itertools
+import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -124,6 +125,8 @@ def read_manifest(path: str) -> dict[str, dict[str, Any]]:
   Raises:
     DataError: the file is missing or no JSON object, or names a file twice.
   """
+  if os.path.isdir(path):
+    raise DataError(f"{path} is a folder; name the manifest in it, as {path}/manifest.json")
   with open_input(path) as file:
     try:
       text = file.read()

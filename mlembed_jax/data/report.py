@@ -8,10 +8,24 @@ from typing import Any
 
 from mlembed_jax.data import languages
 from mlembed_jax.data.names import REPORT
+from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
 from mlembed_jax.data.transforms import RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json
+
+# What messages say of reasons that do not say it themselves; the report has the reasons.
+SAID = {
+  "wrong_fields": "another number of fields than the header",
+  "not_json": "no JSON object",
+  "wrong_type": "a value of another type",
+  "invalid_utf8": "no UTF-8",
+  "negative_equals_positive": "a negative equal to a positive",
+}
+REMEDIES = {
+  "wrong_fields": "put fields that hold the separator into quotes",
+  "invalid_utf8": "convert the file, as by iconv -f WINDOWS-1252 -t UTF-8",
+}
 
 
 @dataclasses.dataclass
@@ -49,6 +63,13 @@ class FileCount:
     return "; ".join(_reason(*item) for item in sorted(self.dropped.items()))
 
   @property
+  def remedies(self) -> str:
+    """What can be done about rows that cannot be used."""
+    known = [REMEDIES[reason] for reason in sorted(self.dropped) if reason in REMEDIES]
+    keep = ["mend the file"] if self.lost == self.read else ["mend the file or raise the share"]
+    return "; ".join(known + keep)
+
+  @property
   def contradiction(self) -> str:
     """What is to be said where queries are not as the manifest says; empty where all are."""
     if not self.against_manifest:
@@ -76,7 +97,9 @@ def _reason(name: str, drop: Dropped) -> str:
   counted = len(drop.columns) > 1  # a row may lack several
   columns = ", ".join(f"{c} ({n})" if counted else c for c, n in drop.columns.items())
   where = f" in {columns}" if columns else ""
-  return f"{name}{where}: {drop.rows}, e.g. row {', '.join(map(str, drop.examples))}"
+  return (
+    f"{SAID.get(name, name)}{where}: {drop.rows}, e.g. row {', '.join(map(str, drop.examples))}"
+  )
 
 
 def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pathlib.Path) -> None:
@@ -90,8 +113,7 @@ def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pa
     if count.lost > max_dropped_share * count.read or count.lost == count.read:
       raise DataError(
         f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
-        f"--max_dropped_share={max_dropped_share} ({count.reasons}); mend the file or raise the "
-        "share"
+        f"--max_dropped_share={max_dropped_share} ({count.reasons}); {count.remedies}"
       )
     if count.against_manifest > max_dropped_share * count.read:
       raise DataError(
@@ -139,10 +161,20 @@ def write_report(
   write_json(out / REPORT, {"totals": totals, "merged": merged, "files": files})
   if merged:
     print(languages.merges_text(merged), flush=True)
+  if unknown := _unknown(files):
+    print(f"note: rows whose language is not known, by what they say: {unknown}", flush=True)
   for count in counts:
     if count.lost:
       left_out = f"{count.lost:,} of {count.read:,} rows are left out ({count.reasons})"
       print(f"note: {count.name}: {left_out}", flush=True)
+
+
+def _unknown(files: dict[str, Any]) -> str:
+  """Returns the tags of training rows that name no known language, with the number of rows."""
+  tags: Counter[str] = Counter()
+  for value in files.values():
+    tags.update(value[f"{TRAIN}_languages"])
+  return ", ".join(f"{tag} {n:,}" for tag, n in sorted(tags.items()) if not languages.is_known(tag))
 
 
 def cut_texts(number: int, max_tokens: int) -> str:

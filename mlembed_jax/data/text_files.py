@@ -248,7 +248,7 @@ def _fields(path: str, file: io.BufferedReader, separator: str) -> Iterator[Reco
   reader = csv.reader(text, delimiter=separator, strict=True)
   try:
     header = next(reader, [])
-    _check_header(path, header)
+    _check_header(path, header, separator)
     line = reader.line_num + 1
     for row in reader:
       where, line = f"line {line}", reader.line_num + 1
@@ -260,7 +260,14 @@ def _fields(path: str, file: io.BufferedReader, separator: str) -> Iterator[Reco
     raise DataError(f"{path}: line {reader.line_num}: {error}") from error
 
 
-def _check_header(path: str, header: Sequence[str]) -> None:
+def _check_header(path: str, header: Sequence[str], separator: str) -> None:
+  others = {",": ".csv", "\t": ".tsv", ";": ""}
+  if len(header) == 1 and (found := [c for c in others if c != separator and c in header[0]]):
+    named = f"name the file {others[found[0]]}" if others[found[0]] else "write them with commas"
+    raise DataError(
+      f"{path}: the fields of its header are separated by {found[0]!r}, expected {separator!r}; "
+      f"{named}"
+    )
   if twice := [name for name in header if header.count(name) > 1]:
     raise DataError(f"{path}: its header has the column {twice[0]!r} twice; rename one")
 

@@ -272,8 +272,8 @@ def test_an_entry_that_is_no_object_is_refused(write, value):
   ("path", "message"),
   [
     ("/absent/manifest.json", "/absent/manifest.json does not exist"),
+    ("/tmp", "/tmp is a folder; name the manifest in it, as /tmp/manifest.json"),
     ("nosuch://x/manifest.json", "nosuch://x/manifest.json: Protocol not known: nosuch"),
-    ("/tmp", "/tmp cannot be read: "),
   ],
 )
 def test_a_manifest_that_cannot_be_opened_is_refused_by_path(path, message):

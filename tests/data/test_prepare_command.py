@@ -406,6 +406,28 @@ def test_rows_that_are_left_out_are_said_at_the_end_by_reason_and_column(own, ca
   )
 
 
+def test_rows_that_all_fail_are_given_the_remedy_of_their_reason(own):
+  write_files(own, {"train/a.csv": ({}, BITEXT | {"negatives": 0})})
+  content = "query,passage\n" + "Grüße,greetings\n" * 3 + "a,b,c\n"
+  (own / "train/a.csv").write_bytes(content.encode("windows-1252"))
+  with pytest.raises(DataError, match="4 of 4 rows cannot be used") as error:
+    prepare_dataset(own)
+  assert str(error.value).endswith(
+    "(no UTF-8 in query: 3, e.g. row 0, 1, 2; another number of fields than the header: 1, e.g. "
+    "row 3); convert the file, as by iconv -f WINDOWS-1252 -t UTF-8; put fields that hold the "
+    "separator into quotes; mend the file"
+  )
+
+
+def test_rows_whose_language_is_not_known_are_said(own, capsys):
+  columns = pairs(150, 2)
+  columns["lang"] = ["", "english", *columns["lang"][2:]]
+  write_files(own, {"train/a.parquet": (columns, BITEXT)})
+  prepare_dataset(own)
+  said = capsys.readouterr().out
+  assert "note: rows whose language is not known, by what they say: english 1, und 1\n" in said
+
+
 TASK = "Given a question, find the answer."
 
 

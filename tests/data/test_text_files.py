@@ -245,3 +245,17 @@ def test_training_rows_are_those_of_any_form(tmp_path):
   (tmp_path / "a.txt").write_text("query\n")
   with pytest.raises(DataError, match=r"a file of texts has no columns; write \.jsonl, \.csv"):
     rows.check_file(File("a.txt", described, str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+  ("name", "separator", "said"),
+  [
+    ("a.csv", ";", "are separated by ';', expected ','; write them with commas"),
+    ("a.csv", "\t", r"are separated by '\\t', expected ','; name the file .tsv"),
+    ("a.tsv", ",", r"are separated by ',', expected '\\t'; name the file .csv"),
+  ],
+)
+def test_another_separator_is_named(tmp_path, name, separator, said):
+  (tmp_path / name).write_text(separator.join(["query", "passage"]))
+  with pytest.raises(DataError, match=said):
+    rows.check_file(File(name, entry("bitext", 0, "Translate."), str(tmp_path)))

@@ -352,5 +352,6 @@ def test_the_command_refuses_what_is_no_folder(tmp_path: pathlib.Path):
   assert (done.returncode, done.stdout) == (2, "")
   said = "is neither a model folder (no config.json) nor a workdir (no run.json)"
   assert done.stderr == f"error: {tmp_path} {said}\n"
-  assert "DIR is missing" in doctor().stderr
-  assert "unexpected argument 'b'; every option is a --flag" in doctor("a", "b").stderr
+  assert doctor().stderr == "error: DIR is missing; --help tells more\n"
+  said = "error: unexpected argument 'b'; the one argument is DIR, options are --flags\n"
+  assert doctor("a", "b").stderr == said
