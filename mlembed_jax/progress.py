@@ -46,6 +46,7 @@ class Lines:
     self._name, self._total, self._unit, self._leave = name, total, unit, leave
     self._initial, self._done, self._postfix = initial, initial, ""
     self._start = self._written = time.monotonic()
+    self._shown: tuple[int, str] | None = None  # what the last line said
 
   def update(self, n: int = 1) -> None:
     """Counts `n` more."""
@@ -58,10 +59,10 @@ class Lines:
     self._postfix = s
 
   def close(self) -> None:
-    """Writes the last line."""
-    if self._leave or self._written > self._start:
+    """Writes the last line, where it says more than the one before."""
+    if self._shown != (self._done, self._postfix) and (self._leave or self._shown is not None):
       self._write()
-    self._leave, self._written = False, self._start
+    self._leave, self._shown = False, (self._done, self._postfix)
 
   def __enter__(self) -> Self:
     return self
@@ -70,7 +71,7 @@ class Lines:
     self.close()
 
   def _write(self) -> None:
-    self._written = time.monotonic()
+    self._written, self._shown = time.monotonic(), (self._done, self._postfix)
     shown = tqdm.tqdm.format_meter(
       self._done,
       self._total or 0,

@@ -119,3 +119,17 @@ def test_work_that_leaves_nothing_has_lines_only_where_it_took_long(monkeypatch)
     time.sleep(0.01)
     bar.update(2)
   assert sys.stderr.getvalue().splitlines()[-1].startswith("inner: 2it [00:00")
+
+
+def test_a_count_is_not_said_twice(monkeypatch):
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  monkeypatch.setattr(progress, "LINE_S", 0.0)
+  for leave in (True, False):
+    with progress.count("inner", 2, leave=leave) as bar:
+      time.sleep(0.01)
+      bar.update(2)
+  with progress.count("empty", 0) as bar:
+    pass
+  bar.close()
+  lines = sys.stderr.getvalue().splitlines()
+  assert [line.split(":")[0] for line in lines] == ["inner", "inner", "empty"]

@@ -162,7 +162,7 @@ def write_report(
   if merged:
     print(languages.merges_text(merged), flush=True)
   if unknown := _unknown(files):
-    print(f"note: rows whose language is not known, by what they say: {unknown}", flush=True)
+    print(f"note: tags of no known language, which count as they stand: {unknown}", flush=True)
   for count in counts:
     if count.lost:
       left_out = f"{count.lost:,} of {count.read:,} rows are left out ({count.reasons})"

@@ -425,7 +425,7 @@ def test_rows_whose_language_is_not_known_are_said(own, capsys):
   write_files(own, {"train/a.parquet": (columns, BITEXT)})
   prepare_dataset(own)
   said = capsys.readouterr().out
-  assert "note: rows whose language is not known, by what they say: english 1, und 1\n" in said
+  assert "note: tags of no known language, which count as they stand: english 1, und 1\n" in said
 
 
 TASK = "Given a question, find the answer."
