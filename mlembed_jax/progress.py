@@ -51,8 +51,10 @@ class Lines:
   def update(self, n: int = 1) -> None:
     """Counts `n` more."""
     self._done += n
-    if time.monotonic() - self._written >= LINE_S:
-      self._write()
+    passed = time.monotonic() - self._written
+    if passed >= LINE_S:
+      before = self._shown[0] if self._shown else self._initial
+      self._write(rate=(self._done - before) / passed)
 
   def set_postfix_str(self, s: str, refresh: bool = True) -> None:
     """Shows `s` beside the count from the next line on."""
@@ -70,7 +72,8 @@ class Lines:
   def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
     self.close()
 
-  def _write(self) -> None:
+  def _write(self, rate: float | None = None) -> None:
+    """Writes a line; the time that is left is by `rate`, of late, or else that of all the time."""
     self._written, self._shown = time.monotonic(), (self._done, self._postfix)
     shown = tqdm.tqdm.format_meter(
       self._done,
@@ -78,6 +81,7 @@ class Lines:
       self._written - self._start,
       prefix=self._name,
       unit=self._unit,
+      rate=rate,
       postfix=self._postfix,
       initial=self._initial,
       bar_format=LINE if self._total else None,

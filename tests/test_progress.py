@@ -133,3 +133,16 @@ def test_a_count_is_not_said_twice(monkeypatch):
   bar.close()
   lines = sys.stderr.getvalue().splitlines()
   assert [line.split(":")[0] for line in lines] == ["inner", "inner", "empty"]
+
+
+def test_the_time_that_is_left_is_by_the_rate_of_late(monkeypatch):
+  """What was compiled first is not expected to come again."""
+  now = 0.0
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+  with progress.count("training", 200) as bar:
+    for now in (100.0, 110.0):  # noqa: B007
+      bar.update(10)
+  lines = sys.stderr.getvalue().splitlines()
+  assert "10/200 [01:40<31:40" in lines[0]
+  assert "20/200 [01:50<03:00" in lines[1]
