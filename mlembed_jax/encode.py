@@ -274,13 +274,8 @@ def finish(
   encoding: Encoding,
   out: pathlib.Path,
 ) -> int:
-  """Writes `out` and what stands beside it, removes the parts, returns the number of vectors.
-
-  An older `out` is removed first, so that vectors never stand beside the encoding of others.
-  """
+  """Writes `out` and what stands beside it, removes the parts, returns the number of vectors."""
   write_ranges(calibration, out)
-  with storage_errors(out):
-    out.unlink(missing_ok=True)
   encoding.write(out)
   count = join_parts(files, out)
   shutil.rmtree(parts.folder)

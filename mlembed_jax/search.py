@@ -154,9 +154,10 @@ def main() -> None:
     )
   queries = encode_queries(encoder, QUERY.value, encoding, documents.shape[1])
   scores, rows = nearest(queries, documents, K.value, calibration)
-  checked = {0, len(documents) // 2, len(documents) - 1} if encoding else set()
-  texts = pick({*rows.ravel().tolist(), *checked}, len(documents))
-  if encoding:
+  count = len(documents)
+  checked = {0, count // 2, count - 1} if encoding and count else set()
+  texts = pick({*rows.ravel().tolist(), *checked}, count)
+  if encoding and count:
     check_same(encoder, encoding, documents, calibration, {row: texts[row] for row in checked})
   for query, best, places in zip(QUERY.value, scores, rows, strict=True):
     print(query)

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from mlembed_jax import typed
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.files import read_object, write_object
+from mlembed_jax.files import read_object, storage_errors, write_object
 
 FORMAT = 1
 
@@ -27,10 +27,16 @@ class Encoding:
   pooled_token: str | None  # that ends a text, of a folder that does not say which
 
   def write(self, vectors: pathlib.Path) -> None:
-    """Writes it beside a file of vectors."""
-    write_object(
-      encoding_path(vectors), {"format_version": FORMAT, "encoding": dataclasses.asdict(self)}
-    )
+    """Writes it beside a file of vectors; those of another encoding are removed first."""
+    try:
+      same = self.read(vectors) == self
+    except ConfigError:
+      same = False
+    if not same:
+      with storage_errors(vectors):
+        vectors.unlink(missing_ok=True)
+    value = {"format_version": FORMAT, "encoding": dataclasses.asdict(self)}
+    write_object(encoding_path(vectors), value)
 
   @classmethod
   def read(cls, vectors: pathlib.Path) -> Self | None:

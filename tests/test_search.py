@@ -1,5 +1,6 @@
 """The nearest texts of a file: exact, of float32 and of codes."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -68,8 +69,8 @@ def files(exported, tmp_path_factory):
   np.save(root / "codes.ranges.npy", calibration)
   np.save(root / "bare.npy", quantize(found, "int8", calibration))
   np.save(root / "bits.npy", quantize(found, "ubinary"))
-  np.save(root / "cut.npy", encoder.encode(TEXTS, prompt="Find: ", depth=1, dim=16))
   Encoding("Find: ", 1, None, False, None).write(root / "cut.npy")
+  np.save(root / "cut.npy", encoder.encode(TEXTS, prompt="Find: ", depth=1, dim=16))
   shutil.copy(root / "cut.npy", root / "swapped.npy")
   shutil.copy(root / "cut.npy.json", root / "swapped.npy.json")
   (root / "swapped.txt").write_text("\n".join(TEXTS[::-1]), encoding="utf-8")
@@ -139,6 +140,12 @@ def test_what_an_encoding_says_is_read_or_refused(tmp_path, changes, said):
   written = Encoding("a: ", 2, None, True, "</s>")
   written.write(vectors)
   assert Encoding.read(vectors) == written
+  vectors.write_bytes(b"vectors")
+  written.write(vectors)
+  assert vectors.exists()
+  dataclasses.replace(written, depth=3).write(vectors)
+  assert not vectors.exists()
+  written.write(vectors)
   value = json.loads(encoding_path(vectors).read_text(encoding="utf-8"))
   value["encoding"] |= changes
   encoding_path(vectors).write_text(json.dumps(value), encoding="utf-8")
