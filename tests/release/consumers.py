@@ -49,18 +49,27 @@ class Row:
 
 
 def make(root: pathlib.Path, environment: Environment) -> pathlib.Path:
-  """Returns the folder of an environment; makes it where it is not there.
+  """Returns the folder of an environment; makes it where it is not there, of the same packages.
 
   Raises:
     NotInstalled: a package cannot be installed.
   """
   path = root / environment.name
+  made = path / "packages.txt"  # written last
+  packages = "\n".join(environment.packages)
+  if not made.is_file() or made.read_text(encoding="utf-8") != packages:
+    _make(path, root, environment)
+    made.write_text(packages, encoding="utf-8")
+  return path
+
+
+def _make(path: pathlib.Path, root: pathlib.Path, environment: Environment) -> None:
   if environment.is_node:
     path.mkdir(parents=True, exist_ok=True)
     # The scripts of its packages fetch libraries for GPUs.
     quiet = ("--silent", "--ignore-scripts", "--prefix", str(path))
     install(["npm", "install", *quiet, *environment.packages])
-    return path
+    return
   venv.create(path, with_pip=True, symlinks=True)
   python, packages = str(path / "bin" / "python"), list(environment.packages)
   if environment.needs_torch:
@@ -74,7 +83,6 @@ def make(root: pathlib.Path, environment: Environment) -> pathlib.Path:
   install([python, "-m", "pip", "install", "--quiet", *index, *packages])
   if environment.removed:
     install([python, "-m", "pip", "uninstall", "--quiet", "--yes", *environment.removed])
-  return path
 
 
 def probe_words(path: pathlib.Path, environment: Environment) -> list[str]:
