@@ -7,11 +7,14 @@ command goes on after a stop: parts whose texts and settings are the same are no
 unless their bytes are damaged.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import itertools
 import json
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -37,7 +40,7 @@ from mlembed_jax.quantize import (
   ranges,
   ranges_path,
 )
-from mlembed_jax.vector_files import Encoding
+from mlembed_jax.vector_files import Encoding, encoding_path, is_encoding
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -73,6 +76,9 @@ RANGES = flags.DEFINE_string(
 PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
 
 DIGITS = 24  # of a digest in a name
+LOCK = "lock"
+# What stands in a folder of parts: arrays, those that are being written, the lock.
+OF_PARTS = re.compile(rf"{LOCK}|(?:ranges|\d{{8}})-[0-9a-f]{{{DIGITS}}}(?:\.new|(?:-\w+)?\.npy)")
 
 
 def parts_of(texts: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -91,8 +97,35 @@ class Parts:
   """The folder OUT.parts: arrays in files whose names have digests of their origin and bytes."""
 
   def __init__(self, out: pathlib.Path):
+    """Takes the parts of `out`; raises ConfigError where the folder holds anything else."""
     self.folder = out.with_name(out.name + ".parts")
-    self._there = {path.stem.rpartition("-")[0]: path for path in self.folder.glob("*.npy")}
+    if self.folder.exists() and not self.folder.is_dir():
+      raise ConfigError(f"--out: {self.folder} is a file; remove it, or choose another name")
+    names = [path.name for path in self.folder.glob("*")]
+    if others := [name for name in names if not OF_PARTS.fullmatch(name)]:
+      raise ConfigError(
+        f"--out: {self.folder}, which is removed at the end, holds {others[0]}, which is no "
+        "part of vectors; choose another name"
+      )
+    self._there: dict[str, pathlib.Path] = {}
+
+  @contextlib.contextmanager
+  def held(self) -> Iterator[None]:
+    """Keeps other commands out of the folder; raises ConfigError where one is at work there."""
+    self.folder.mkdir(exist_ok=True)
+    with (self.folder / LOCK).open("w") as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds it no more
+      except BlockingIOError as error:
+        raise ConfigError(
+          f"--out: another command is writing {self.folder}; wait for it"
+        ) from error
+      self._there = {path.stem.rpartition("-")[0]: path for path in self.folder.glob("*.npy")}
+      try:
+        yield
+      finally:
+        if not any(self.folder.glob("*.npy")):
+          shutil.rmtree(self.folder, ignore_errors=True)
 
   def find(self, name: str) -> pathlib.Path | None:
     """Returns the file of an array that an earlier run wrote; a damaged one is removed."""
@@ -107,7 +140,6 @@ class Parts:
 
   def save(self, name: str, array: np.ndarray) -> pathlib.Path:
     """Writes an array; returns its file."""
-    self.folder.mkdir(exist_ok=True)
     temporary = self.folder / f"{name}.new"
     save_npy(temporary, array)
     return temporary.rename(self.folder / f"{name}-{digest(temporary)[:DIGITS]}.npy")
@@ -315,8 +347,14 @@ def check_out(out: pathlib.Path) -> None:
     raise ConfigError(f"--out: {out} is a folder; name a file")
   if out.name.endswith(RANGES_SUFFIX):
     raise ConfigError(f"--out: {out} is a name of ranges, {RANGES_SUFFIX}; choose another")
-  if out.exists() and INPUT.value != "-" and out.resolve() == pathlib.Path(INPUT.value).resolve():
-    raise ConfigError(f"--out: {out} is also --input, which it would replace; choose another")
+  written = [out, encoding_path(out), ranges_path(out)]
+  if INPUT.value != "-" and pathlib.Path(INPUT.value).resolve() in [p.resolve() for p in written]:
+    raise ConfigError(f"--out: {INPUT.value} is also --input, which it would replace")
+  if (beside := encoding_path(out)).exists() and not is_encoding(beside):
+    raise ConfigError(
+      f"--out: {beside} would be replaced, and is not what `encode` wrote; remove it, or choose "
+      "another name"
+    )
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):
@@ -364,13 +402,6 @@ def main() -> None:
   texts = parts_of(read_texts(INPUT.value, COLUMN.value), PART.value)
   if (first := next(texts, None)) is None:
     raise DataError(f"--input: {INPUT.value} has no texts")
-  files, calibration = encode_parts(
-    itertools.chain([first], texts),
-    parts,
-    lambda part: encoder.encode(part, **options),
-    options | settings,
-    given,
-  )
   encoding = Encoding(
     encoder.prompt(PROMPT_NAME.value) if PROMPT.value is None else PROMPT.value,
     DEPTH.value,
@@ -378,7 +409,15 @@ def main() -> None:
     UNTRAINED.value,
     POOLED_TOKEN.value,
   )
-  count = finish(parts, files, calibration, encoding, out)
+  with parts.held():
+    files, calibration = encode_parts(
+      itertools.chain([first], texts),
+      parts,
+      lambda part: encoder.encode(part, **options),
+      options | settings,
+      given,
+    )
+    count = finish(parts, files, calibration, encoding, out)
   cut = f", of which {encoder.truncated:,} were cut" if encoder.truncated else ""
   print(f"{count:,} vectors{cut}: {out}")
 

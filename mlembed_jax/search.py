@@ -9,6 +9,7 @@ another. Some texts are encoded again, to see that model, texts and vectors belo
 """
 
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -20,15 +21,16 @@ from mlembed_jax.data.text_files import KNOWN
 from mlembed_jax.data.texts import read_texts
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.nearest import nearest
-from mlembed_jax.quantize import LEVELED, Ranges, check_ranges, decoded, ranges_path, unit
+from mlembed_jax.quantize import LEVELED, Ranges, check_ranges, decoded, quantize, ranges_path, unit
 from mlembed_jax.vector_files import Encoding, encoding_path
 
 if TYPE_CHECKING:
   from mlembed_jax.inference import Encoder
 
-# The least cosine of a vector of the file and of the same text, encoded now. Codes of 8 bits and
-# bfloat16 leave more than 0.999, another model almost always less.
+# The least cosine of a vector of the file and of the same text, encoded now and rounded by the same
+# ranges. bfloat16 leaves more than 0.999, another model almost always less.
 SAME = 0.99
+CHECKED = 32  # texts are encoded again, at most
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -51,6 +53,9 @@ DEPTH = flags.DEFINE_integer(
 RANK = flags.DEFINE_integer(
   "rank", None, "Rank of the token table for queries; a trained one. Default: that of the texts."
 )
+POOLED_TOKEN = flags.DEFINE_string(
+  "pooled_token", None, "Token that ends every text, of a folder that does not say which."
+)
 UNTRAINED = flags.DEFINE_bool("untrained", False, "Allow sizes that were not trained.")
 
 
@@ -60,7 +65,11 @@ def read_vectors(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
   Raises:
     ConfigError: the file cannot be read, or holds something else; or codes have no ranges.
   """
+  if path.suffix != ".npy":
+    raise ConfigError(f"--vectors: {path} is no .npy; write one with `encode --out FILE.npy`")
   found = _load(path, "r")
+  if not len(found):
+    raise ConfigError(f"--vectors: {path} has no vectors")
   if found.ndim != 2 or found.dtype.name not in ("float32", *LEVELED):
     shape = f"{found.dtype} {list(found.shape)}"
     raise ConfigError(f"--vectors: {path} holds {shape}, expected [N, D] float32, int8 or uint8")
@@ -104,7 +113,7 @@ def check_same(
   texts: Mapping[int, str],
 ) -> None:
   """Raises ConfigError where the vectors of these rows are not those of the texts."""
-  rows = sorted(texts)
+  rows = list(texts)
   options = encoding.options | {"dim": documents.shape[1]}
   try:
     encoder.check(encoding.depth, encoding.rank, documents.shape[1], encoding.untrained)
@@ -112,7 +121,9 @@ def check_same(
     raise ConfigError(f"{encoding_path(pathlib.Path(VECTORS.value))}: {error}") from error
   found = encoder.encode([texts[row] for row in rows], **options)
   stored = np.asarray(documents[rows])
-  stored = stored.astype(np.float32) if calibration is None else decoded(stored, calibration)
+  if calibration is not None:
+    codes = quantize(found, documents.dtype.name, calibration)  # beyond the ranges values are cut
+    found, stored = decoded(codes, calibration), decoded(stored, calibration)
   cosines = np.sum(unit(found) * unit(stored), axis=1)
   worst = int(np.argmin(cosines))
   if not cosines[worst] >= SAME:
@@ -128,10 +139,12 @@ def encode_queries(
 ) -> np.ndarray:
   """Returns the vectors of queries; raises ConfigError where a flag cannot be meant."""
   given = {"depth": DEPTH.value, "rank": RANK.value, "untrained": UNTRAINED.value}
-  used = encoding.options | {k: v for k, v in given.items() if v} if encoding else given
-  used |= {"prompt": None, "prompt_name": PROMPT_NAME.value}
+  if encoding:
+    named = {"depth": DEPTH, "rank": RANK, "untrained": UNTRAINED}
+    given = encoding.options | {name: given[name] for name, flag in named.items() if flag.present}
+  given |= {"prompt": None, "prompt_name": PROMPT_NAME.value}
   try:
-    return encoder.encode_query(queries, dim=dim, **used)
+    return encoder.encode_query(queries, dim=dim, **given)
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
 
@@ -142,11 +155,17 @@ def main() -> None:
     raise ConfigError("--query: give at least one")
   path = pathlib.Path(VECTORS.value)
   documents, calibration = read_vectors(path)
-  encoding = Encoding.read(path)
+  if (encoding := Encoding.read(path)) is None:
+    print(
+      f"note: {encoding_path(path)} is not there, so nothing says whether the vectors are of this "
+      "model and of these texts; give the --depth and --rank that they were encoded with",
+      file=sys.stderr,
+    )
   # Imported here, jax does not slow down --help.
   from mlembed_jax.inference import Encoder
 
-  encoder = Encoder.load(MODEL.value, pooled_token=encoding.pooled_token if encoding else None)
+  pooled_token = POOLED_TOKEN.value or (encoding.pooled_token if encoding else None)
+  encoder = Encoder.load(MODEL.value, pooled_token=pooled_token)
   if documents.shape[1] > encoder.dim:
     raise ConfigError(
       f"--vectors: {path} has {documents.shape[1]} dimensions, --model {MODEL.value} gives "
@@ -154,10 +173,11 @@ def main() -> None:
     )
   queries = encode_queries(encoder, QUERY.value, encoding, documents.shape[1])
   scores, rows = nearest(queries, documents, K.value, calibration)
-  count = len(documents)
-  checked = {0, count // 2, count - 1} if encoding and count else set()
-  texts = pick({*rows.ravel().tolist(), *checked}, count)
-  if encoding and count:
+  # What is shown is checked, and both ends, where texts are moved or missing.
+  shown, ends = rows.ravel().tolist(), {0, len(documents) - 1}
+  texts = pick({*shown, *ends}, len(documents))
+  if encoding:
+    checked = list(dict.fromkeys([*ends, *shown]))[:CHECKED]
     check_same(encoder, encoding, documents, calibration, {row: texts[row] for row in checked})
   for query, best, places in zip(QUERY.value, scores, rows, strict=True):
     print(query)

@@ -1,6 +1,7 @@
 """What stands beside a file of vectors: how its texts were encoded. Knows no jax."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any, Self
 
@@ -14,6 +15,15 @@ FORMAT = 1
 def encoding_path(vectors: pathlib.Path) -> pathlib.Path:
   """Returns the file that says how the vectors of a file were made."""
   return vectors.with_name(vectors.name + ".json")
+
+
+def is_encoding(path: pathlib.Path) -> bool:
+  """Returns whether a file says how vectors were made, also where it does not say it right."""
+  try:
+    found = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError):
+    return False
+  return isinstance(found, dict) and "encoding" in found and "format_version" in found
 
 
 @dataclasses.dataclass(frozen=True)

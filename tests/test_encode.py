@@ -232,3 +232,29 @@ def test_what_vectors_would_replace_is_kept(full, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: --out: "), done.stderr
     assert message in done.stderr
   assert pq.read_table(texts)["text"].to_pylist() == TEXTS[:2]
+
+
+def test_what_is_beside_vectors_and_not_of_them_is_kept(full, tmp_path):
+  notes, parts = tmp_path / "a.npy.json", tmp_path / "b.npy.parts"
+  notes.write_text('["notes"]')
+  parts.mkdir()
+  (parts / "thesis.txt").write_text("mine")
+  for name, source, said in [
+    ("a.npy", notes, "a.npy.json is also --input, which it would replace"),
+    ("a.npy", "-", "a.npy.json would be replaced, and is not what `encode` wrote; remove it"),
+    ("b.npy", "-", "b.npy.parts, which is removed at the end, holds thesis.txt"),
+  ]:
+    done = run(full, tmp_path / name, source, stdin="one")
+    assert done.returncode == 1 and f"error: --out: {tmp_path}" in done.stderr, done.stderr
+    assert said in done.stderr
+  assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.npy.json", "b.npy.parts", "thesis.txt"]
+
+
+def test_a_second_command_waits_for_nothing_and_changes_nothing(tmp_path):
+  out = tmp_path / "v.npy"
+  first, second = encode.Parts(out), encode.Parts(out)
+  with first.held():
+    with pytest.raises(ConfigError, match=r"another command is writing .*v\.npy\.parts; wait"):
+      second.held().__enter__()
+    assert first.folder.is_dir()
+  assert not list(tmp_path.iterdir())

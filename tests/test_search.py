@@ -73,6 +73,12 @@ def files(exported, tmp_path_factory):
   np.save(root / "cut.npy", encoder.encode(TEXTS, prompt="Find: ", depth=1, dim=16))
   shutil.copy(root / "cut.npy", root / "swapped.npy")
   shutil.copy(root / "cut.npy.json", root / "swapped.npy.json")
+  # A narrow range, as of few texts: many values lie beyond it.
+  narrow = np.stack([np.full_like(found[0], -0.05), np.full_like(found[0], 0.05)])
+  Encoding("", None, None, False, None).write(root / "narrow.npy")
+  np.save(root / "narrow.npy", quantize(encoder.encode(TEXTS, prompt=""), "int8", narrow))
+  np.save(root / "narrow.ranges.npy", narrow)
+  (root / "moved.txt").write_text("\n".join([TEXTS[0], *TEXTS[2:-1], TEXTS[1], TEXTS[-1]]))
   (root / "swapped.txt").write_text("\n".join(TEXTS[::-1]), encoding="utf-8")
   return root
 
@@ -106,10 +112,13 @@ def test_what_does_not_fit_is_refused(exported, files):
     ("bits.npy", "texts.txt", asked, "bits.ranges.npy cannot be read"),
     ("v.npy", "fewer.txt", asked, "fewer.txt has 2 texts, --vectors"),
     ("v.npy", "nope.txt", asked, "error: --texts: "),
+    ("v.parquet", "texts.txt", asked, "v.parquet is no .npy; write one with `encode"),
+    ("cut.npy", "texts.txt", (*asked, "--depth=0"), "--depth: 0, but the model has 1 to 3"),
   ]:
     result = search(exported, files, name, texts, *more)
     assert result.returncode == 1 and said in result.stderr, (said, result.stderr)
-    assert len(result.stderr.strip().splitlines()) == 1
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1
 
 
 def test_queries_are_as_deep_as_the_texts_and_vectors_are_those_of_the_texts(exported, files):
@@ -124,6 +133,19 @@ def test_queries_are_as_deep_as_the_texts_and_vectors_are_those_of_the_texts(exp
   result = search(exported, files, "swapped.npy", "swapped.txt", *asked)
   assert result.returncode == 1 and "row 0 of " in result.stderr, result.stderr
   assert "name the model and the texts that `encode` was given" in result.stderr
+  result = search(exported, files, "cut.npy", "moved.txt", *asked)  # both ends are the same
+  assert result.returncode == 1 and "is not what --model" in result.stderr, result.stderr
+
+
+def test_codes_are_those_of_the_texts_also_beyond_their_ranges(exported, files):
+  result = search(exported, files, "narrow.npy", "texts.txt", "--query", "a", "--k", "3")
+  assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+def test_vectors_without_their_encoding_are_said(exported, files):
+  result = search(exported, files, "v.npy", "texts.txt", "--query", "a", "--k", "3")
+  assert result.returncode == 0
+  assert result.stderr.startswith(f"note: {files / 'v.npy.json'} is not there"), result.stderr
 
 
 @pytest.mark.parametrize(

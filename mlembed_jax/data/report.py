@@ -161,20 +161,18 @@ def write_report(
   write_json(out / REPORT, {"totals": totals, "merged": merged, "files": files})
   if merged:
     print(languages.merges_text(merged), flush=True)
-  if unknown := _unknown(files):
-    print(f"note: tags of no known language, which count as they stand: {unknown}", flush=True)
+  for name, value in files.items():
+    if unknown := _unknown(value[f"{TRAIN}_languages"]):
+      print(f"note: {name}: rows of no known language count as they stand: {unknown}", flush=True)
   for count in counts:
     if count.lost:
       left_out = f"{count.lost:,} of {count.read:,} rows are left out ({count.reasons})"
       print(f"note: {count.name}: {left_out}", flush=True)
 
 
-def _unknown(files: dict[str, Any]) -> str:
-  """Returns the tags of training rows that name no known language, with the number of rows."""
-  tags: Counter[str] = Counter()
-  for value in files.values():
-    tags.update(value[f"{TRAIN}_languages"])
-  return ", ".join(f"{tag} {n:,}" for tag, n in sorted(tags.items()) if not languages.is_known(tag))
+def _unknown(tags: dict[str, int]) -> str:
+  """Returns the tags that name no known language, with the numbers of their rows."""
+  return ", ".join(f"{tag!r} {n:,}" for tag, n in tags.items() if not languages.is_known(tag))
 
 
 def cut_texts(number: int, max_tokens: int) -> str:

@@ -425,7 +425,8 @@ def test_rows_whose_language_is_not_known_are_said(own, capsys):
   write_files(own, {"train/a.parquet": (columns, BITEXT)})
   prepare_dataset(own)
   said = capsys.readouterr().out
-  assert "note: tags of no known language, which count as they stand: english 1, und 1\n" in said
+  assert "note: train/a.parquet: rows of no known language count as they stand: " in said
+  assert "'english' 1, 'und' 1\n" in said
 
 
 TASK = "Given a question, find the answer."

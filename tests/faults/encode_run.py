@@ -16,6 +16,7 @@ import numpy as np
 
 from mlembed_jax import encode
 from mlembed_jax.quantize import quantize
+from mlembed_jax.vector_files import Encoding
 
 PARTS, SIZE, DIM = 4, 100, 8
 TEXTS = [f"text {i}" for i in range(PARTS * SIZE)]
@@ -33,8 +34,10 @@ def run(out, given=None, texts=TEXTS, precision="int8"):
   parts = encode.Parts(out)
   texts = encode.parts_of(iter(texts), SIZE)
   settings = {"precision": precision}
-  files, calibration = encode.encode_parts(texts, parts, model, settings, given)
-  encode.finish(parts, files, calibration, out)
+  with parts.held():
+    files, calibration = encode.encode_parts(texts, parts, model, settings, given)
+    # The prompt names the precision, to be compared with the vectors.
+    encode.finish(parts, files, calibration, Encoding(precision, None, None, False, None), out)
 
 
 def ranges_of(out):
@@ -64,6 +67,12 @@ def content(out):
   """Returns the vectors and their ranges, if they have some; None where there are no vectors."""
   found = [out, ranges_of(out)] if ranges_of(out).is_file() else [out]
   return tuple(map(np.load, found)) if out.is_file() else None
+
+
+def encoded(out, precision):
+  """Returns whether the encoding beside vectors is that of a run with this precision."""
+  found = Encoding.read(out)
+  return found is not None and found.prompt == precision
 
 
 def same(first, second):
@@ -98,9 +107,13 @@ def kill_at_each(out, before, after):
     more = killed(out, number, after)
     found = content(out)
     state = "none" if found is None else "old" if same(found, old) else "new"
-    whole = found is None or same(found, old) or same(found, new)
+    whole = found is None or any(
+      same(found, wanted) and encoded(out, of) for wanted, of in ((old, before), (new, after))
+    )
     run(out, precision=after)
-    again = same(content(out), new) and not encode.Parts(out).folder.exists()
+    again = (
+      same(content(out), new) and encoded(out, after) and not encode.Parts(out).folder.exists()
+    )
     left, made = "whole" if whole else "TORN", "right" if again else "WRONG"
     print(f"{before}-{after}-{number}", state, left, made, flush=True)
     yield whole and again
