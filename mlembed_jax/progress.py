@@ -47,14 +47,13 @@ class Lines:
     self._initial, self._done, self._postfix = initial, initial, ""
     self._start = self._written = time.monotonic()
     self._shown: tuple[int, str] | None = None  # what the last line said
+    self._first: tuple[int, float] | None = None  # count and time of the first, after compiling
 
   def update(self, n: int = 1) -> None:
     """Counts `n` more."""
     self._done += n
-    passed = time.monotonic() - self._written
-    if passed >= LINE_S:
-      before = self._shown[0] if self._shown else self._initial
-      self._write(rate=(self._done - before) / passed)
+    if time.monotonic() - self._written >= LINE_S:
+      self._write()
 
   def set_postfix_str(self, s: str, refresh: bool = True) -> None:
     """Shows `s` beside the count from the next line on."""
@@ -72,16 +71,19 @@ class Lines:
   def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
     self.close()
 
-  def _write(self, rate: float | None = None) -> None:
-    """Writes a line; the time that is left is by `rate`, of late, or else that of all the time."""
-    self._written, self._shown = time.monotonic(), (self._done, self._postfix)
+  def _write(self) -> None:
+    """Writes a line; rate and time left are of the work since the first one, before it of all."""
+    now = time.monotonic()
+    count, since = self._first or (self._initial, self._start)
+    self._first = self._first or (self._done, now)
+    self._written, self._shown = now, (self._done, self._postfix)
     shown = tqdm.tqdm.format_meter(
       self._done,
       self._total or 0,
       self._written - self._start,
       prefix=self._name,
       unit=self._unit,
-      rate=rate,
+      rate=(self._done - count) / (now - since) if now > since else None,
       postfix=self._postfix,
       initial=self._initial,
       bar_format=LINE if self._total else None,

@@ -115,10 +115,6 @@ def check_same(
   """Raises ConfigError where the vectors of these rows are not those of the texts."""
   rows = list(texts)
   options = encoding.options | {"dim": documents.shape[1]}
-  try:
-    encoder.check(encoding.depth, encoding.rank, documents.shape[1], encoding.untrained)
-  except ValueError as error:
-    raise ConfigError(f"{encoding_path(pathlib.Path(VECTORS.value))}: {error}") from error
   found = encoder.encode([texts[row] for row in rows], **options)
   stored = np.asarray(documents[rows])
   if calibration is not None:
@@ -132,6 +128,20 @@ def check_same(
       f"that text of --texts {TEXTS.value} (cosine {cosines[worst]:.2f}); name the model and the "
       "texts that `encode` was given, or encode them again"
     )
+
+
+def check_sizes(
+  encoder: "Encoder", encoding: Encoding | None, path: pathlib.Path, dim: int
+) -> None:
+  """Raises ConfigError where the model cannot have given the vectors of a file, by their sizes."""
+  said = f"name the model that `encode` was given; --model {MODEL.value} is another"
+  if dim > encoder.dim:
+    raise ConfigError(f"--vectors: {path} has {dim} dimensions, the model {encoder.dim}; {said}")
+  try:
+    if encoding:
+      encoder.check(encoding.depth, encoding.rank, dim, encoding.untrained)
+  except ValueError as error:
+    raise ConfigError(f"{encoding_path(path)}: {error}; {said}") from error
 
 
 def encode_queries(
@@ -166,11 +176,7 @@ def main() -> None:
 
   pooled_token = POOLED_TOKEN.value or (encoding.pooled_token if encoding else None)
   encoder = Encoder.load(MODEL.value, pooled_token=pooled_token)
-  if documents.shape[1] > encoder.dim:
-    raise ConfigError(
-      f"--vectors: {path} has {documents.shape[1]} dimensions, --model {MODEL.value} gives "
-      f"{encoder.dim}; name the model that `encode` was given"
-    )
+  check_sizes(encoder, encoding, path, documents.shape[1])
   queries = encode_queries(encoder, QUERY.value, encoding, documents.shape[1])
   scores, rows = nearest(queries, documents, K.value, calibration)
   # What is shown is checked, and both ends, where texts are moved or missing.

@@ -23,7 +23,7 @@ ENVIRONMENT = os.environ | {
 
 
 def command(data, workdir, more=(), **overrides):
-  # Each tracker is imported anew by every run, for as long as a run compiles.
+  # Each tracker is imported anew by every run, which takes as long as its compiling.
   flags = {"data.heldout": "()", "data.manifest": "", "train.trackers": "()"} | overrides
   return [
     sys.executable,

@@ -135,14 +135,27 @@ def test_a_count_is_not_said_twice(monkeypatch):
   assert [line.split(":")[0] for line in lines] == ["inner", "inner", "empty"]
 
 
-def test_the_time_that_is_left_is_by_the_rate_of_late(monkeypatch):
+def test_the_time_that_is_left_is_by_the_rate_since_the_first_line(monkeypatch):
   """What was compiled first is not expected to come again."""
   now = 0.0
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   monkeypatch.setattr(progress.time, "monotonic", lambda: now)
   with progress.count("training", 200) as bar:
-    for now in (100.0, 110.0):  # noqa: B007
+    for now in (100.0, 110.0, 420.0, 430.0):  # noqa: B007  a pause of 300 s
       bar.update(10)
+    bar.set_postfix_str("loss 1")
   lines = sys.stderr.getvalue().splitlines()
   assert "10/200 [01:40<31:40" in lines[0]
   assert "20/200 [01:50<03:00" in lines[1]
+  assert "30/200 [07:00<45:20" in lines[2]
+  assert "40/200 [07:10<29:20" in lines[3] and lines[4] == lines[3].replace("]", ", loss 1]")
+
+
+def test_what_was_done_before_is_no_rate(monkeypatch):
+  now = 0.0
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+  with progress.count("training", 200, initial=100) as bar:
+    now = 100.0
+    bar.update(10)
+  assert "110/200 [01:40<15:00" in sys.stderr.getvalue()

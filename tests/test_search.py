@@ -177,3 +177,21 @@ def test_what_an_encoding_says_is_read_or_refused(tmp_path, changes, said):
   encoding_path(vectors).write_text(json.dumps(value), encoding="utf-8")
   with pytest.raises(ConfigError, match=re.escape(f"{encoding_path(vectors)}: {said}")):
     Encoding.read(vectors)
+
+
+def test_what_encode_writes_is_searched_and_no_other_model_does_it(exported, files, tmp_path):
+  out = tmp_path / "v.npy"
+  words = [sys.executable, "-m", "mlembed_jax.encode", "--model", str(exported["full"])]
+  words += ["--input", str(files / "texts.txt"), "--out", str(out), "--prompt_name=query"]
+  flags = ("--depth=3", "--dim=16", "--precision=int8")
+  done = subprocess.run([*words, *flags], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  prompt = Encoder.load(exported["full"]).prompts["query"]
+  assert Encoding.read(out) == Encoding(prompt, 3, None, False, None)
+  asked = ("--query", TEXTS[31], "--k", "3", "--prompt_name=query")
+  found = search(exported, tmp_path, "v.npy", files / "texts.txt", *asked)
+  assert found.returncode == 0 and not found.stderr, found.stderr
+  assert found.stdout.splitlines()[1].endswith(f"31  {TEXTS[31]}")
+  found = search({"full": exported["cut"]}, tmp_path, "v.npy", files / "texts.txt", *asked)
+  assert found.returncode == 1 and "depth: 3, but the model has 1 to 1" in found.stderr
+  assert "name the model that `encode` was given" in found.stderr

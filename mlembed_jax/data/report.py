@@ -19,12 +19,12 @@ SAID = {
   "wrong_fields": "another number of fields than the header",
   "not_json": "no JSON object",
   "wrong_type": "a value of another type",
-  "invalid_utf8": "no UTF-8",
+  "invalid_utf8": "bytes that are not UTF-8, or half a surrogate pair,",
   "negative_equals_positive": "a negative equal to a positive",
 }
 REMEDIES = {
   "wrong_fields": "put fields that hold the separator into quotes",
-  "invalid_utf8": "convert the file, as by iconv -f WINDOWS-1252 -t UTF-8",
+  "invalid_utf8": "if the file is not UTF-8, convert it, as by iconv -f WINDOWS-1252 -t UTF-8",
 }
 
 

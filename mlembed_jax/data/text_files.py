@@ -261,12 +261,11 @@ def _fields(path: str, file: io.BufferedReader, separator: str) -> Iterator[Reco
 
 
 def _check_header(path: str, header: Sequence[str], separator: str) -> None:
-  others = {",": ".csv", "\t": ".tsv", ";": ""}
-  if len(header) == 1 and (found := [c for c in others if c != separator and c in header[0]]):
-    named = f"name the file {others[found[0]]}" if others[found[0]] else "write them with commas"
+  # One column of plain words: a column of texts may be called "question; in short".
+  if len(header) == 1 and (match := re.fullmatch(r"\w+([;,\t])\w+(?:\1\w+)*", header[0])):
     raise DataError(
-      f"{path}: the fields of its header are separated by {found[0]!r}, expected {separator!r}; "
-      f"{named}"
+      f"{path}: its header has {match[1]!r} between its fields, expected {separator!r}; write the "
+      "file with that, or give it the ending of the other, .csv for commas and .tsv for tabs"
     )
   if twice := [name for name in header if header.count(name) > 1]:
     raise DataError(f"{path}: its header has the column {twice[0]!r} twice; rename one")

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from mlembed_jax import progress
 from mlembed_jax.config import flatten
@@ -25,11 +25,6 @@ from mlembed_jax.files import read_object, write_object
 from mlembed_jax.parallel import processes
 from mlembed_jax.slice_scores import SliceScore
 from mlembed_jax.training.saved import first_line
-
-# Trackers are imported where one begins: tensorboardX brings torch, where that is installed, and
-# that takes 1.6 s.
-if TYPE_CHECKING:
-  import tensorboardX
 
 FILE = "trackers.json"
 FORMAT = 1
@@ -86,8 +81,10 @@ class TensorBoard:
   """Files in WORKDIR/tensorboard."""
 
   def __init__(self, workdir: pathlib.Path):
+    # It brings torch, where that is installed, which takes 1.6 s.
+    self._library = importlib.import_module("tensorboardX")
     self._folder = workdir / "tensorboard"
-    self._board: tensorboardX.SummaryWriter | None = None
+    self._board: Any = None
 
   def set_config(self, config: Config) -> None:
     """Shows nothing: run.json beside the files has the settings."""
@@ -95,9 +92,7 @@ class TensorBoard:
   def resume(self, step: int) -> None:
     """Begins a file that hides the steps after `step` of the files before."""
     self.close(finished=False)
-    import tensorboardX
-
-    self._board = tensorboardX.SummaryWriter(str(self._folder), purge_step=step + 1)
+    self._board = self._library.SummaryWriter(str(self._folder), purge_step=step + 1)
 
   def log(self, step: int, values: Values) -> None:
     """Shows numbers of a step."""
@@ -107,12 +102,10 @@ class TensorBoard:
 
   def log_scores(self, step: int, scores: Sequence[SliceScore]) -> None:
     """Shows the scores of the whole model, and with one axis cut at a time."""
-    import tensorboardX
-
     # In a folder TensorBoard follows the newest file alone: beside those of the steps, this one
     # would end their curves.
     folder = str(self._folder / "eval")
-    with tensorboardX.SummaryWriter(folder, filename_suffix=f".{step}") as board:
+    with self._library.SummaryWriter(folder, filename_suffix=f".{step}") as board:
       for name, value in score_values(scores, most_cuts=1).items():
         board.add_scalar(name, value, step)
 

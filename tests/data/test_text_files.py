@@ -250,12 +250,14 @@ def test_training_rows_are_those_of_any_form(tmp_path):
 @pytest.mark.parametrize(
   ("name", "separator", "said"),
   [
-    ("a.csv", ";", "are separated by ';', expected ','; write them with commas"),
-    ("a.csv", "\t", r"are separated by '\\t', expected ','; name the file .tsv"),
-    ("a.tsv", ",", r"are separated by ',', expected '\\t'; name the file .csv"),
+    ("a.csv", ";", "its header has ';' between its fields, expected ','; write the file with"),
+    ("a.csv", "\t", r"its header has '\\t' between its fields, expected ','; write the file with"),
+    ("a.tsv", ",", r"its header has ',' between its fields, expected '\\t'; write the file with"),
+    ("a.tsv", ";", r"its header has ';' between its fields, expected '\\t'; write the file with"),
+    ("a.csv", "; ", "columns query, passage are missing"),
   ],
 )
 def test_another_separator_is_named(tmp_path, name, separator, said):
-  (tmp_path / name).write_text(separator.join(["query", "passage"]))
+  (tmp_path / name).write_text(separator.join(["query", "passage"]) + "\na\n")
   with pytest.raises(DataError, match=said):
     rows.check_file(File(name, entry("bitext", 0, "Translate."), str(tmp_path)))
