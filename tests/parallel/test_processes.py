@@ -48,8 +48,8 @@ def finish(process, seconds=300):
 
 
 def training(data, workdir, **overrides):
-  manifest = {"data.manifest": data / "manifest.json"}
-  return runs.command(data, workdir, **SMALL | manifest | overrides)[1:]
+  shown = {"data.manifest": data / "manifest.json", "train.trackers": "('tensorboard',)"}
+  return runs.command(data, workdir, **SMALL | shown | overrides)[1:]
 
 
 def children(process):
