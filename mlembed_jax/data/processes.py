@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 
 
@@ -30,6 +30,27 @@ def unheard(*numbers: signal.Signals) -> Iterator[None]:
   resource_tracker.ensure_running()  # else the first process starts it, which ends the blocking
   before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
   try:
-    yield
+    with _later(numbers):
+      yield
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _later(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+  """Holds signals back that reach a thread of a library, which does not block them.
+
+  The main thread would run their handler all the same, and leave a process half started.
+  """
+  if threading.current_thread() is not threading.main_thread():  # which alone runs handlers
+    yield
+    return
+  heard: list[int] = []
+  handlers = {number: signal.signal(number, lambda n, _: heard.append(n)) for number in numbers}
+  try:
+    yield
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler or signal.SIG_DFL)  # None: it is none of Python
+    for number in heard:
+      signal.raise_signal(number)  # blocked still; it is delivered where the blocking ends
