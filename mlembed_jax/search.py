@@ -68,11 +68,11 @@ def read_vectors(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
   if path.suffix != ".npy":
     raise ConfigError(f"--vectors: {path} is no .npy; write one with `encode --out FILE.npy`")
   found = _load(path, "r")
-  if not len(found):
-    raise ConfigError(f"--vectors: {path} has no vectors")
   if found.ndim != 2 or found.dtype.name not in ("float32", *LEVELED):
     shape = f"{found.dtype} {list(found.shape)}"
     raise ConfigError(f"--vectors: {path} holds {shape}, expected [N, D] float32, int8 or uint8")
+  if not len(found):
+    raise ConfigError(f"--vectors: {path} has no vectors")
   if found.dtype.name not in LEVELED:
     return found, None
   calibration = _load(ranges_path(path))
@@ -148,13 +148,12 @@ def encode_queries(
   encoder: "Encoder", queries: Sequence[str], encoding: Encoding | None, dim: int
 ) -> np.ndarray:
   """Returns the vectors of queries; raises ConfigError where a flag cannot be meant."""
-  given = {"depth": DEPTH.value, "rank": RANK.value, "untrained": UNTRAINED.value}
-  if encoding:
-    named = {"depth": DEPTH, "rank": RANK, "untrained": UNTRAINED}
-    given = encoding.options | {name: given[name] for name, flag in named.items() if flag.present}
-  given |= {"prompt": None, "prompt_name": PROMPT_NAME.value}
+  named = {"depth": DEPTH, "rank": RANK, "untrained": UNTRAINED}
+  options = encoding.options if encoding else {}
+  options |= {name: flag.value for name, flag in named.items() if flag.present}
+  options |= {"prompt": None, "prompt_name": PROMPT_NAME.value, "dim": dim}
   try:
-    return encoder.encode_query(queries, dim=dim, **given)
+    return encoder.encode_query(queries, **options)
   except ValueError as error:
     raise ConfigError(f"--{error}") from error
 

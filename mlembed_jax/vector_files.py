@@ -1,13 +1,12 @@
 """What stands beside a file of vectors: how its texts were encoded. Knows no jax."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, Self
 
 from mlembed_jax import typed
 from mlembed_jax.errors import ConfigError
-from mlembed_jax.files import read_object, storage_errors, write_object
+from mlembed_jax.files import read_json, read_object, storage_errors, write_object
 
 FORMAT = 1
 
@@ -20,8 +19,8 @@ def encoding_path(vectors: pathlib.Path) -> pathlib.Path:
 def is_encoding(path: pathlib.Path) -> bool:
   """Returns whether a file says how vectors were made, also where it does not say it right."""
   try:
-    found = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError):
+    found = read_json(path, path)
+  except ConfigError:
     return False
   return isinstance(found, dict) and "encoding" in found and "format_version" in found
 

@@ -68,6 +68,7 @@ def files(exported, tmp_path_factory):
   np.save(root / "codes.npy", quantize(found, "int8", calibration))
   np.save(root / "codes.ranges.npy", calibration)
   np.save(root / "bare.npy", quantize(found, "int8", calibration))
+  np.save(root / "scalar.npy", np.float64(1))
   np.save(root / "bits.npy", quantize(found, "ubinary"))
   Encoding("Find: ", 1, None, False, None).write(root / "cut.npy")
   np.save(root / "cut.npy", encoder.encode(TEXTS, prompt="Find: ", depth=1, dim=16))
@@ -112,6 +113,7 @@ def test_what_does_not_fit_is_refused(exported, files):
     ("bits.npy", "texts.txt", asked, "bits.ranges.npy cannot be read"),
     ("v.npy", "fewer.txt", asked, "fewer.txt has 2 texts, --vectors"),
     ("v.npy", "nope.txt", asked, "error: --texts: "),
+    ("scalar.npy", "texts.txt", asked, "scalar.npy holds float64 [], expected [N, D] float32"),
     ("v.parquet", "texts.txt", asked, "v.parquet is no .npy; write one with `encode"),
     ("cut.npy", "texts.txt", (*asked, "--depth=0"), "--depth: 0, but the model has 1 to 3"),
   ]:
