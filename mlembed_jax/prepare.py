@@ -123,7 +123,9 @@ def main() -> None:
   else:
     _run_beam(recipe, tokenizer)
   seconds = time.perf_counter() - start
-  print(f"{OUT.value}: prepared in {seconds:.0f} s; see {REPORT} there")
+  listed = sum(len(manifest.read_manifest(path)) for path in MANIFEST.value)
+  made = f"{len(files)} of the {listed} files of {', '.join(MANIFEST.value)}"
+  print(f"{OUT.value}: prepared {made} in {seconds:.0f} s; see {REPORT} there")
 
 
 def _run_beam(recipe: Recipe, tokenizer: Tokenizer) -> None:

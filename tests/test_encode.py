@@ -121,6 +121,19 @@ def test_parquet_in_and_out_with_ranges_of_the_model_or_the_first_part(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content
 
 
+def test_coordinates_beyond_their_ranges_are_spoken_of(full, expected, tmp_path):
+  pq.write_table(pa.table({"text": TEXTS}), tmp_path / "texts.parquet")
+  found = ranges(expected)
+  for factor, said in ((1, ""), (0.25, "coordinates lie above their ranges")):
+    np.save(tmp_path / "narrow.npy", (found * factor).astype(np.float32))
+    flags = (*CUT, "--column=text", "--precision=int8", f"--ranges={tmp_path / 'narrow.npy'}")
+    done = run(full, tmp_path / f"v{factor}.npy", tmp_path / "texts.parquet", *flags)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout and ("note" in done.stdout) == bool(said)
+  above = (expected >= 0.25 * found[1]).mean()
+  assert f"note: {above:.0%} of" in done.stdout
+
+
 FIRST, SECOND = (np.array([[-end] * 4, [end] * 4], np.float32) for end in (1, 2))
 
 

@@ -9,7 +9,7 @@ is zho-Hant). A pair such as en-de cannot be told from a region: it is English i
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from langcodes import Language
 
@@ -76,6 +76,11 @@ def _script(language: Language) -> str:
 def is_known(tag: str) -> bool:
   """Returns whether a tag names a known language."""
   return _parsed(tag) is not None
+
+
+def unknown_text(rows: Mapping[str, int]) -> str:
+  """Returns the tags that name no known language, with the numbers of their rows."""
+  return ", ".join(f"{tag!r} {n:,}" for tag, n in rows.items() if not is_known(tag))
 
 
 def bare_code(tag: str) -> str:

@@ -66,8 +66,7 @@ class FileCount:
   def remedies(self) -> str:
     """What can be done about rows that cannot be used."""
     known = [REMEDIES[reason] for reason in sorted(self.dropped) if reason in REMEDIES]
-    keep = ["mend the file"] if self.lost == self.read else ["mend the file or raise the share"]
-    return "; ".join(known + keep)
+    return "; ".join(known or ["mend the file"]) + " or raise the share" * (self.lost < self.read)
 
   @property
   def contradiction(self) -> str:
@@ -162,17 +161,12 @@ def write_report(
   if merged:
     print(languages.merges_text(merged), flush=True)
   for name, value in files.items():
-    if unknown := _unknown(value[f"{TRAIN}_languages"]):
+    if unknown := languages.unknown_text(value[f"{TRAIN}_languages"]):
       print(f"note: {name}: rows of no known language count as they stand: {unknown}", flush=True)
   for count in counts:
     if count.lost:
       left_out = f"{count.lost:,} of {count.read:,} rows are left out ({count.reasons})"
       print(f"note: {count.name}: {left_out}", flush=True)
-
-
-def _unknown(tags: dict[str, int]) -> str:
-  """Returns the tags that name no known language, with the numbers of their rows."""
-  return ", ".join(f"{tag!r} {n:,}" for tag, n in tags.items() if not languages.is_known(tag))
 
 
 def cut_texts(number: int, max_tokens: int) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -205,6 +206,10 @@ def read_tasks(
   names = [*(task.name for task in tasks), *named]
   if twice := [name for name in names if names.count(name) > 1]:
     raise ConfigError(f"tasks: {twice[0]} comes twice; score one at a time")
+  for task in tasks:
+    if task.unknown:
+      said = f"tags of no known language are scored as one each: {task.unknown}"
+      print(f"note: {task.name}: {said}", file=sys.stderr, flush=True)
   return tasks
 
 

@@ -17,12 +17,14 @@ import glob
 import hashlib
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from mlembed_jax.data import languages
 from mlembed_jax.data.languages import ENGLISH, LANGUAGE_SCRIPT, language_key
 from mlembed_jax.data.manifest import SCORED, File, read_manifest, select_heldout
 from mlembed_jax.data.names import MANIFEST
@@ -65,6 +67,7 @@ class HeldoutTask:
   texts: list[str]
   score: Callable[[Vectors], ByLanguage]
   digest: str  # of all that decides the scores of given vectors, and of the texts
+  unknown: str  # tags that name no known language, each scored as one of its own
 
   @property
   def metric(self) -> str:
@@ -91,7 +94,8 @@ def load_task(file: File, scheme: str = LANGUAGE_SCRIPT) -> HeldoutTask:
   # The first tag of each key: what 0.1.0 scored is not scored again where no tags are merged.
   first = dict(zip(reversed(keys), reversed(langs), strict=True))
   digest = _digest([task_type, [[first[key] for key in keys], *others], texts.unique()])
-  return HeldoutTask(file.name, task_type, texts.unique(), score, digest)
+  unknown = languages.unknown_text(Counter(langs)) if scheme == LANGUAGE_SCRIPT else ""
+  return HeldoutTask(file.name, task_type, texts.unique(), score, digest, unknown)
 
 
 def _digest(value: Any) -> str:

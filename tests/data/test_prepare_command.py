@@ -415,7 +415,7 @@ def test_rows_that_all_fail_are_given_the_remedy_of_their_reason(own):
   assert str(error.value).endswith(
     "(bytes that are not UTF-8, or half a surrogate pair, in query: 3, e.g. row 0, 1, 2; another "
     "number of fields than the header: 1, e.g. row 3); if the file is not UTF-8, convert it, as by "
-    "iconv -f WINDOWS-1252 -t UTF-8; put fields that hold the separator into quotes; mend the file"
+    "iconv -f WINDOWS-1252 -t UTF-8; put fields that hold the separator into quotes"
   )
 
 

@@ -10,7 +10,7 @@ from pyarrow import csv, feather
 
 from mlembed_jax.data.manifest import File
 from mlembed_jax.errors import DataError
-from mlembed_jax.eval import scores, tasks
+from mlembed_jax.eval import scores, scoring, tasks
 from mlembed_jax.quantize import unit
 from tests.material import CONVENTIONS, entry, write_parquet
 
@@ -271,6 +271,19 @@ def test_merged_pools_are_harder(tmp_path):
     return np.mean([scores["accuracy"] for scores in found.values()])
 
   assert mean("as-written") > 2 * mean("language-script")
+
+
+def test_tags_of_no_known_language_are_spoken_of(tmp_path, capsys):
+  columns = {"lang": ["de", "xx1", "xx1", "Swahili"], "text": list("abcd"), "en": list("efgh")}
+  assert load(tmp_path, "bitext", **columns).unknown == "'xx1' 2, 'Swahili' 1"
+  assert load(tmp_path, "bitext", scheme="as-written", **columns).unknown == ""
+  known = columns | {"lang": ["de", "he", "iw", "zh_Hans"]}
+  assert load(tmp_path, "bitext", **known).unknown == ""
+  load(tmp_path, "bitext", **columns)
+  manifest = {"t.parquet": {"task_type": "bitext", "instruction": ""}}
+  (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+  scoring.read_tasks([tmp_path])
+  assert "tags of no known language are scored as one each: 'xx1' 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("english", ["en", "eng-Latn", "eng_Latn", "en-GB"])
