@@ -199,6 +199,8 @@ def vllm(folder: pathlib.Path, found: list[Item]) -> Found:
   )
   cut = {"truncate_prompt_tokens": found[0]["limit"]}
   answers = model.embed([item["text"] for item in found], tokenization_kwargs=cut)
+  # Left to the end of the program, its threads abort it in some runs: std::terminate, status 134.
+  model.llm_engine.engine_core.shutdown()
   return [list(a.prompt_token_ids) for a in answers], [a.outputs.embedding for a in answers]
 
 
