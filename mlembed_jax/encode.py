@@ -36,10 +36,10 @@ from mlembed_jax.quantize import (
   LEVELED,
   PRECISIONS,
   RANGES_SUFFIX,
+  outside,
   quantize,
   ranges,
   ranges_path,
-  share_above,
 )
 from mlembed_jax.vector_files import Encoding, encoding_path, is_encoding
 
@@ -76,8 +76,7 @@ RANGES = flags.DEFINE_string(
 )
 PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
 
-# The share of codes above their ranges that is said; ranges of 100 texts have 1 % of their own.
-MOST_ABOVE = 0.02
+MOST_CLIPPED = 0.04  # of the coordinates, beyond their ranges; a larger share is said
 DIGITS = 24  # of a digest in a name
 LOCK = "lock"
 # What stands in a folder of parts: arrays, those that are being written, the lock.
@@ -187,14 +186,19 @@ def encode_parts(
     # Parts that were rounded by other ranges have other names, so that none is ever taken.
     origin += hashlib.sha256(calibration.tobytes()).hexdigest()
   files: list[pathlib.Path] = []
+  clipped = coordinates = 0  # of parts that are encoded now
   with progress.count("encoding", unit=" texts") as bar:
     for part in itertools.chain([first], texts):
       name = f"{len(files):08d}-{_digest(origin, *part)}"
       if (file := parts.find(name)) is None:
         vectors = encoded if encoded is not None and not files else encode(part)
+        if calibration is not None:
+          clipped, coordinates = clipped + outside(vectors, calibration), coordinates + vectors.size
         file = parts.save(name, quantize(vectors, precision, calibration))
       files.append(file)
       bar.update(len(part))
+  if said := clipped_text(clipped, coordinates, precision):
+    print(said, flush=True)
   return files, calibration
 
 
@@ -227,8 +231,10 @@ def read_ranges(path: str, dim: int) -> np.ndarray:
     raise ConfigError(f"--ranges: --precision {PRECISION.value} has none; drop one of the flags")
   try:
     found = np.load(path)
-  except (OSError, ValueError, EOFError) as error:
+  except OSError as error:
     raise ConfigError(f"--ranges: {path} cannot be read: {error}") from error
+  except (ValueError, EOFError) as error:
+    raise ConfigError(f"--ranges: {path} cannot be read: it is no whole .npy of numbers") from error
   if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.shape != (2, dim):
     shape = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "an archive"
     raise ConfigError(f"--ranges: {path} holds {shape}, expected float32 [2, {dim}]")
@@ -293,16 +299,12 @@ def write_ranges(calibration: np.ndarray | None, out: pathlib.Path) -> None:
       path.unlink()
 
 
-def clipped_text(files: Sequence[pathlib.Path], precision: str) -> str:
-  """Returns what is to be said where many coordinates lie beyond the ranges; else nothing."""
-  if precision not in LEVELED:
-    return ""
-  parts = [np.load(file, mmap_mode="r") for file in files]
-  share = sum(share_above(part) * len(part) for part in parts) / sum(map(len, parts))
-  if share <= MOST_ABOVE:
+def clipped_text(clipped: int, coordinates: int, precision: str) -> str:
+  """Returns what is to be said where many coordinates lie beyond their ranges; else nothing."""
+  if clipped <= MOST_CLIPPED * coordinates:
     return ""
   return (
-    f"note: {share:.0%} of the coordinates lie above their ranges, and about as many below, where "
+    f"note: {clipped / coordinates:.0%} of the coordinates lie beyond their ranges, where "
     f"{precision} cannot tell them apart; encode in float32, take `mlembed_jax.quantize.ranges` of "
     "these vectors, and give them by --ranges"
   )
@@ -435,12 +437,9 @@ def main() -> None:
       options | settings,
       given,
     )
-    clipped = clipped_text(files, PRECISION.value)
     count = finish(parts, files, calibration, encoding, out)
   cut = f", of which {encoder.truncated:,} were cut" if encoder.truncated else ""
   print(f"{count:,} vectors{cut}: {out}")
-  if clipped:
-    print(clipped)
 
 
 if __name__ == "__main__":

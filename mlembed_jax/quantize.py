@@ -102,13 +102,10 @@ def decoded(codes: np.ndarray, calibration: Ranges) -> Vectors:
   return np.minimum(low + (levels + 0.5) * step, np.asarray(calibration[1], np.float32))
 
 
-def share_above(codes: np.ndarray) -> float:
-  """Returns the share of int8 or uint8 codes that are the last level, which has no width.
-
-  Only values at the end of their range or beyond it have that code. About as many lie beyond the
-  other end, whose level has others, too.
-  """
-  return float((codes == np.iinfo(codes.dtype).max).mean()) if codes.size else 0.0
+def outside(vectors: Vectors, calibration: Ranges) -> int:
+  """Returns how many coordinates lie beyond their range, where codes cannot tell them apart."""
+  low, high = np.asarray(calibration, np.float32)
+  return int(np.count_nonzero((vectors < low) | (vectors > high)))
 
 
 def _levels(calibration: Ranges) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,11 @@ def read_vectors(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
     raise ConfigError(f"--vectors: {path} has no vectors")
   if found.dtype.name not in LEVELED:
     return found, None
+  if not ranges_path(path).is_file():
+    raise ConfigError(
+      f"--vectors: {path} holds {found.dtype}, and there is no {ranges_path(path)}; search reads "
+      "float32, and int8 and uint8 beside their ranges, but no bits"
+    )
   calibration = _load(ranges_path(path))
   try:
     check_ranges(calibration, found.shape[1])
@@ -86,8 +91,10 @@ def read_vectors(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
 def _load(path: pathlib.Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
   try:
     return np.asanyarray(np.load(path, mmap_mode=mmap_mode))
-  except (OSError, ValueError, EOFError) as error:
+  except OSError as error:
     raise ConfigError(f"--vectors: {path} cannot be read: {error}") from error
+  except (ValueError, EOFError) as error:
+    raise ConfigError(f"--vectors: {path} is no whole .npy file of numbers") from error
 
 
 def pick(rows: set[int], count: int) -> dict[int, str]:
@@ -160,8 +167,8 @@ def encode_queries(
 
 def main() -> None:
   """Reads the flags, and prints the nearest texts of each query."""
-  if not QUERY.value:
-    raise ConfigError("--query: give at least one")
+  if not QUERY.value or not all(QUERY.value):
+    raise ConfigError("--query: give at least one, none of them empty")
   path = pathlib.Path(VECTORS.value)
   documents, calibration = read_vectors(path)
   if (encoding := Encoding.read(path)) is None:
@@ -187,7 +194,7 @@ def main() -> None:
   for query, best, places in zip(QUERY.value, scores, rows, strict=True):
     print(query)
     for score, row in zip(best.tolist(), places.tolist(), strict=True):
-      print(f"  {score:.4f}  {row}  {texts[row]}")
+      print(f"  {score:.4f}  {row}  {' ↵ '.join(texts[row].splitlines())}")
 
 
 if __name__ == "__main__":

@@ -108,9 +108,15 @@ def test_what_does_not_fit_is_refused(exported, files):
   asked = ("--query", "a")
   for name, texts, more, said in [
     ("v.npy", "texts.txt", (), "--query: give at least one"),
+    ("v.npy", "texts.txt", ("--query=",), "--query: give at least one, none of them empty"),
     ("absent.npy", "texts.txt", asked, "absent.npy cannot be read"),
-    ("bare.npy", "texts.txt", asked, "bare.ranges.npy cannot be read"),
-    ("bits.npy", "texts.txt", asked, "bits.ranges.npy cannot be read"),
+    ("bare.npy", "texts.txt", asked, "bare.npy holds int8, and there is no "),
+    (
+      "bits.npy",
+      "texts.txt",
+      asked,
+      "and int8 and uint8 beside their ranges, but no bits",
+    ),
     ("v.npy", "fewer.txt", asked, "fewer.txt has 2 texts, --vectors"),
     ("v.npy", "nope.txt", asked, "error: --texts: "),
     ("scalar.npy", "texts.txt", asked, "scalar.npy holds float64 [], expected [N, D] float32"),

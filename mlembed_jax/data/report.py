@@ -14,6 +14,7 @@ from mlembed_jax.data.transforms import RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json
 
+SHOWN = 12  # files whose rows are printed
 # What messages say of reasons that do not say it themselves; the report has the reasons.
 SAID = {
   "wrong_fields": "another number of fields than the header",
@@ -158,6 +159,10 @@ def write_report(
     run.language for split_shards in shards.values() for shard in split_shards for run in shard.runs
   )
   write_json(out / REPORT, {"totals": totals, "merged": merged, "files": files})
+  for count in counts[:SHOWN]:
+    print(f"{count.name}: {count.read:,} rows", flush=True)
+  if len(counts) > SHOWN:
+    print(f"... and {len(counts) - SHOWN} more files, {totals['read']:,} rows in all", flush=True)
   if merged:
     print(languages.merges_text(merged), flush=True)
   for name, value in files.items():

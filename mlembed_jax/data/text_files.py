@@ -245,7 +245,7 @@ def _fields(path: str, file: io.BufferedReader, separator: str) -> Iterator[Reco
   """Yields the rows of a table as dictionaries by the names of its header."""
   csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # else 131,072 letters
   text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-  reader = csv.reader(text, delimiter=separator, strict=True)
+  reader, line = csv.reader(text, delimiter=separator, strict=True), 1
   try:
     header = next(reader, [])
     _check_header(path, header, separator)
@@ -257,6 +257,8 @@ def _fields(path: str, file: io.BufferedReader, separator: str) -> Iterator[Reco
       elif row:
         yield Record(where, None, f"it has {len(row)} fields, the header {len(header)}")
   except csv.Error as error:
+    if "unexpected end of data" in str(error):
+      raise DataError(f"{path}: line {line}: a quote that opens there is never closed") from error
     raise DataError(f"{path}: line {reader.line_num}: {error}") from error
 
 

@@ -120,7 +120,9 @@ def load_folder(folder: pathlib.Path, scheme: str = LANGUAGE_SCRIPT) -> list[Hel
     if (place / MANIFEST).is_file():
       names = [name for name in read_manifest(manifest) if name.rpartition("/")[0] == below]
       if not names:
-        others = dict.fromkeys(name.rpartition("/")[0] for name in read_manifest(manifest))
+        entries = read_manifest(manifest)
+        heldout = [name for name, entry in entries.items() if "negatives" not in entry]
+        others = dict.fromkeys(name.rpartition("/")[0] for name in heldout or entries)
         raise DataError(
           f"tasks: {manifest} lists no file of {folder}; give one of the folders that it lists: "
           + ", ".join(str(place / other) for other in others)

@@ -150,7 +150,7 @@ def test_places_are_lines_of_the_file(tmp_path):
     ("a.json", b'[{"text": "a"},', "is not JSON: "),
     ("a.json", b'[{"text": "a", "text": "b"}]', "is not JSON: 'text' stands there twice; keep one"),
     ("a.csv", b"text,text\na,b\n", "its header has the column 'text' twice; rename one"),
-    ("a.csv", b'text\n"a\n', r"a\.csv: line 2: unexpected end of data"),
+    ("a.csv", b'text\n"a\n', r"a\.csv: line 2: a quote that opens there is never closed"),
   ],
 )
 def test_what_contradicts_the_name_is_one_sentence(tmp_path, name, content, message):
