@@ -31,7 +31,14 @@ VARIANTS = flags.DEFINE_list(
   [],
   "More folders, named as their cut after --out: parts d<dim>, l<layers>, r<rank> joined by -; uv "
   "keeps the token table as two factors, which sentence-transformers reads with trust_remote_code; "
-  "onnx adds onnx/model.onnx, onnx-int8 one of a quarter of its size.",
+  "onnx adds onnx/model.onnx, onnx-int8 one of a quarter of its size; v-de-sw keeps the tokens of "
+  "training texts in de and sw, v alone those of all, or of --keep_texts.",
+)
+KEEP_TEXTS = flags.DEFINE_list(
+  "keep_texts", [], "Files of texts (column `text`) whose tokens variants with v keep."
+)
+KEEP_TOKENS = flags.DEFINE_integer(
+  "keep_tokens", None, "Tokens that variants with v keep at most; the rarest go.", lower_bound=1
 )
 GGUF = flags.DEFINE_list(
   "gguf", [], "Adds GGUF files for llama.cpp to every folder: f32, f16 or q8_0, joined by commas."
@@ -74,6 +81,8 @@ def main() -> None:
       tuple(VARIANTS.value),
       step=_step(),
       gguf=tuple(GGUF.value),
+      keep_texts=tuple(KEEP_TEXTS.value),
+      keep_tokens=KEEP_TOKENS.value,
       name=NAME.value,
       force=FORCE.value,
       push_to=PUSH.value,

@@ -93,7 +93,7 @@ class Encoder:
       raise LoadError(
         f"{folder}: {TOKENIZER} puts no token after a text; say with pooled_token which one ends it"
       )
-    check_folder(folder, model, recipe.tokenizer.size)  # what is wrong with it is said now
+    check_folder(folder, model, recipe.tokenizer)  # what is wrong with it is said now
     _keep_programs()
     return cls(folder, model, recipe, _sizes(own_file.read(folder), model, recipe))
 

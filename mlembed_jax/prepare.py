@@ -6,7 +6,6 @@ again, it goes on after a stop, and writes what is missing or damaged of a finis
 """
 
 import os
-import pathlib
 import shlex
 import time
 
@@ -17,9 +16,9 @@ from mlembed_jax.config_fields import DEFAULTS
 from mlembed_jax.data import manifest, prepare, rows
 from mlembed_jax.data.catalog import Recipe
 from mlembed_jax.data.names import REPORT
-from mlembed_jax.data.names import TOKENIZER as TOKENIZER_FILE
 from mlembed_jax.data.tokenizer import TemplateTokenizer, Tokenizer
-from mlembed_jax.errors import DataError, LoadError
+from mlembed_jax.errors import DataError
+from mlembed_jax.hf.tokenizer_source import tokenizer_path
 
 MANIFEST = flags.DEFINE_multi_string(
   "manifest",
@@ -82,29 +81,11 @@ def open_tokenizer(source: str, pooled_token: str | None) -> Tokenizer:
   return Tokenizer(path, token)
 
 
-def tokenizer_path(source: str) -> pathlib.Path:
-  """Returns the tokenizer.json of a file or folder; raises DataError or LoadError without one."""
-  path = pathlib.Path(source)
-  if path.is_file() or (path.suffix == ".json" and not path.is_dir()):
-    return path
-  from mlembed_jax.hf.folder import resolve  # with jax, for which --help need not wait
-
-  try:
-    path = resolve(source, (TOKENIZER_FILE,)) / TOKENIZER_FILE
-  except LoadError as error:
-    raise LoadError(f"--tokenizer: {error}") from error
-  if not path.is_file():
-    raise DataError(
-      f"--tokenizer: {source} has no {TOKENIZER_FILE}; AutoTokenizer.from_pretrained(...) of "
-      "transformers writes one by save_pretrained"
-    )
-  return path
-
-
 def main() -> None:
   """Reads the flags and prepares the dataset."""
   start = time.perf_counter()
   files = manifest.select_all(MANIFEST.value, FILES.value, "--files")
+  listed = sum(len(manifest.read_manifest(path)) for path in MANIFEST.value)
   for sentence in (sentence for file in files for sentence in rows.unused(file)):
     print(f"note: {sentence}", flush=True)
   tokenizer = open_tokenizer(TOKENIZER.value, POOLED_TOKEN.value)
@@ -123,7 +104,6 @@ def main() -> None:
   else:
     _run_beam(recipe, tokenizer)
   seconds = time.perf_counter() - start
-  listed = sum(len(manifest.read_manifest(path)) for path in MANIFEST.value)
   made = f"{len(files)} of the {listed} files of {', '.join(MANIFEST.value)}"
   print(f"{OUT.value}: prepared {made} in {seconds:.0f} s; see {REPORT} there")
 

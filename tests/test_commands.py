@@ -1,5 +1,7 @@
 """Every command answers --help without jax, which takes seconds to import."""
 
+import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +12,7 @@ from mlembed_jax import __main__ as commands
 from mlembed_jax.config import load_config
 from tests.test_architecture import COMMANDS, PACKAGE, ROOT
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 # The module is imported as --help imports it; what it printed is the rest of the test.
 PROBE = """
 import importlib, sys
@@ -86,8 +89,37 @@ def test_one_program_lists_and_runs_all_commands(capsys, monkeypatch):
   result = subprocess.run(arguments, capture_output=True, text=True)
   assert result.returncode == 0 and "--[no]torch" in result.stdout
   monkeypatch.setattr(sys, "argv", ["mlembed", "serve"])
-  with pytest.raises(SystemExit, match="'serve' is no command; there are prepare, train"):
+  with pytest.raises(SystemExit, match="'serve' is no command; there are prepare, vocabulary"):
     commands.main()
+
+
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (("--out=a.json",), "--texts, --dataset: name what holds the texts"),
+    (("--out=a.json", "--texts=t", "--languages=de"), "--languages: they are those of the rows of"),
+    (("--out=a", "--texts=t.txt"), "--out: a is not the name of a .json file"),
+    (("--out=/tok", "--texts=t.txt"), "--out: .* is also --tokenizer, which it would replace"),
+    (("--out=a.json", "--texts=/none.txt"), "--texts: /none.txt does not exist"),
+    (("--out=a.json", "--dataset=/none"), "data.dataset: /none is no prepared dataset"),
+    (
+      ("--out=a.json", "--dataset=/set", "--languages=sw"),
+      "--languages: .* have no swa-Latn; they",
+    ),
+    (("--out=a.json", "--dataset=/set", "--keep_tokens=9"), "9 tokens are fewer than the 258"),
+    (("--out=a.json", "--texts=/empty.txt"), "--texts: .*empty.txt has no texts"),
+  ],
+)
+def test_a_vocabulary_that_cannot_be_made_is_refused(data, tmp_path, flags, said):
+  tokenizer = data / "tokenizer.json"
+  (empty := data / "empty.txt").touch()
+  for name, path in (("/tok", tokenizer), ("/set", data / "dataset"), ("/empty.txt", empty)):
+    flags = [flag.replace(name, str(path)) for flag in flags]
+  words = [sys.executable, "-m", "mlembed_jax.vocabulary", f"--tokenizer={tokenizer}", *flags]
+  result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+  assert result.returncode == 1 and not list(tmp_path.iterdir())
+  last = result.stderr.splitlines()[-1]
+  assert last.startswith("error: ") and re.search(said, last), result.stderr
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 
 from mlembed_jax import evaluate_model, export_model, train_model
 from mlembed_jax.config import from_mapping
-from mlembed_jax.errors import ConfigError, MlembedError
+from mlembed_jax.errors import ConfigError, DataError, MlembedError
 from mlembed_jax.eval.evaluation import Evaluation
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
@@ -21,7 +21,7 @@ from mlembed_jax.slice_scores import Size
 from mlembed_jax.training.saved import load_newest_params
 from mlembed_jax.workdir import Run
 from tests import runs
-from tests.material import config_dict
+from tests.material import config_dict, pairs, sentences
 from tests.runs import (
   ENVIRONMENT,
   ROOT,
@@ -281,6 +281,40 @@ def test_what_is_refused_leaves_the_workdir_as_it_was(data, tmp_path):
   assert scores.exists() and not (tmp_path / "tokenizer.json").exists()
 
 
+def check_kept_tokens(workdir, out):
+  """Exports of a run on `pairs` keep the tokens of its rows in some languages, or of a file."""
+  texts = out.with_suffix(".txt")
+  texts.write_text("\n".join(sentences("de")))
+  with pytest.raises(ConfigError, match="keep_texts, keep_tokens: no variant has v"):
+    export_model(workdir, out, keep_tokens=300)
+  with pytest.raises(DataError, match=r"^variants with v, .* no swa-Latn; they have .*deu-Latn"):
+    export_model(workdir, out, variants="v-de-sw")
+  with pytest.raises(DataError, match=r"keep_texts: /none.txt does not exist"):
+    export_model(workdir, out, variants="v", keep_texts="/none.txt")
+  (empty := out.with_suffix(".jsonl")).touch()
+  with pytest.raises(DataError, match=r"keep_texts: .*.jsonl has no texts"):
+    export_model(workdir, out, variants="v", keep_texts=empty)
+  with pytest.raises(DataError, match=r"variants with v, keep_texts, keep_tokens: 9 tokens are"):
+    export_model(workdir, out, variants="v", keep_tokens=9)
+  assert not out.exists()
+  whole, german, all_, cut = export_model(workdir, out, variants=("v-de", "v", "v-zh-d48-l2"))
+  other = out.with_name("other")
+  _, of_file = export_model(workdir, other, variants="v", keep_texts=texts)
+  before, columns = Encoder.load(whole), pairs(160, 4)
+  rows = {tag: [i for i in range(160) if columns["lang"][i] == tag] for tag in ("de", "zh")}
+  of = {tag: [columns["query"][i] for i in rows[tag]] for tag in rows}
+  for folder, kept, size in (
+    (german, of["de"], {}),
+    (all_, of["de"] + of["zh"], {}),
+    (cut, of["zh"], {"depth": 2, "dim": 48}),
+    (of_file, sentences("de"), {}),
+  ):
+    small = Encoder.load(folder)
+    assert small.config().vocab <= before.config().vocab
+    np.testing.assert_allclose(small.encode(kept), before.encode(kept, **size), atol=1e-5)
+  assert not np.allclose(Encoder.load(german).encode(of["zh"]), before.encode(of["zh"]), atol=0.01)
+
+
 def test_python_calls_it_twice_in_one_process(data, tmp_path, fast_compile):
   overrides = {
     "data.train": ("train/bitext.parquet",),
@@ -299,6 +333,7 @@ def test_python_calls_it_twice_in_one_process(data, tmp_path, fast_compile):
   assert (whole.name, cut.name) == ("model", "model-d48-l2")
   assert (whole / "mlembed/ranges.safetensors").is_file()
   assert Encoder.load(cut).ranges(2, 48).shape == (2, 48)
+  check_kept_tokens(tmp_path / "a", tmp_path / "small")
   found = evaluate_model(str(cut), [data / "heldout"], tmp_path / "scores", Slice(dim=16))
   assert {score.size for score in found.scores} == {Size(0, 2, 16, "float32")}
   assert Evaluation.load(tmp_path / "scores" / "scores.json").scores == found.scores

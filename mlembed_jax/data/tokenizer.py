@@ -1,6 +1,7 @@
 """Texts to token ids: those of training end with the pooled token, those of a folder as it says."""
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -61,6 +62,11 @@ class Vocabulary:
   def vocabulary(self) -> dict[str, int]:
     """Id of every token."""
     return self._tokenizer.get_vocab(with_added_tokens=True)
+
+  @property
+  def spec(self) -> dict[str, Any]:
+    """The content of the file as the library understands it, without truncation and padding."""
+    return json.loads(self._tokenizer.to_str())
 
   @property
   def fingerprint(self) -> str:

@@ -144,6 +144,7 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
     ("Layers", f"{variant.depth} of {config.model.layers}, trained exits {listed(axes.exits)}"),
     ("Dimension", f"{variant.dim} of {body.width}, trained dimensions {listed(axes.dims)}"),
     ("Token table", rank),
+    *_vocabulary(variant),
     ("Context", f"trained to {config.data.lengths[-1]}, allowed {config.export.max_seq_length}"),
     ("Pooling", f"state of the last token, `{pooled_token}`, which the tokenizer appends"),
     ("Stored as", config.export.dtype),
@@ -154,6 +155,15 @@ def _what_it_is(variant: Variant, pooled_token: str, prompts: Mapping[str, str])
     ((f"`{k}`", f"`{json.dumps(v, ensure_ascii=False)}`") for k, v in prompts.items()),
   )
   return "\n".join([*warnings, _table(("", ""), facts), "", texts])
+
+
+def _vocabulary(variant: Variant) -> list[tuple[str, str]]:
+  """Returns the fact about the vocabulary where tokens were left out."""
+  if not (found := variant.trimmed):
+    return []
+  body = variant.body
+  said = found.said(body.vocab, body.rank or body.width, variant.run.config.export.dtype)
+  return [("Vocabulary", said)]
 
 
 def _cutting(variant: Variant) -> str:

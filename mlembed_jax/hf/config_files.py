@@ -16,6 +16,7 @@ from mlembed_jax.errors import ExportError
 from mlembed_jax.families import FAMILIES, Family
 from mlembed_jax.hf import param_mapping
 from mlembed_jax.hf.file_names import CONFIG, MODULES
+from mlembed_jax.hf.own_file import TrimmedVocabulary
 from mlembed_jax.matryoshka import Matryoshka, axes_of
 from mlembed_jax.workdir import Run
 
@@ -70,6 +71,7 @@ class Variant:
   dim: int
   rank: int  # 0: the token table was never factorised
   forms: Forms = Forms()
+  trimmed: TrimmedVocabulary | None = None  # of the vocabulary; None: all of it
 
   @property
   def table_form(self) -> str:

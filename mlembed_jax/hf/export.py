@@ -57,7 +57,7 @@ from mlembed_jax.hf.file_names import (
   TOKENIZER_CONFIG,
   WEIGHTS,
 )
-from mlembed_jax.hf.own_file import OwnFile
+from mlembed_jax.hf.own_file import OwnFile, TrimmedVocabulary
 from mlembed_jax.hf.variants import variant_name
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models.encoder import parameter_count
@@ -77,6 +77,7 @@ class TrainedModel:
   tokenizer: Tokenizer
   evaluation: StepScores | None = None  # the held-out scores of the step
   sample: Sequence[Sequence[int]] = ()  # token ids of training texts, for ranges of int8 vectors
+  trimmed: TrimmedVocabulary | None = None  # of the vocabulary; None: all of it
 
 
 def export_folder(
@@ -107,7 +108,8 @@ def export_folder(
       not finite, or a reader of such folders would fail.
   """
   out = out.absolute()
-  variant = check_variant(trained.run, trained.step, cut, name, force, forms)
+  checked = check_variant(trained.run, trained.step, cut, name, force, forms)
+  variant = dataclasses.replace(checked, trimmed=trained.trimmed)
   spec = config_files.tokenizer_spec(trained.tokenizer, trained.run.config.model)
   if forms.gguf:
     gguf_file.check(variant.body, spec)
@@ -150,10 +152,12 @@ def check_variant(
   sizes = {axis: full[axis] if size is None else size for axis, size in asked.items()}
   really_cut = {axis: size for axis, size in sizes.items() if size != full[axis]}
   name = name or variant_name(run.config.export.name, Slice(**really_cut), forms)
-  variant = Variant(name=name, run=run, step=step, forms=forms, **sizes)
+  variant = Variant(
+    name, run, step, depth=sizes["depth"], dim=sizes["dim"], rank=sizes["rank"], forms=forms
+  )
   exists = all(1 <= size < full[axis] for axis, size in really_cut.items())
   if variant.untrained and not (exists and force):
-    way_out = "choose a trained size; force allows it" if exists else "the model has no such size"
+    way_out = "choose a trained size; --force allows it" if exists else "the model has no such size"
     raise ExportError("; ".join(variant.untrained) + f" ({way_out})")
   return variant
 
@@ -331,6 +335,7 @@ def _own_file(
     ranges_file=ranges_file,
     onnx=variant.forms.onnx,
     gguf=tuple(gguf),
+    vocabulary=variant.trimmed,
   )
 
 
@@ -367,6 +372,9 @@ def _pooling(config: Config, tokenizer: Tokenizer) -> own_file.Pooling:
 
 def _training(variant: Variant) -> own_file.Training:
   config = variant.run.config
+  if variant.trimmed:  # the run itself has all rows
+    model = dataclasses.replace(config.model, vocab=variant.trimmed.rows_trained)
+    config = dataclasses.replace(config, model=model)
   return own_file.Training(
     recipe=variant.recipe,
     step=variant.step,

@@ -32,6 +32,11 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 def table(folder: Folder) -> np.ndarray:
   """Returns the token table [rows, width]: as it is stored, or the float32 product of factors."""
+  return folder.taken(_whole(folder))
+
+
+def _whole(folder: Folder) -> np.ndarray:
+  """Returns the table with all rows that are stored."""
   if not folder.rank:
     return folder.tensors[0][1].read()
   u, v = _stored(folder)
@@ -47,7 +52,7 @@ def of_folder(folder: Folder, rank: int) -> Factors:
   Raises:
     LoadError: trained factors are not those of the table, or the table is not finite.
   """
-  whole = table(folder)
+  whole = _whole(folder)
   if not np.isfinite(whole).all():
     raise LoadError(f"E107 not finite: the token table of {folder.path} has NaN or infinite values")
   if trained := _trained(folder):
@@ -58,8 +63,8 @@ def of_folder(folder: Folder, rank: int) -> Factors:
         "since it was written. Delete the file to factorise the table anew."
       )
     if u.shape[1] >= rank:
-      return u[:, :rank], v[:rank]
-  return _kept(whole, rank)
+      return folder.taken(u)[:, :rank], v[:rank]
+  return _kept(folder.taken(whole), rank)
 
 
 def _stored(folder: Folder) -> Factors:

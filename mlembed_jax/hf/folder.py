@@ -12,9 +12,11 @@ from typing import Any, get_type_hints
 import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensors looks up)
 import numpy as np
 import safetensors
+from jaxtyping import Int
 
 from mlembed_jax import files
 from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.data.tokenizer import Vocabulary
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf import own_file, param_mapping
@@ -98,9 +100,14 @@ class Folder:
   """A folder that holds exactly the tensors of a model."""
 
   path: pathlib.Path
-  rows: int  # of the token table
+  rows: int  # of the token table, as it is taken
   rank: int  # of the stored factors of the table; 0: it is stored whole
   tensors: list[tuple[param_mapping.Tensor, Stored]]
+  ids: Int[np.ndarray, "K"] | None = None  # the rows of the table that are taken; None: all
+
+  def taken(self, table: np.ndarray) -> np.ndarray:
+    """Returns the rows of the stored table, or of its first factor, that are taken."""
+    return table if self.ids is None else table[self.ids]
 
 
 def resolve(source: str, patterns: Sequence[str] = FILES) -> pathlib.Path:
@@ -134,29 +141,85 @@ def resolve(source: str, patterns: Sequence[str] = FILES) -> pathlib.Path:
   return pathlib.Path(found)
 
 
-def open_model_folder(path: pathlib.Path, model: ModelConfig) -> Folder:
+def open_model_folder(
+  path: pathlib.Path, model: ModelConfig, ids: Int[np.ndarray, "K"] | None = None
+) -> Folder:
   """Returns the opened folder of `model`; its table may be whole or factors of any rank.
+
+  `ids` are the rows of the table that are taken; None: all.
 
   Raises:
     LoadError: config.json is not that of `model`; a tensor is missing, unexpected or of another
       shape or dtype; a file is absent or unreadable.
   """
   config = read_config(path)
-  raise_all(path, _config_problems(config, model))
+  whole = model if ids is None else dataclasses.replace(model, vocab=config.get("vocab_size") or 0)
+  raise_all(path, _config_problems(config, whole))
+  if ids is not None and ids.max() >= whole.vocab:
+    raise LoadError(
+      f"E106 tokenizer: id {ids.max()} of {path / TOKENIZER} but the table has {whole.vocab} rows. "
+      f"Take the {TOKENIZER} that the weights were trained with."
+    )
   stored = _without_prefix(path, _open(path), config.get("tie_word_embeddings") is True)
   rows, rank = config["vocab_size"], _family_and_rank(config)[1]
   expected = param_mapping.tensors(dataclasses.replace(model, vocab=rows, rank=rank))
   raise_all(path, _tensor_problems(expected, stored))
-  return Folder(path, rows, rank, [(t, stored[t.name]) for t in expected])
+  taken = rows if ids is None else len(ids)
+  return Folder(path, taken, rank, [(t, stored[t.name]) for t in expected], ids)
 
 
-def check_folder(path: pathlib.Path, model: ModelConfig, tokens: int) -> None:
-  """Raises LoadError as `open_model_folder`, or where the table lacks rows; reads headers only."""
-  if (rows := open_model_folder(path, model).rows) < tokens:
+def ids_of_tokens(path: pathlib.Path, vocabulary: Vocabulary) -> Int[np.ndarray, "K"] | None:
+  """Returns the row of a folder's token table for each id of a vocabulary, by the tokens' names.
+
+  None where every token that both have has the same id in both, or the folder has no tokenizer.json
+  to compare with.
+
+  Raises:
+    LoadError: the vocabulary has a token that the folder lacks, beside tokens with other ids or in
+      the place of another token; or it has an id without a token.
+  """
+  file = path / TOKENIZER
+  if not file.is_file() or file.samefile(vocabulary.path):
+    return None
+  own, theirs = vocabulary.vocabulary, Vocabulary(file).vocabulary
+  added, taken = [token for token in own if token not in theirs], {*theirs.values()}
+  moved = any(theirs.get(token, number) != number for token, number in own.items())
+  if not moved and not any(own[token] in taken for token in added):
+    return None
+  if added:
+    raise LoadError(
+      f"E106 tokenizer: {vocabulary.path} has other tokens than {file}, such as {added[0]!r}. Take "
+      "that file, or one that python -m mlembed_jax.vocabulary made of it; a token that you "
+      "renamed is to be renamed in both."
+    )
+  ids = np.full(vocabulary.size, -1)
+  for token, number in own.items():
+    ids[number] = theirs[token]
+  if (ids < 0).any():
+    raise LoadError(f"E106 tokenizer: {vocabulary.path} has no token for id {int(np.argmin(ids))}.")
+  return ids
+
+
+def check_folder(
+  path: pathlib.Path, model: ModelConfig, vocabulary: Vocabulary
+) -> Int[np.ndarray, "K"] | None:
+  """Returns the rows of the folder's table that are those of `model`, None for all.
+
+  They are `ids_of_tokens`, or the first ones where `model` has fewer rows. Reads no weights.
+
+  Raises:
+    LoadError: as `open_model_folder` and `ids_of_tokens`, or the table lacks rows.
+  """
+  ids, tokens = ids_of_tokens(path, vocabulary), vocabulary.size
+  stated = read_config(path).get("vocab_size")
+  if ids is None and isinstance(stated, int) and tokens <= model.vocab < stated:
+    ids = np.arange(tokens)
+  if (rows := open_model_folder(path, model, ids).rows) < tokens:
     raise LoadError(
       f"E106 tokenizer: {tokens} ids but the table of {path} has {rows} rows. Take the "
       f"{TOKENIZER} that its weights were trained with, or resize the table in transformers."
     )
+  return ids
 
 
 def raise_all(path: pathlib.Path, problems: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Int
 
 from mlembed_jax.config_fields import ModelConfig
 from mlembed_jax.hf import factors, param_mapping
@@ -23,17 +24,24 @@ from mlembed_jax.parallel import processes
 Params = dict[str, Any]
 
 
-def load_params(path: pathlib.Path, model: ModelConfig, like: Params | None = None) -> Params:
+def load_params(
+  path: pathlib.Path,
+  model: ModelConfig,
+  like: Params | None = None,
+  ids: Int[np.ndarray, "K"] | None = None,
+) -> Params:
   """Returns the parameters of `model`, its token table factorised where `model.rank` asks.
 
   `like` is their tree as shapes with dtypes and shardings; None: float32 on one device. Rows of the
-  table that the folder does not have are zero. To be called by all processes of a run.
+  table that the folder does not have are zero. `ids` are those that are taken, as the rows of
+  `model`, None: all. To be called by all processes of a run.
 
   Raises:
     LoadError: see `open_model_folder`; or a weight is not finite, or trained factors do not belong
       to the table.
   """
-  folder, like = open_model_folder(path, model), like or on_device(model, jax.local_devices()[0])
+  folder = open_model_folder(path, model, ids)
+  like = like or on_device(model, jax.local_devices()[0])
   params = _read(folder, like)
   if model.rank:
     return params | _factorised(folder, model, like)
@@ -66,6 +74,7 @@ def _read(folder: Folder, like: Params) -> Params:
         "The file is damaged or was saved from a diverged run."
       )
     leaf = leaves.pop(t.path) if t.path in leaves else _zeros(target)()
+    tensor = folder.taken(tensor) if t.path == "table" else tensor
     leaves[t.path] = _put(leaf, t.from_hf(tensor), t.layer)
   raise_all(folder.path, problems)
   return flax.traverse_util.unflatten_dict(leaves, sep="/")

@@ -62,6 +62,27 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrimmedVocabulary:
+  """What is left of the vocabulary, and the texts that need it."""
+
+  rows_trained: Size  # of the token table
+  tokens: Size  # that are kept
+  texts: tuple[str, ...]  # languages of training rows, and names of files; empty: all rows
+  changed_share: float  # of a sample of these texts, is split into other pieces
+
+  def said(self, rows: int, width: int, dtype: str) -> str:
+    """Returns what a table of so many rows of numbers of `dtype` keeps, saves and changes."""
+    saved = (self.rows_trained - rows) * width * {"bfloat16": 2, "float32": 4}[dtype]
+    texts = ", ".join(self.texts) or "all training rows"
+    return (
+      f"{self.tokens:,} tokens, those that the texts of {texts} need; {rows:,} of "
+      f"{self.rows_trained:,} rows, {saved / 1e6:,.1f} MB less. Of a sample of these texts "
+      f"{self.changed_share:.2%} are split into other pieces than before; other texts may be split "
+      "into smaller ones"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Pooling:
   """Which state of a text is its embedding, and lengths of texts in tokens."""
 
@@ -108,6 +129,7 @@ class OwnFile:
   ranges_file: str | None = None  # of the ranges of int8 vectors; folders of 0.1.0 have none
   onnx: str = ""  # precision of the weights in onnx/model.onnx; "": there is none
   gguf: tuple[str, ...] = ()  # GGUF files
+  vocabulary: TrimmedVocabulary | None = None  # None: the whole vocabulary
 
 
 def write(folder: pathlib.Path, content: OwnFile) -> None:

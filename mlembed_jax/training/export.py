@@ -3,19 +3,24 @@
 import dataclasses
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
-from mlembed_jax.data import catalog
+from mlembed_jax.data import catalog, token_use, vocabulary
+from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.languages import language_key
 from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.sample import sample_ids
 from mlembed_jax.data.store import open_split
+from mlembed_jax.data.token_use import TokenUse
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.devices.start import start_devices
-from mlembed_jax.errors import DataError
+from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.hf import push, stored_ranges
 from mlembed_jax.hf.config_files import Forms
 from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
-from mlembed_jax.hf.variants import parse_variant
+from mlembed_jax.hf.trim import trim
+from mlembed_jax.hf.variants import Parts, parse_variant
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.training.saved import chosen_step, load_newest_params
 from mlembed_jax.workdir import Run, StepScores
@@ -29,6 +34,8 @@ def export_model(
   *,
   step: int | str | None = None,
   gguf: str | Sequence[str] = (),
+  keep_texts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+  keep_tokens: int | None = None,
   name: str | None = None,
   force: bool = False,
   push_to: str | None = None,
@@ -45,6 +52,9 @@ def export_model(
       `onnx-int8`.
     step: of the checkpoint, or "best": the best mean of held-out scores. None: the newest.
     gguf: `f32`, `f16` or `q8_0`: GGUF files for llama.cpp in each of the folders.
+    keep_texts: files of texts, of their column `text`, whose tokens variants with `v` keep, beside
+      those of the languages that they name.
+    keep_tokens: that these variants keep at most, of which the rarest are left out.
     name: of the model. None: `export.name` and what is cut.
     force: allow sizes that were not trained.
     push_to: hf:ORG/NAME, where the folders are put, each under the suffix of its variant.
@@ -52,7 +62,8 @@ def export_model(
     dry_run: list what would be put there, instead.
 
   Raises:
-    ConfigError: the workdir has no run or no checkpoint. Nothing is written then.
+    ConfigError: the workdir has no run or no checkpoint, or no variant reads `keep_texts` or
+      `keep_tokens`. Nothing is written then.
     ExportError: a variant cannot be parsed, a size is beyond the model or was not trained, or a
       folder that is written would replace something else (nothing is written then); or see
       `export_folder`.
@@ -60,10 +71,14 @@ def export_model(
   start_devices()
   workdir, out = pathlib.Path(workdir).absolute(), pathlib.Path(out).absolute()
   wanted = _wanted(cut or Slice(), _listed(variants), _listed(gguf))
+  languages_of = (parts.languages for parts in wanted.values())
+  trims = list(dict.fromkeys(found for found in languages_of if found is not None))
+  if (keep_texts or keep_tokens) and not trims:
+    raise ConfigError("keep_texts, keep_tokens: no variant has v, which keeps tokens; name one")
   repositories = [push.repository(push_to, suffix) for suffix in wanted] if push_to else []
   run = Run.load(workdir)
-  for suffix, (size, forms) in wanted.items():  # before the first is written
-    check_variant(run, 0, size, force=force, forms=forms)
+  for suffix, parts in wanted.items():  # before the first is written
+    check_variant(run, 0, parts.cut, force=force, forms=parts.forms)
     check_target(out.with_name(out.name + suffix))
   for repository in () if dry_run else repositories:
     push.check(repository)
@@ -73,10 +88,13 @@ def export_model(
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
   sample = _sample(run, workdir, tokenizer)
   trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step), sample)
-  folders = [
-    _write(out, suffix, trained, size, forms, name, force)
-    for suffix, (size, forms) in wanted.items()
-  ]
+  with tempfile.TemporaryDirectory() as temporary:
+    trimmed = _trimmed(trained, trims, _listed(keep_texts), keep_tokens, workdir, temporary)
+    models = {None: trained, **trimmed}
+    folders = [
+      _write(out, suffix, models[parts.languages], parts, name, force)
+      for suffix, parts in wanted.items()
+    ]
   if repositories:
     _publish(folders, repositories, private, dry_run)
   return folders
@@ -86,19 +104,20 @@ def _write(
   out: pathlib.Path,
   suffix: str,
   trained: TrainedModel,
-  size: Slice,
-  forms: Forms,
+  parts: Parts,
   name: str | None,
   force: bool,
 ) -> pathlib.Path:
   """Returns the folder of a variant, which it writes."""
+  if trained.trimmed:
+    name = name or trained.run.config.export.name
   folder = export_folder(
     out.with_name(out.name + suffix),
     trained,
-    size,
+    parts.cut,
     name=name and name + suffix,
     force=force,
-    forms=forms,
+    forms=parts.forms,
   )
   print(f"exported step {trained.step} to {folder}", flush=True)
   return folder
@@ -113,33 +132,78 @@ def _publish(
     print(put, flush=True)
 
 
-def _wanted(
-  cut: Slice, variants: Sequence[str], gguf: Sequence[str]
-) -> dict[str, tuple[Slice, Forms]]:
-  """Returns what is cut, and the forms of the weights, by the suffix of each folder."""
-  found = {"": (cut, Forms()), **{f"-{name}": parse_variant(name) for name in variants}}
+def _wanted(cut: Slice, variants: Sequence[str], gguf: Sequence[str]) -> dict[str, Parts]:
+  """Returns what each folder is to hold, by its suffix."""
+  found = {"": Parts(cut, Forms()), **{f"-{name}": parse_variant(name) for name in variants}}
   return {
-    suffix: (size, dataclasses.replace(forms, gguf=tuple(gguf)))
-    for suffix, (size, forms) in found.items()
+    suffix: parts._replace(forms=dataclasses.replace(parts.forms, gguf=tuple(gguf)))
+    for suffix, parts in found.items()
   }
 
 
-def _listed(names: str | Sequence[str]) -> Sequence[str]:
-  return (names,) if isinstance(names, str) else names
+def _listed(names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+  return [os.fspath(n) for n in ([names] if isinstance(names, str | os.PathLike) else names)]
+
+
+def _trimmed(
+  trained: TrainedModel,
+  trims: Sequence[tuple[str, ...]],
+  keep_texts: Sequence[str],
+  keep_tokens: int | None,
+  workdir: pathlib.Path,
+  temporary: str,
+) -> dict[tuple[str, ...], TrainedModel]:
+  """Returns the models of variants with v by the languages that they name.
+
+  They have the tokens that training rows in these languages need, and texts of files; without
+  both, all training rows. `temporary` takes their tokenizers.
+
+  Raises:
+    DataError: the tokenizer cannot be cut, a file cannot be read, or no row has such a language.
+  """
+  if not trims:
+    return {}
+  try:
+    vocabulary.check(trained.tokenizer.spec, keep_tokens)  # before any text is read
+    files = [token_use.of_file(trained.tokenizer, n, "text", "keep_texts") for n in keep_texts]
+    found = {}
+    for languages in trims:
+      rows = [_use_of_rows(trained, languages, workdir)] if languages or not files else []
+      use, folder = token_use.total([*files, *rows]), pathlib.Path(tempfile.mkdtemp(dir=temporary))
+      found[languages] = trim(trained, use, (*languages, *keep_texts), keep_tokens, folder)
+  except DataError as error:
+    raise DataError(f"variants with v, keep_texts, keep_tokens: {error}") from error
+  return found
+
+
+def _use_of_rows(
+  trained: TrainedModel, languages: Sequence[str], workdir: pathlib.Path
+) -> TokenUse:
+  """Returns the use of tokens in training rows; raises DataError where they cannot be read."""
+  run, scheme = trained.run, trained.run.config.data.language_key
+  opened = _training_rows(run, workdir)
+  keys = [language_key(tag, scheme) for tag in languages]
+  return token_use.of_rows(opened, list(run.datasets), trained.tokenizer, keys, scheme)
+
+
+def _training_rows(run: Run, workdir: pathlib.Path) -> Catalog:
+  """Returns the prepared rows of a run; raises DataError where they are not at their place."""
+  built = str(workdir / "data" / "dataset")
+  folder = pathlib.Path(built if run.config.data.builder else run.config.data.dataset)
+  opened = catalog.load_catalog(folder)
+  if opened.fingerprint != run.plan.get("dataset"):
+    raise DataError(f"data.dataset: {folder} holds other rows than the run was trained on")
+  entries = run.datasets.items()  # with the instructions of the run
+  files = {name: dataclasses.replace(opened.files[name], entry=entry) for name, entry in entries}
+  return dataclasses.replace(opened, files=opened.files | files)
 
 
 def _sample(run: Run, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[list[int]]:
   """Returns training texts to measure ranges of int8 vectors on; says so where there are none."""
-  built = str(workdir / "data" / "dataset")
-  folder = pathlib.Path(built if run.config.data.builder else run.config.data.dataset)
   try:
-    opened = catalog.load_catalog(folder)
-    if opened.fingerprint != run.plan.get("dataset"):
-      raise DataError(f"data.dataset: {folder} holds other rows than the run was trained on")
-    entries = run.datasets.items()  # with the instructions of the run
-    files = {name: dataclasses.replace(opened.files[name], entry=entry) for name, entry in entries}
-    split = open_split(dataclasses.replace(opened, files=opened.files | files), TRAIN, list(files))
-    return sample_ids(split, tokenizer, *stored_ranges.texts(run.config.model))
+    opened = _training_rows(run, workdir)
+    rows = open_split(opened, TRAIN, list(run.datasets), run.config.data.language_key)
+    return sample_ids(rows, tokenizer, *stored_ranges.texts(run.config.model))
   except DataError as error:
     print(f"training texts cannot be read: {error}", flush=True)
     return []

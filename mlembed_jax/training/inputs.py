@@ -7,6 +7,9 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from mlembed_jax.batch import Kind
 from mlembed_jax.config_fields import STORED, Config, DataConfig
 from mlembed_jax.data import (
@@ -25,6 +28,7 @@ from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.store import Split, open_split
 from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.data.vocabulary import padded_rows
 from mlembed_jax.errors import ConfigError, DataError, LoadError
 from mlembed_jax.eval import tasks
 from mlembed_jax.files import write_json
@@ -91,7 +95,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
       "readers of an export would split texts in another way; prepare the data with a tokenizer "
       "that has it there, or with another pooled token"
     )
-  if config.train.init_from:
+  if config.train.init_from and not steps_of(workdir):  # else weights come from a checkpoint
     check_start(resolve(config.train.init_from), config, tokenizer)
   teacher = open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
@@ -114,14 +118,27 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   )
 
 
-def check_start(folder: pathlib.Path, config: Config, tokenizer: Tokenizer) -> None:
-  """Raises LoadError where training cannot start from a folder, or would do otherwise than it."""
+def check_start(
+  folder: pathlib.Path, config: Config, tokenizer: Tokenizer
+) -> Int[np.ndarray, "K"] | None:
+  """Returns the rows of a folder's token table that training starts from, None for all.
+
+  Raises:
+    ConfigError: these are fewer than `model.vocab` says.
+    LoadError: training cannot start from the folder, or would do otherwise than it.
+  """
   if recipe.is_embedder(folder) and (problems := recipe.training_problems(recipe.read(folder))):
     raise LoadError(
       f"train.init_from: {folder}: {'; '.join(problems)}. To start from its weights all the same, "
       f"take a copy of the folder without {MODULES}"
     )
-  check_folder(folder, config.model, tokenizer.size)
+  ids = check_folder(folder, config.model, tokenizer)
+  if ids is not None and config.model.vocab > (rows := padded_rows(len(ids))):
+    raise ConfigError(
+      f"model.vocab: {config.model.vocab} rows, and {tokenizer.path} keeps {len(ids)} tokens of "
+      f"{folder}; set it to {rows}"
+    )
+  return ids
 
 
 def _built(config: Config, workdir: pathlib.Path) -> DataConfig:

@@ -129,7 +129,9 @@ def initial_state(training: Training) -> TrainState:
   if config.train.init_from:
     like = train_state.abstract(config, tx, mesh).params
     state = state.replace(params=None)  # their memory is needed
-    state = state.replace(params=load_params(resolve(config.train.init_from), config.model, like))
+    folder = resolve(config.train.init_from)
+    ids = inputs.check_start(folder, config, training.inputs.tokenizer)
+    state = state.replace(params=load_params(folder, config.model, like, ids))
   return state
 
 

@@ -7,14 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from mlembed_jax.config_fields import STORED, Config, ModelConfig
 from mlembed_jax.data.manifest import File
 from mlembed_jax.data.store import Split
-from mlembed_jax.data.tokenizer import Tokenizer
+from mlembed_jax.data.tokenizer import Tokenizer, Vocabulary
+from mlembed_jax.data.vocabulary import table_rows
 from mlembed_jax.errors import ConfigError, LoadError
 from mlembed_jax.hf import own_file, recipe
-from mlembed_jax.hf.folder import check_folder, read_model
+from mlembed_jax.hf.folder import check_folder, ids_of_tokens, read_model
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.hf.recipe import Recipe
 from mlembed_jax.matryoshka import axes_of
@@ -37,6 +39,8 @@ class Teacher:
   shape: TeacherShape
   step: int | None  # of the checkpoint; None: a folder in Hugging Face layout
   version: str  # of the weights: another one is another run
+  rows: int  # of its token table
+  ids: Int[np.ndarray, "K"] | None  # of its tokens that the student has; None: all
 
   def abstract(self, mesh: Mesh) -> Any:
     """Returns the weights as shapes with shardings.
@@ -62,9 +66,11 @@ class Teacher:
     model = self.shape.model
     abstract = self.abstract(mesh)
     if self.step is None:
-      return load_params(self.path, model, abstract)
-    params = saved.load_params(self.path, self.step, model)
+      return load_params(self.path, model, abstract, self.ids)
+    params = saved.load_params(self.path, self.step, dataclasses.replace(model, vocab=self.rows))
     saved.release(self.path, self.step, TEACHER)
+    if self.ids is not None:
+      params["table"] = table_rows(params["table"], self.ids, model.vocab)
     cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
     return processes.place(cast, jax.tree.map(lambda x: x.sharding, abstract))
 
@@ -94,11 +100,13 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   found = _from_workdir(path) if is_workdir else _from_folder(path)
   model = dataclasses.replace(found.model, dtype=config.model.dtype, attention="auto", remat="none")
   _check_width(config, model.width, config.kd.teacher)
-  _check_tokenizer(path, found, tokenizer)
+  ids = _token_ids(path, found, tokenizer)
   if not is_workdir:
-    check_folder(path, model, tokenizer.size)
+    check_folder(path, model, tokenizer)
+  if ids is not None:
+    model = dataclasses.replace(model, vocab=config.model.vocab)
   shape = TeacherShape(model, _matched(config, model, found.exits))
-  return Teacher(path, shape, found.step, found.version)
+  return Teacher(path, shape, found.step, found.version, found.model.vocab, ids)
 
 
 def check_stored(config: Config, split: Split) -> None:
@@ -197,10 +205,15 @@ def _check_width(config: Config, width: int, name: str) -> None:
     )
 
 
-def _check_tokenizer(path: pathlib.Path, found: _Found, tokenizer: Tokenizer) -> None:
-  """Raises ConfigError where the teacher cannot read the student's token ids.
+def _token_ids(
+  path: pathlib.Path, found: _Found, tokenizer: Tokenizer
+) -> Int[np.ndarray, "K"] | None:
+  """Returns the teacher's ids of the student's tokens, None where they are the same.
 
   It is pooled at the student's pooled token.
+
+  Raises:
+    ConfigError: the teacher cannot read the student's tokens.
   """
   other = path / "tokenizer.json"
   if not other.is_file():
@@ -211,15 +224,25 @@ def _check_tokenizer(path: pathlib.Path, found: _Found, tokenizer: Tokenizer) ->
       f"data.pooled_token = {tokenizer.pooled_token}; the two must be the same"
     )
   if Tokenizer(other, tokenizer.pooled_token).vocabulary != tokenizer.vocabulary:
-    raise ConfigError(
-      f"kd.teacher: {other} is another vocabulary than {tokenizer.path}; an online teacher reads "
-      f"the student's token ids. Encode the data with it and set kd.teacher to {STORED!r}"
-    )
+    return _ids_by_name(path, tokenizer)
   if found.model.vocab < tokenizer.size:
     raise ConfigError(
       f"kd.teacher: {path} has {found.model.vocab} token rows, fewer than the {tokenizer.size} "
       f"tokens of {tokenizer.path}"
     )
+  return None
+
+
+def _ids_by_name(path: pathlib.Path, tokenizer: Tokenizer) -> Int[np.ndarray, "K"]:
+  """Returns the teacher's ids of a vocabulary that is a part of its own; raises ConfigError."""
+  known = Vocabulary(path / "tokenizer.json").vocabulary
+  if added := [token for token in tokenizer.vocabulary if token not in known]:
+    raise ConfigError(
+      f"kd.teacher: {path / 'tokenizer.json'} is another vocabulary than {tokenizer.path}, as it "
+      f"lacks {added[0]!r}; encode the data with it, and set kd.teacher to {STORED!r}"
+    )
+  ids = ids_of_tokens(path, tokenizer)
+  return np.arange(tokenizer.size) if ids is None else ids
 
 
 def _matched(config: Config, model: ModelConfig, trained: tuple[int, ...]) -> tuple[int, ...]:

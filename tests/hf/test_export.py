@@ -250,7 +250,7 @@ def test_variant_name():
   ("cut", "message"),
   [
     (Slice(depth=9), r"^depth 9 was not trained; trained: 1, 2, 3, 4 \(the model has no such"),
-    (Slice(dim=24), r"^dim 24 was not trained; trained: 8, 16, 48 \(choose .*; force allows"),
+    (Slice(dim=24), r"^dim 24 was not trained; trained: 8, 16, 48 \(choose .*; --force allows"),
     (Slice(rank=12, dim=9), r"^dim 9 .*; rank 12 was not trained; trained: 8, 16, 24"),
     (Slice(dim=0), r"^dim 0 was not trained"),
   ],

@@ -37,13 +37,44 @@ def uv(factorised: Trained, tmp_path_factory: pytest.TempPathFactory) -> pathlib
   ],
 )
 def test_a_variant_is_its_name(text: str, cut: Slice, forms: Forms):
-  assert parse_variant(text) == (cut, forms)
-  assert parse_variant(variant_name("m", cut, forms).removeprefix("m-")) == (cut, forms)
+  assert parse_variant(text) == (cut, forms, None)
+  assert parse_variant(variant_name("m", cut, forms).removeprefix("m-")) == (cut, forms, None)
+
+
+@pytest.mark.parametrize(
+  ("text", "languages", "cut", "forms"),
+  [
+    ("v", (), Slice(), Forms()),
+    ("v-de-sw", ("de", "sw"), Slice(), Forms()),
+    ("d64-v-de-zh_Hant-l8-r256", ("de", "zh_Hant"), Slice(dim=64, depth=8, rank=256), Forms()),
+    ("v-yue-uv-onnx-int8", ("yue",), Slice(), Forms(factors=True, onnx="int8")),
+    ("v-de-de", ("de",), Slice(), Forms()),
+  ],
+)
+def test_languages_follow_the_v(text: str, languages: tuple, cut: Slice, forms: Forms):
+  assert parse_variant(text) == (cut, forms, languages)
 
 
 @pytest.mark.parametrize(
   "text",
-  ["", "8", "d", "d0", "x8", "d8-d16", "uv-uv", "d-8", "d8-", "d٢x", "int8", "onnx-onnx", "onnx8"],
+  [
+    *(
+      "",
+      "8",
+      "d",
+      "d0",
+      "x8",
+      "d8-d16",
+      "uv-uv",
+      "d-8",
+      "d8-",
+      "d٢x",
+      "int8",
+      "onnx-onnx",
+      "onnx8",
+    ),
+    *("de-v", "v-v", "v-d64-de", "v-x8", "v-de-", "v-Deutsch"),
+  ],
 )
 def test_a_name_that_is_no_variant_is_refused(text: str):
   with pytest.raises(ExportError, match=r"is no variant; .*d256-l8"):

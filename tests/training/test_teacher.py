@@ -4,19 +4,25 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlembed_jax.config import from_mapping
-from mlembed_jax.data import catalog
+from mlembed_jax.data import catalog, vocabulary
 from mlembed_jax.data.store import open_split
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.errors import ConfigError, LoadError
 from mlembed_jax.files import copy_file
 from mlembed_jax.hf.export import TrainedModel, export_folder
+from mlembed_jax.hf.folder import read_model
+from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
+from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.parallel.sharding import make_mesh, put_batch
 from mlembed_jax.training import inputs, optimizer, train_state
 from mlembed_jax.training.checkpoint import Checkpoints, Retention
@@ -30,6 +36,7 @@ from tests.material import (
   pairs,
   prepare_dataset,
   scored,
+  sentences,
   train_tokenizer,
   write_files,
   write_vectors,
@@ -128,6 +135,114 @@ def test_what_a_run_would_leave_out_of_a_folder_is_refused(
       inputs.check_start(folder, config, tokenizer)
 
 
+@pytest.fixture(scope="module")
+def small(data, exported, tokenizer, tmp_path_factory):
+  """A tokenizer with the tokens of the training rows in one language, made by the command."""
+  out = tmp_path_factory.mktemp("small") / "small.json"
+  flags = (
+    f"--tokenizer={exported}",
+    f"--dataset={data / 'dataset'}",
+    "--languages=de",
+    f"--out={out}",
+  )
+  words = [sys.executable, "-m", "mlembed_jax.vocabulary", *flags]
+  done = subprocess.run(words, capture_output=True, text=True, check=True)
+  made = Tokenizer(out, "<|endoftext|>")
+  assert f"{out}: {made.size} of {tokenizer.size} tokens; 0.00% of a sample" in done.stdout
+  assert done.stdout.endswith("train with --config.model.vocab=384\n") and made.size <= 384
+  return made
+
+
+FEW = {"model.vocab": 384, **WIDE_STUDENT, "model.layers": 2, "matryoshka.exits": (1, 2)}
+
+
+def test_training_starts_from_the_rows_of_its_tokens(exported, small, tokenizer):
+  config = from_mapping(config_dict(**FEW | {"model.rank": 0, "matryoshka.ranks": ()}))
+  ids = inputs.check_start(exported, config, small)
+  assert sorted(ids) == ids.tolist() and len(ids) == small.size
+  params = load_params(exported, config.model, ids=ids)
+  whole = load_params(exported, read_model(exported))
+  np.testing.assert_array_equal(params["table"][: len(ids)], whole["table"][ids])
+  assert params["table"].shape[0] == 384 and not params["table"][len(ids) :].any()
+  texts = sentences("de")[:30]
+  batching = Batching(lengths=[64], rows=lambda _: 30)
+  vectors = encode_batched(config.model, params, small.encode(texts, 64), [2], batching)[0]
+  before = encode_batched(read_model(exported), whole, tokenizer.encode(texts, 64), [2], batching)
+  np.testing.assert_allclose(vectors, before[0], atol=1e-4)
+  assert inputs.check_start(exported, from_mapping(config_dict(**FEW | ALL)), tokenizer) is None
+
+
+ALL = {"model.vocab": 640}
+
+
+@pytest.mark.parametrize("rank", [16, 24])
+def test_trained_factors_are_taken_by_row(exported, small, rank):
+  config = from_mapping(config_dict(**FEW | {"model.rank": rank, "matryoshka.ranks": (rank,)}))
+  ids = inputs.check_start(exported, config, small)
+  params = load_params(exported, config.model, ids=ids)
+  whole = load_params(exported, dataclasses.replace(config.model, vocab=640))
+  np.testing.assert_array_equal(params["table"][: len(ids)], whole["table"][ids])
+  np.testing.assert_array_equal(params["up"], whole["up"])
+
+
+@pytest.mark.parametrize("kind", ["workdir", "exported"])
+def test_a_teacher_of_more_tokens_reads_those_of_the_student(kind, request, small):
+  folder = request.getfixturevalue(kind)
+  teacher, mesh = (
+    open_teacher(student(folder, **{"model.vocab": 384}), small),
+    make_mesh(student(folder)),
+  )
+  with on_mesh(mesh):
+    table = np.asarray(teacher.params(mesh)["table"])
+  assert teacher.shape.model.vocab == len(table) == 384
+  whole = open_teacher(student(folder), Tokenizer(folder / "tokenizer.json", "<|endoftext|>"))
+  with on_mesh(mesh):
+    rows = np.asarray(whole.params(mesh)["table"])[teacher.ids]
+  np.testing.assert_array_equal(table[: len(rows)], rows)
+
+
+def test_the_first_rows_are_enough_for_the_first_tokens(exported, tokenizer, tmp_path):
+  """A vocabulary that is cut to its first ids gathers them, and only them."""
+  spec = vocabulary.trimmed(tokenizer.spec, np.arange(258))
+  (tmp_path / "first.json").write_text(json.dumps(spec))
+  first = Tokenizer(tmp_path / "first.json", "<|endoftext|>")
+  few = from_mapping(config_dict(**FEW | {"model.rank": 0, "matryoshka.ranks": ()}))
+  ids = inputs.check_start(exported, few, first)
+  assert ids.tolist() == list(range(258))
+  assert load_params(exported, few.model, ids=ids)["table"].shape[0] == 384
+  teacher = open_teacher(student(exported, **{"model.vocab": 384}), first)
+  assert teacher.ids.tolist() == list(range(258))
+
+
+def test_a_table_with_fewer_rows_than_tokens_is_refused(exported, small, tmp_path):
+  folder = pathlib.Path(shutil.copytree(exported, tmp_path / "copy"))
+  tensors = load_file(folder / "model.safetensors")
+  name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+  tensors[name] = tensors[name][:300]
+  save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+  config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 300}
+  (folder / "config.json").write_text(json.dumps(config))
+  with pytest.raises(LoadError, match=r"E106 tokenizer: id \d+ of .* but the table has 300 rows"):
+    inputs.check_start(folder, from_mapping(config_dict(**FEW)), small)
+
+
+def test_rows_that_no_token_has_and_tokens_of_others_are_refused(exported, small, tmp_path):
+  config = from_mapping(config_dict(**FEW | ALL))
+  with pytest.raises(ConfigError, match=r"model.vocab: 640 rows, and .* tokens of .*; set it to"):
+    inputs.check_start(exported, config, small)
+  spec = json.loads(small.path.read_text())
+  first = next(token for token, number in spec["model"]["vocab"].items() if number == 300)
+  vocab = {"unheard" if token == first else token: n for token, n in spec["model"]["vocab"].items()}
+  merges = [m for m in spec["model"]["merges"] if first not in (*m, m[0] + m[1])]
+  spec["model"] |= {"vocab": vocab, "merges": merges}
+  (tmp_path / "other.json").write_text(json.dumps(spec))
+  other = Tokenizer(tmp_path / "other.json", "<|endoftext|>")
+  with pytest.raises(LoadError, match=r"E106 tokenizer: .*has other tokens than .*'unheard'"):
+    inputs.check_start(exported, from_mapping(config_dict(**FEW)), other)
+  with pytest.raises(ConfigError, match=r"kd.teacher: .* is another vocabulary than .*other.json"):
+    open_teacher(student(exported, **{"model.vocab": 384}), other)
+
+
 def distillation_of(config, teacher, params, mesh):
   def run(params, batch, teacher_params):
     loss = BatchLoss(config, kind_of("retrieval"), teacher.shape)
@@ -168,7 +283,8 @@ def test_teachers_that_cannot_teach_are_refused(workdir, tokenizer, fields, mess
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(workdir, tmp_path):
-  other = train_tokenizer(400)
+  other = train_tokenizer(600)
+  other.add_tokens(["unheard"])
   other.save(str(tmp_path / "tokenizer.json"))
   with pytest.raises(ConfigError, match="is another vocabulary than"):
     open_teacher(student(workdir), Tokenizer(tmp_path / "tokenizer.json", "<|endoftext|>"))

@@ -61,7 +61,7 @@ def _of_others(s: Subject) -> list[Item]:
   texts = {name: recipe.default_prompt + text for name, text in parity.TEXTS.items()}
   limit = recipe.max_seq_length or max(map(len, texts.values()))
   ids = recipe.tokenizer.encode(list(texts.values()), limit)
-  check_folder(s.path, model, recipe.tokenizer.size)
+  check_folder(s.path, model, recipe.tokenizer)
   found = parity.vectors(s.path, model, ids, recipe.dim, recipe)
   return [
     Item(name, text, limit, row, vector)
@@ -133,7 +133,7 @@ def _vectors(s: Subject, found: Sequence[Item], dim: int) -> Any:
 
 def _loaded(s: Subject) -> Iterator[Finding]:
   recipe, model = recipes.read(s.path), read_model(s.path)
-  check_folder(s.path, model, recipe.tokenizer.size)
+  check_folder(s.path, model, recipe.tokenizer)
   if recipe.pooling == LAST and not recipe.tokenizer.after:
     found = f"{OURS}: no token is put after a text; Encoder.load wants pooled_token"
     yield Finding(WARNING, File.TOKENIZER, found, "Name the token that ended texts in training.")
