@@ -198,7 +198,7 @@ def encode_parts(
       files.append(file)
       bar.update(len(part))
   if said := clipped_text(clipped, coordinates, precision):
-    print(said, flush=True)
+    print(said, file=sys.stderr, flush=True)
   return files, calibration
 
 

@@ -129,16 +129,16 @@ def test_coordinates_beyond_their_ranges_are_spoken_of(full, expected, tmp_path)
     flags = (*CUT, "--column=text", "--precision=int8", f"--ranges={tmp_path / 'narrow.npy'}")
     done = run(full, tmp_path / f"v{factor}.npy", tmp_path / "texts.parquet", *flags)
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout and ("note" in done.stdout) == bool(said)
+    assert said in done.stderr and ("note" in done.stderr) == bool(said)
   narrow = np.load(tmp_path / "narrow.npy")
   beyond = ((expected < narrow[0]) | (expected > narrow[1])).mean()
-  assert f"note: {beyond:.0%} of" in done.stdout
+  assert f"note: {beyond:.0%} of" in done.stderr
   repeated = pa.table({"text": TEXTS[:10] * 20})  # every tenth has the end of each range
   pq.write_table(repeated, tmp_path / "texts.parquet")
   model = without_ranges(full, tmp_path / "model")
   flags = (*CUT, "--column=text", "--precision=int8", "--part=200")
   done = run(model, tmp_path / "r.npy", tmp_path / "texts.parquet", *flags)
-  assert done.returncode == 0 and "note" not in done.stdout, done.stderr
+  assert done.returncode == 0 and "note" not in done.stderr, done.stderr
 
 
 FIRST, SECOND = (np.array([[-end] * 4, [end] * 4], np.float32) for end in (1, 2))
