@@ -21,6 +21,11 @@ class Kind:
   vectors: tuple[int, int] | None  # a teacher's, per row: texts that have one, and their width
 
   @property
+  def is_text(self) -> bool:
+    """Whether the rows are texts alone, of which only a teacher says something."""
+    return not self.positives
+
+  @property
   def texts(self) -> int:
     """Texts of a row: the query, its positives and its negatives."""
     return 1 + self.positives + self.negatives

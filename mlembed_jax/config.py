@@ -341,8 +341,15 @@ def _check_teacher(config: Config) -> None:
       f"losses.false_negative_score: with losses.false_negative_margin = {NO_LIMIT} (no limit) "
       "there is nothing to judge"
     )
-  if kd.teacher and not kd.weight and losses.false_negative_score != "teacher":
-    raise ConfigError("kd.weight: 0, and the teacher judges nothing; it would change nothing")
+  if kd.teacher and not kd.learns and losses.false_negative_score != "teacher":
+    raise ConfigError(
+      "kd.weight, kd.prefix, kd.similarity: all are 0, and the teacher judges nothing; it would "
+      "change nothing"
+    )
+  if (kd.prefix or kd.similarity) and not kd.teacher:
+    raise ConfigError("kd.prefix, kd.similarity: there is no teacher; name one in kd.teacher")
+  if not losses.contrastive and not (kd.teacher and kd.learns):
+    raise ConfigError("losses.contrastive: 0, and no teacher; there is nothing to learn")
   if list(kd.exits) != sorted(set(kd.exits)) or min(kd.exits, default=1) < 1:
     raise ConfigError(f"kd.exits: {kd.exits} must be positive and ascending")
   if kd.exits and kd.teacher in ("", STORED):

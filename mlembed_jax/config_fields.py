@@ -183,6 +183,13 @@ class LossesConfig:
   clustering: TaskConfig = group(negatives={"default": 9})
   classification: TaskConfig = group(negatives={"default": 1})
   scored_pairs: ScoredConfig = group()
+  contrastive: float = setting(
+    1.0,
+    "Weight of what the rows themselves teach, the cross-entropies and the order of scored pairs. "
+    "0: a teacher alone teaches.",
+    zero=True,
+    older=1.0,
+  )
   learn_temperature: bool = setting(
     False,
     "Whether one temperature per task type is learned, from its temperature at the first step on.",
@@ -248,8 +255,8 @@ class LossesConfig:
   )
 
   def task(self, task_type: str) -> TaskConfig | None:
-    """Returns the settings of a contrastive task type, None for scored pairs."""
-    settings = getattr(self, task_type)
+    """Returns the settings of a contrastive task type, None for scored pairs and texts alone."""
+    settings = getattr(self, task_type, None)
     return settings if isinstance(settings, TaskConfig) else None
 
   def contrastive_tasks(self) -> dict[str, TaskConfig]:
@@ -273,8 +280,9 @@ class KdConfig:
   match: str = setting(
     "depth_fraction",
     "Which exit of the teacher an exit learns from: depth_fraction (the nearest fraction of "
-    "depth), or index (by position from the deepest exit).",
-    choices=("depth_fraction", "index"),
+    "depth), index (by position from the deepest exit), or last (the deepest, so that texts at any "
+    "depth find those that the whole model encoded).",
+    choices=("depth_fraction", "index", "last"),
     published="index",
   )
   space: str = setting(
@@ -286,10 +294,31 @@ class KdConfig:
   )
   weight: float = setting(
     1.0,
-    "Weight of the distance to the teacher. 0: the teacher only judges candidates, for "
-    "losses.false_negative_score.",
+    "Weight of the distance to the teacher, at the full width. 0: off.",
     zero=True,
   )
+  prefix: float = setting(
+    0.0,
+    "Weight of the squared distance of unit vectors at every trained dim to as many leading "
+    "coordinates of the teacher, which says something of teachers that were trained so. 0: off.",
+    zero=True,
+    older=0.0,
+  )
+  similarity: float = setting(
+    0.0,
+    "Weight of the KL divergence, at every trained dim, of the query's choice among the texts of "
+    "other rows to the teacher's by its whole vectors. 0: off.",
+    zero=True,
+    older=0.0,
+  )
+  temperature: float = setting(
+    0.05, "Temperature of both choices of kd.similarity: cosines are divided by it.", older=0.05
+  )
+
+  @property
+  def learns(self) -> bool:
+    """Returns whether a term learns from the teacher, which else only judges candidates."""
+    return bool(self.weight or self.prefix or self.similarity)
 
 
 @dataclasses.dataclass(frozen=True)

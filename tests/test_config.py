@@ -276,7 +276,9 @@ COLD = {"losses.scored_pairs.temperature": 0.005, "losses.scored_pairs.final_tem
   ("fields", "message"),
   [
     (JUDGE, "losses.false_negative_score: with losses.false_negative_margin = 2.0"),
-    ({"kd.teacher": "stored", "kd.weight": 0}, "kd.weight: 0, and the teacher judges nothing"),
+    ({"kd.teacher": "stored", "kd.weight": 0}, "kd.weight, kd.prefix, kd.similarity: all are 0"),
+    ({"kd.prefix": 1.0}, "kd.prefix, kd.similarity: there is no teacher"),
+    ({"losses.contrastive": 0.0}, "losses.contrastive: 0, and no teacher"),
     (NO_INBATCH | {"losses.inbatch_negatives": True}, "losses.inbatch_negatives: no task type"),
     (COLD | {"losses.learn_temperature": True}, "losses.scored_pairs.temperature: 0.005 is below"),
   ],

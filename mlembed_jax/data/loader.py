@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int64, UInt32
 
 from mlembed_jax.batch import Arrays, Kind, Sheets
 from mlembed_jax.data import batching, packing
-from mlembed_jax.data.manifest import SCORED, File
+from mlembed_jax.data.manifest import SCORED, TEXT, File
 from mlembed_jax.data.order import Order
 from mlembed_jax.data.packing import Layout
 from mlembed_jax.data.records import Row, Text, decode_record, decode_text
@@ -254,7 +254,9 @@ def _split(rows: list[Any], parts: int) -> list[list[Any]]:
 
 def _check_negatives(file: File, options: Options) -> None:
   task = file.entry["task_type"]
-  if task == SCORED or options.inbatch[task] or min(file.negatives, options.negatives[task]):
+  if (
+    task in (SCORED, TEXT) or options.inbatch[task] or min(file.negatives, options.negatives[task])
+  ):
     return
   raise DataError(
     f"{file.name}: {task} learns from hard negatives, but {file.negatives} are stored and "

@@ -23,7 +23,8 @@ from mlembed_jax.errors import DataError
 from mlembed_jax.files import parse_json
 
 SCORED = "scored_pairs"  # a query, a passage and how alike they are; no negatives
-TASK_TYPES = ("retrieval", "bitext", "clustering", "classification", SCORED)
+TEXT = "text"  # texts alone, which only a teacher says something of
+TASK_TYPES = ("retrieval", "bitext", "clustering", "classification", SCORED, TEXT)
 SYMMETRIC = ("bitext", "clustering", SCORED)  # unless the manifest says otherwise
 REQUIRED = {"task_type": str, "instruction": str, "query_has_instruction": bool, "negatives": int}
 REQUIRED_HELDOUT = {"task_type": str, "instruction": str}
@@ -57,8 +58,8 @@ class File:
 
   @property
   def positives(self) -> int:
-    """Positives per row."""
-    return self.entry.get("positives", 1)
+    """Positives per row; texts alone have none."""
+    return 0 if self.entry["task_type"] == TEXT else self.entry.get("positives", 1)
 
   @property
   def negatives(self) -> int:
@@ -256,15 +257,18 @@ def _value_problems(entry: dict[str, Any]) -> Iterator[str]:
     yield f"negatives: must be 0 for {task} (query, passage, score), found {negatives}"
   if task == SCORED and positives > 1:
     yield f"positives: must be 1 for {task} (query, passage, score), found {positives}"
+  if task == TEXT and (negatives or "positives" in entry):
+    yield f"negatives: must be 0 for {task}, and positives left out: its files have texts alone"
   if "teacher_vectors" in entry:
-    yield from _vector_problems(entry["teacher_vectors"])
+    needed = ("query",) if task == TEXT else ("query", "passage")
+    yield from _vector_problems(entry["teacher_vectors"], needed)
 
 
-def _vector_problems(files: dict[str, Any]) -> Iterator[str]:
+def _vector_problems(files: dict[str, Any], needed: tuple[str, ...]) -> Iterator[str]:
   for key in files:
     if key not in VECTORS:
       yield f"teacher_vectors: {key!r} is unknown; known: {', '.join(VECTORS)}"
-  for key in ("query", "passage", *files):
+  for key in (*needed, *files):
     if type(files.get(key)) is not str:
       found = repr(files[key]) if key in files else "nothing"
       yield f"teacher_vectors.{key}: expected the path of an .npy file, found {found}"

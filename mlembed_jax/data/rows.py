@@ -1,8 +1,8 @@
 """Rows of training files, checked and with each text once, in chunks.
 
 Files are of any form that `tables` reads. Columns: `query`, `passage`, `passage_2` ...,
-`negative_1` ..., optional `lang`, and `score` of scored pairs. A row that cannot be used is left
-out and counted by reason.
+`negative_1` ..., optional `lang`, and `score` of scored pairs; of texts alone `text`. A row that
+cannot be used is left out and counted by reason.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from mlembed_jax.data import near_names, tables
-from mlembed_jax.data.manifest import SCORED, File
+from mlembed_jax.data.manifest import SCORED, TEXT, File
 from mlembed_jax.data.parquet_files import Columns
 from mlembed_jax.data.shards import paths_of
 from mlembed_jax.data.tables import Reasons
@@ -59,7 +59,9 @@ class Chunk:
 
 
 def columns(file: File) -> list[str]:
-  """Returns the text columns of a file: query, positives, negatives."""
+  """Returns the text columns of a file: query, positives, negatives; or `text` alone."""
+  if file.entry["task_type"] == TEXT:
+    return [TEXT]
   passages = ["passage", *(f"passage_{i}" for i in range(2, file.positives + 1))]
   return ["query", *passages, *(f"negative_{i}" for i in range(1, file.negatives + 1))]
 
@@ -117,6 +119,8 @@ def read_chunks(file: File) -> Iterator[Chunk]:
   for path in paths_of(file):
     first = start
     for table, reasons in tables.read_tables(path, _wanted(file), CHUNK):
+      if file.entry["task_type"] == TEXT:  # from here on a query, as the first text of a row is
+        table = table.rename_columns(["query" if n == TEXT else n for n in table.column_names])
       _check_scores(file, table, f"{path}: row", start - first)
       yield _chunk(file, table, reasons, start)
       start += table.num_rows
@@ -127,7 +131,7 @@ def _wanted(file: File) -> Columns:
 
 
 def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:
-  texts = columns(file)
+  texts = ["query", *columns(file)[1:]]
   own = np.zeros(table.num_rows, bool)
   has = _mask(pc.fill_null(pc.match_substring_regex(table["query"], INSTRUCTED), False))
   if file.instructed:
@@ -147,11 +151,18 @@ def _chunk(file: File, table: pa.Table, reasons: Reasons, start: int) -> Chunk:
         "language": languages_of(file, kept),
         "query": kept["query"],
         "score": _scores(file, kept),
-        "documents": pa.FixedSizeListArray.from_arrays(places.reshape(-1), len(texts) - 1),
+        "documents": _lists(places),
       }
     ),
     texts=unique,
   )
+
+
+def _lists(places: np.ndarray) -> pa.Array:
+  """Returns the rows of [N, columns] as lists; Arrow has no lists of no column: those are null."""
+  if not places.shape[1]:
+    return pa.nulls(len(places))
+  return pa.FixedSizeListArray.from_arrays(places.reshape(-1), places.shape[1])
 
 
 def _strip_instruction(table: pa.Table, instruction: str) -> tuple[pa.Table, np.ndarray]:

@@ -38,4 +38,5 @@ def _row(split: Split, prefixes: dict[str, list[int] | None], place: int) -> Ite
   query, row = decode_record(split.queries[place])
   prefix = prefixes[row.dataset]
   yield query.tokens.tolist() if prefix is None else query.after(prefix).tolist()
-  yield decode_text(split.documents[int(row.positives[0])]).tokens.tolist()
+  if row.positives.size:
+    yield decode_text(split.documents[int(row.positives[0])]).tokens.tolist()

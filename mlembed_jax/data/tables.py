@@ -22,6 +22,7 @@ from mlembed_jax.data.text_files import (
 )
 from mlembed_jax.errors import DataError
 
+ALONE = "text"  # the column that a line of a file of texts is
 CHECKED = 1000  # so many rows of a file that is not parquet are looked at before any work
 
 Row = dict[str, Any] | None  # by column; None: no row
@@ -73,17 +74,24 @@ def read_tables(path: str, columns: Columns, size: int) -> Tables:
 def _blocks(path: str, columns: Columns, size: int) -> Iterator[list[Row]]:
   """Yields up to `size` rows at a time of a file that is not parquet."""
   kind, first = form_of(path).kind, True
-  if kind == TEXT:
+  if kind == TEXT and list(columns.texts) != [ALONE]:
     raise DataError(f"{path}: a file of texts has no columns; write .jsonl, .csv or .parquet")
   records = read_records(path)
   while block := list(itertools.islice(records, size)):
-    rows: list[Row] = [record.value if isinstance(record.value, dict) else None for record in block]
+    rows = [_row(record.value, kind) for record in block]
     if first:
       _check_columns(path, rows, columns)
     first = False
     if kind in (CSV, TSV):
       rows = [row and row | {n: _number(row.get(n)) for n in columns.numbers} for row in rows]
     yield rows
+
+
+def _row(value: Any, kind: str) -> Row:
+  """Returns the columns of a record, None where it is no row."""
+  if kind == TEXT:
+    return {ALONE: value}
+  return value if isinstance(value, dict) else None
 
 
 def _known(rows: Sequence[Row]) -> list[str]:

@@ -212,6 +212,8 @@ def row_files(
 def document_places(rows: pa.Table) -> np.ndarray:
   """Returns where each row's documents stand in its chunk's texts, [N, positives + negatives]."""
   column = rows["documents"].combine_chunks()
+  if pa.types.is_null(column.type):
+    return np.zeros((len(column), 0), np.int64)
   return column.flatten().to_numpy().reshape(-1, column.type.list_size)
 
 

@@ -86,6 +86,8 @@ def load_task(file: File, scheme: str = LANGUAGE_SCRIPT) -> HeldoutTask:
     DataError: the file cannot be read.
   """
   task_type = file.entry["task_type"]
+  if task_type not in COLUMNS:
+    raise DataError(f"{file.name}: task_type {task_type!r} has no score; leave the file out")
   langs, *others = _columns(file, COLUMNS[task_type])
   keys = [language_key(tag, scheme) for tag in langs]
   prompt = "" if file.instructed else file.entry["instruction"]

@@ -214,7 +214,8 @@ def _training(variant: Variant) -> str:
 def _temperatures(variant: Variant) -> list[tuple[str, str]]:
   losses = variant.run.config.losses
   task_types = sorted({entry["task_type"] for entry in variant.run.datasets.values()})
-  return [(f"losses.{name}.temperature", _temperature(losses, name)) for name in task_types]
+  own = [name for name in task_types if hasattr(losses, name)]  # texts alone have none
+  return [(f"losses.{name}.temperature", _temperature(losses, name)) for name in own]
 
 
 def _temperature(losses: LossesConfig, task_type: str) -> str:

@@ -8,18 +8,19 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mlembed_jax.matryoshka import truncate
 from mlembed_jax.objective import tiles
 from mlembed_jax.objective.negatives import Logits
+from mlembed_jax.objective.similarity import Anchors, Candidates, Texts, divide, texts
 from mlembed_jax.objective.tiles import SoftTargets
 
 
 def match_exits(
   exits: Sequence[int], layers: int, teacher_exits: Sequence[int], teacher_layers: int, match: str
 ) -> tuple[int, ...]:
-  """Returns the teacher exit that each student exit learns from.
+  """Returns the teacher exit that each student exit learns from; with `last` one for all.
 
   `depth_fraction`: the nearest share of its depth, ties to the deeper one. `index`: by position
   from the deepest, as the published code does, whose depths then differ.
@@ -27,6 +28,8 @@ def match_exits(
   Raises:
     ValueError: exits are matched by position, and the teacher has fewer than the student.
   """
+  if match == "last":
+    return tuple(teacher_exits[-1:])
   if match == "index":
     if len(teacher_exits) < len(exits):
       raise ValueError(
@@ -72,6 +75,40 @@ def from_teacher(
     for x in (known, jax.lax.stop_gradient(teacher_BCD))
   )
   return distillation(student, teacher, space)
+
+
+def similarity_to(
+  states_BCD: Float[Array, "B C D"],
+  teacher_BCD: Float[Array, "B C2 D2"],
+  ids_BC: Int[Array, "B C"],
+  dims: Sequence[int],
+  temperature: float,
+) -> Float[Array, "M"]:
+  """Returns KL(teacher || each dim) of a query's choice among the texts of other rows, a mean.
+
+  The teacher chooses by its whole vectors, of any width. It may know only the first texts of each
+  row, which then are the candidates. No gradient reaches it.
+  """
+  known = teacher_BCD.shape[1]
+  who = _others(ids_BC[:, :known])
+  student = _both(states_BCD[:, :known], dims, temperature)
+  taught = _both(jax.lax.stop_gradient(teacher_BCD), teacher_BCD.shape[-1:], temperature)
+  return jnp.mean(tiles.divergence(*student, *who, taught), axis=0)
+
+
+def _both(x_BCD: Array, dims: Sequence[int], temperature: float) -> tuple[Texts, Texts]:
+  """Returns the queries as anchors, and all texts as candidates."""
+  found = texts(x_BCD, dims)
+  candidates = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+  return divide(found[:, 0], temperature), candidates
+
+
+def _others(ids_BC: Int[Array, "B C"]) -> tuple[Anchors, Candidates]:
+  """Returns who meets whom: queries, and all different texts of other rows."""
+  B, C = ids_BC.shape
+  row_B, none = jnp.arange(B, dtype=jnp.int32), jnp.zeros((B * C, 0), jnp.int32)
+  candidates = Candidates(jnp.repeat(row_B, C), ids_BC.reshape(-1), none)
+  return Anchors(row_B, ids_BC[:, 0], none[:B]), candidates
 
 
 def _log_total(logits: Logits) -> Float[Array, "B M"]:

@@ -21,7 +21,13 @@ from mlembed_jax.batch import Arrays, Kind
 from mlembed_jax.config_fields import NO_LIMIT, KdConfig, LossesConfig
 from mlembed_jax.matryoshka import Matryoshka, truncate
 from mlembed_jax.objective import regularizers, tiles
-from mlembed_jax.objective.distillation import Choice, choice_of, from_teacher, self_distillation
+from mlembed_jax.objective.distillation import (
+  Choice,
+  choice_of,
+  from_teacher,
+  self_distillation,
+  similarity_to,
+)
 from mlembed_jax.objective.negatives import (
   Logits,
   Pairing,
@@ -101,6 +107,13 @@ class AtExit:
       passage_grad=losses.inbatch_passage_grad,
     )
 
+  @property
+  def teacher(self) -> Float[Array, "B C2 D2"] | None:
+    """The teacher's states at its exit for this one, of the first texts of each row."""
+    if self.known.teacher is None:
+      return None
+    return self.known.teacher[jnp.minimum(self.index, len(self.known.teacher) - 1)]
+
   @functools.cached_property
   def logits(self) -> Logits:
     """The logits of the states at all output dims."""
@@ -108,7 +121,7 @@ class AtExit:
 
 
 def main_terms(at: AtExit, logits: Logits) -> Terms:
-  """Returns the terms that a task type always has: contrastive ones, or `scored`."""
+  """Returns what the rows themselves teach: contrastive terms, or `scored`."""
   if at.known.scores is not None:
     return {"scored": cosent(logits.own[:, 0], at.known.scores)}
   if not at.known.pairings:
@@ -118,19 +131,29 @@ def main_terms(at: AtExit, logits: Logits) -> Terms:
   return contrastive(logits, at.known.pairings[1] if symmetric else None, losses)
 
 
-def _quantized(quantize: Callable[[Array], Array], at: AtExit) -> Float[Array, "M"]:
-  """Returns the sum of the main terms over quantised vectors."""
+def _weighted_main_terms(at: AtExit) -> Terms:
+  """Returns the main terms with their weight, none of texts alone."""
+  weight = at.settings.losses.contrastive
+  if not weight or at.settings.kind.is_text:
+    return {}
+  return {name: weight * term for name, term in main_terms(at, at.logits).items()}
+
+
+def _quantized(quantize: Callable[[Array], Array], at: AtExit) -> Float[Array, "M"] | None:
+  """Returns the sum of the main terms over quantised vectors; texts alone have none."""
+  if at.settings.kind.is_text:
+    return None
   logits = at.logits_of(quantize(at.states_BCD), at.settings.axes.dims)
   return sum(main_terms(at, logits).values(), jnp.zeros(()))
 
 
 def _spread_out(at: AtExit) -> Float[Array, "M"]:
   """Returns the mean over queries and first positives, each spread out among themselves."""
-  queries, positives = (
+  terms = [
     regularizers.spread_out(at.states_BCD[:, i], at.known.ids[:, i], at.settings.axes.dims)
-    for i in (0, 1)
-  )
-  return (queries + positives) / 2
+    for i in range(min(2, at.states_BCD.shape[1]))
+  ]
+  return sum(terms, jnp.zeros(())) / len(terms)
 
 
 def _self_distillation(at: AtExit) -> Float[Array, "M"] | None:
@@ -139,11 +162,28 @@ def _self_distillation(at: AtExit) -> Float[Array, "M"] | None:
 
 def _distillation(at: AtExit) -> Float[Array, ""] | None:
   """Returns the distance to the teacher's states at its exit for this one."""
-  if at.known.teacher is None:
+  if (teacher := at.teacher) is None:
     return None
-  teacher = at.known.teacher[jnp.minimum(at.index, len(at.known.teacher) - 1)]
   settings = at.settings
   return from_teacher(at.states_BCD, teacher, settings.kind.positives, settings.kd.space)
+
+
+def _prefix(at: AtExit) -> Float[Array, "M"] | None:
+  """Returns the distance of unit vectors at each dim to the teacher's leading coordinates."""
+  if (teacher := at.teacher) is None:
+    return None
+  states, positives = at.states_BCD, at.settings.kind.positives
+  cut = [from_teacher(states[..., :d], teacher, positives, "unit") for d in at.settings.axes.dims]
+  return jnp.stack(cut)
+
+
+def _similarity(at: AtExit) -> Float[Array, "M"] | None:
+  if (teacher := at.teacher) is None:
+    return None
+  settings = at.settings
+  return similarity_to(
+    at.states_BCD, teacher, at.known.ids, settings.axes.dims, settings.kd.temperature
+  )
 
 
 class Term(NamedTuple):
@@ -160,20 +200,29 @@ TERMS = {
   "spread_out": Term("losses.spread_out", _spread_out),
   "self_distillation": Term("losses.self_distillation", _self_distillation),
   "distillation": Term("kd.weight", _distillation),
+  "prefix": Term("kd.prefix", _prefix),
+  "similarity": Term("kd.similarity", _similarity),
 }
 
 
 def _loss_at(at: AtExit) -> tuple[Array, tuple[dict[str, Array], Array]]:
   """Returns (loss, (its terms, the number of each row's negatives))."""
-  terms: dict[str, Any] = main_terms(at, at.logits)
+  terms: dict[str, Any] = _weighted_main_terms(at)
   for name, term in TERMS.items():
     weight = operator.attrgetter(term.weight)(at.settings)
     if weight and (value := term.value(at)) is not None:
       terms[name] = weight * value
   weights_M = jnp.array(at.settings.axes.dim_weights)
   terms = {name: jnp.sum(x * weights_M) if x.ndim else x for name, x in terms.items()}
-  count = at.logits.count if at.known.scores is None else partners(at.known.scores)
+  count = _negatives(at)
   return sum(terms.values(), jnp.zeros(())), (terms, count)
+
+
+def _negatives(at: AtExit) -> Float[Array, "B"]:
+  """Returns how many negatives each row has; of texts alone, how many others there are."""
+  if at.settings.kind.is_text:
+    return jnp.full(len(at.states_BCD), len(at.states_BCD) - 1.0)
+  return at.logits.count if at.known.scores is None else partners(at.known.scores)
 
 
 def objective(
@@ -194,7 +243,7 @@ def objective(
   """
   temperature = jnp.asarray(temperature, jnp.float32)
   known = _known(states_EBCD, batch, settings, teachers)
-  if settings.losses.self_distillation and known.scores is None:
+  if settings.losses.self_distillation and settings.losses.task(settings.kind.task_type):
     full = states_EBCD if teachers.full is None else teachers.full
     at = AtExit(settings, full[-1], jnp.int32(0), temperature, known)
     choice = choice_of(at.logits_of(full[-1], settings.axes.dims[-1:]))
@@ -207,14 +256,14 @@ def objective(
 
 def _known(states_EBCD: Array, batch: Arrays, settings: LossSettings, teachers: Teachers) -> Known:
   ids_BC = text_ids(batch.hashes, settings.losses.mask_duplicates)
-  scored = not settings.losses.task(settings.kind.task_type)
+  scored = not (settings.kind.is_text or settings.losses.task(settings.kind.task_type))
   if scored and batch.scores is None:
     raise ValueError(f"a batch of {settings.kind.task_type} without scores")
   return Known(
     ids=ids_BC,
     pairings=_pairings(states_EBCD, ids_BC, settings, teachers),
     scores=batch.scores if scored else None,
-    teacher=teachers.exits if settings.kd.weight else None,
+    teacher=teachers.exits if settings.kd.learns else None,
   )
 
 

@@ -7,7 +7,7 @@ candidates of all devices, one gathered chunk at a time. Arrays only; letters as
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -186,6 +186,13 @@ def _masked(values: list[Array], allowed: Array) -> list[Array]:
   return [x + bias for x in values]
 
 
+def _summed(top: Array, total: Array, values: Sequence[Array]) -> tuple[Array, Array]:
+  """Returns the largest logit of each anchor and dim, and the sum of exp(logit - it), so far."""
+  new_top = jnp.maximum(top, jnp.stack([jnp.max(x, axis=1) for x in values], axis=-1))
+  parts = [jnp.sum(jnp.exp(x - new_top[:, m, None]), axis=1) for m, x in enumerate(values)]
+  return new_top, total * jnp.exp(top - new_top) + jnp.stack(parts, axis=-1)
+
+
 def _log_sum_exp(
   anchors: Texts, candidates: Texts, ids_a: Anchors, ids_c: Candidates, on: _Devices
 ) -> tuple[Array, Array]:
@@ -195,11 +202,8 @@ def _log_sum_exp(
   def update(state: Any, a: Any, c: Any) -> Any:
     top, total, count = state
     allowed = tile_keep(a[1], c[1])
-    values = _masked(tile_logits(a[0], c[0]), allowed)
-    new_top = jnp.maximum(top, jnp.stack([jnp.max(x, axis=1) for x in values], axis=-1))
-    parts = [jnp.sum(jnp.exp(x - new_top[:, m, None]), axis=1) for m, x in enumerate(values)]
-    total = total * jnp.exp(top - new_top) + jnp.stack(parts, axis=-1)
-    return new_top, total, count + jnp.sum(allowed, axis=1, dtype=jnp.float32)
+    top, total = _summed(top, total, _masked(tile_logits(a[0], c[0]), allowed))
+    return top, total, count + jnp.sum(allowed, axis=1, dtype=jnp.float32)
 
   top, total, count = _sweep(update, start, (anchors, ids_a), (candidates, ids_c), on)
   return jnp.maximum(top + jnp.log(total), EMPTY), count
@@ -278,3 +282,78 @@ def _expected_logits_bwd(args: Any, d_value: Array) -> Any:
 
 
 expected_logits.defvjp(_expected_logits_fwd, _expected_logits_bwd)
+
+
+@jax.custom_vjp
+def divergence(
+  anchors: Texts,  # [A, ...], scale includes 1 / temperature
+  candidates: Texts,  # [N, ...]
+  anchor_ids: Anchors,
+  candidate_ids: Candidates,
+  teacher: tuple[Texts, Texts],
+) -> Float[Array, "A M"]:
+  """Returns KL(teacher || each dim) of an anchor's choice among its negatives; 0 without any.
+
+  `teacher` has the same anchors and candidates, of one dim and any width. All sums come from one
+  visit of the pairs, as those of attention do: both models' log-sums, and the teacher's mean of
+  both logits. Differentiable in the student's texts, not in the teacher's.
+  """
+  return _divergences(anchors, candidates, anchor_ids, candidate_ids, teacher)[0]
+
+
+def _divergences(
+  anchors: Texts, candidates: Texts, ids_a: Anchors, ids_c: Candidates, t: tuple[Texts, Texts]
+) -> tuple[Array, Array, Array]:
+  """Returns the divergences [A, M], and the log-sums of student [A, M] and teacher [A, 1]."""
+  return _on_devices(_divergence, (anchors, ids_a, t[0]), (candidates, ids_c, t[1]))
+
+
+def _divergence(anchors: Any, candidates: Any, on: _Devices) -> tuple[Array, Array, Array]:
+  A, M = anchors[0].scale.shape
+  empty = lambda m: (jnp.full((A, m), EMPTY), jnp.zeros((A, m)))  # noqa: E731
+  start = (*empty(M), *empty(1), jnp.zeros((A, M + 1)))
+
+  def update(state: Any, a: Any, c: Any) -> Any:
+    top, total, goal_top, goal_total, means = state
+    values, goal = _both_logits(a, c)
+    new_top, goal_total = _summed(goal_top, goal_total, [goal])
+    chance = jnp.exp(goal - new_top)  # of a candidate that is no negative: 0
+    parts = [jnp.sum(chance * x, axis=1) for x in (*values, goal)]
+    means = means * jnp.exp(goal_top - new_top) + jnp.stack(parts, axis=-1)
+    return *_summed(top, total, values), new_top, goal_total, means
+
+  top, total, goal_top, goal_total, means = _sweep(update, start, anchors, candidates, on)
+  own, goal = (
+    jnp.maximum(x + jnp.log(y), EMPTY) for x, y in ((top, total), (goal_top, goal_total))
+  )
+  means = means / jnp.maximum(goal_total, jnp.finfo(jnp.float32).tiny)
+  return (own - means[:, :M]) - (goal - means[:, M:]), own, goal
+
+
+def _both_logits(a: Any, c: Any) -> tuple[list[Array], Array]:
+  """Returns the logits of a tile for each dim, and the teacher's."""
+  allowed = tile_keep(a[1], c[1])
+  (goal,) = _masked(tile_logits(a[2], c[2]), allowed)
+  return _masked(tile_logits(a[0], c[0]), allowed), goal
+
+
+def _divergence_fwd(*args: Any) -> Any:
+  value, *sums = _divergences(*args)
+  return value, (args, sums)
+
+
+def _divergence_bwd(saved: Any, d_value: Array) -> Any:
+  (anchors, candidates, ids_a, ids_c, teacher), sums = saved
+
+  def weights(state: Any, a: Any, c: Any) -> list[Array]:
+    own, goal_sum, d = state
+    values, goal = _both_logits(a, c)
+    chance = jnp.exp(goal - goal_sum)
+    return [(jnp.exp(x - own[:, m, None]) - chance) * d[:, m, None] for m, x in enumerate(values)]
+
+  both = (anchors, ids_a, teacher[0]), (candidates, ids_c, teacher[1])
+  found = _on_devices(functools.partial(_sweep_back, weights), (*sums, d_value), *both)
+  return *found, None, None, None
+
+
+divergence.defvjp(_divergence_fwd, _divergence_bwd)

@@ -23,6 +23,7 @@ from mlembed_jax.data import (
   quickstart,
 )
 from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.manifest import TEXT
 from mlembed_jax.data.names import MANIFEST, TOKENIZER
 from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
@@ -103,6 +104,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   names = [name for name in opened.files if name in chosen]
   split = open_split(opened, TRAIN, names, data.language_key)
   _check_lengths(data.lengths, opened, split)
+  _check_taught(config, split)
   if config.kd.teacher == STORED:
     check_stored(config, split)
   heldout = (
@@ -116,6 +118,16 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     tasks=[tasks.load_task(file, data.language_key) for file in heldout],
     teacher=teacher,
   )
+
+
+def _check_taught(config: Config, split: Split) -> None:
+  """Raises ConfigError where the run learns nothing from a file."""
+  alone = [file.name for file in split.files if file.entry["task_type"] == TEXT]
+  if alone and not (config.kd.teacher and config.kd.learns):
+    raise ConfigError(
+      f"data.train: {alone[0]} has texts alone, of which only a teacher says something; name one "
+      "in kd.teacher, or leave the file out"
+    )
 
 
 def check_start(

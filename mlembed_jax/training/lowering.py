@@ -41,7 +41,7 @@ def batch_shapes(config: Config, kind: Kind, batch_shards: int) -> Arrays:
   """Returns this kind's batches as shapes."""
   rows, shape = config.data.global_batch, jax.ShapeDtypeStruct
   sheets = kind_layout(config, kind, batch_shards).shapes()
-  scored = not config.losses.task(kind.task_type)
+  scored = not (kind.is_text or config.losses.task(kind.task_type))
   return Arrays(
     hashes=shape((rows, kind.texts, 2), jnp.uint32),
     scores=shape((rows,), jnp.float32) if scored else None,

@@ -198,10 +198,11 @@ def _weights_version(path: pathlib.Path) -> str:
 
 
 def _check_width(config: Config, width: int, name: str) -> None:
-  if width < config.model.width:
+  if (config.kd.weight or config.kd.prefix) and width < config.model.width:
     raise ConfigError(
       f"kd.teacher: {name} gives {width} dims, fewer than model.width = "
-      f"{config.model.width}; take a teacher that is at least as wide"
+      f"{config.model.width}; take a teacher that is at least as wide, or learn its similarities "
+      "alone (kd.similarity, with kd.weight and kd.prefix 0)"
     )
 
 

@@ -32,7 +32,7 @@ class TeacherShape:
   """The shape and exits of an online teacher; programs are compiled for them."""
 
   model: ModelConfig
-  exits: tuple[int, ...]  # one per exit of the student
+  exits: tuple[int, ...]  # one per exit of the student, or one for all
 
 
 def draw_rank(axes: Matryoshka, seed: int, step: Any) -> jax.Array:
@@ -113,6 +113,8 @@ class BatchLoss:
   def temperature(self, log_temperature: dict[str, Any], progress: Any) -> Any:
     """Returns the temperature after a share of the run (0 to 1)."""
     task_type = self.kind.task_type
+    if self.kind.is_text:
+      return self.config.kd.temperature
     if self.config.losses.learn_temperature:
       return jnp.exp(log_temperature[task_type])
     settings = getattr(self.config.losses, task_type)
@@ -124,7 +126,7 @@ class BatchLoss:
     exits = full = None
     if self.teacher:
       states = encode_block(self.teacher.model, self.teacher.exits, teacher_params, block)
-      exits = states[..., : model.width]
+      exits = states if self.config.kd.similarity else states[..., : model.width]
     distils = settings.self_distillation and settings.task(self.kind.task_type)
     # Where every step has full rank, the states of the batch are the full model's already.
     if distils and len(axes.ranks) > 1:

@@ -273,6 +273,11 @@ def test_merged_pools_are_harder(tmp_path):
   assert mean("as-written") > 2 * mean("language-script")
 
 
+def test_texts_alone_have_no_score(tmp_path):
+  with pytest.raises(DataError, match=r"t.parquet: task_type 'text' has no score; leave the file"):
+    load(tmp_path, "text", text=["a", "b"])
+
+
 def test_tags_of_no_known_language_are_spoken_of(tmp_path, capsys):
   columns = {"lang": ["de", "xx1", "xx1", "Swahili"], "text": list("abcd"), "en": list("efgh")}
   assert load(tmp_path, "bitext", **columns).unknown == "'xx1' 2, 'Swahili' 1"

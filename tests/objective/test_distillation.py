@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+from mlembed_jax.matryoshka import dim_weights
 from mlembed_jax.objective.distillation import distillation, from_teacher, match_exits
 from mlembed_jax.objective.losses import Teachers
 from tests import reference
@@ -41,6 +43,7 @@ def test_worked_example_of_distillation():
       (1, 2, 4, 8, 24, 32, 36),
     ),
     (CODE_EXITS[16], (28,), "depth_fraction", (28,) * 5),
+    (CODE_EXITS[16], CODE_EXITS[28], "last", (28,)),
     ((2, 4), (1, 3, 4), "depth_fraction", (3, 4)),  # 2/4 is as near to 1/4 as to 3/4: the deeper
   ],
 )
@@ -95,6 +98,79 @@ def test_the_teacher_term_is_added_with_its_weight():
   expected = 0.3 * np.array(plain_by_exit(x, teacher, 1, "unit"))
   np.testing.assert_allclose(result.terms["distillation"], expected, rtol=1e-6)
   assert result.loss == pytest.approx(np.mean(sum(result.terms.values())), rel=1e-6)
+
+
+def test_each_dim_learns_the_leading_coordinates_of_the_teacher():
+  x, teacher = random_states(2, 8, 3, 48), random_states(1, 8, 2, 64, seed=1)
+  settings = {"task_type": "clustering", "kd__weight": 0, "kd__prefix": 0.3, **ONLINE}
+  given = Teachers(exits=jnp.asarray(teacher))
+  result, _ = ours(x, distinct_hashes(8, 3), (8, 48), teachers=given, **settings)
+  each = [plain_by_exit(x[..., :dim], teacher, 1, "unit") for dim in (8, 48)]
+  expected = 0.3 * np.array(dim_weights((8, 48))) @ np.array(each)
+  np.testing.assert_allclose(result.terms["prefix"], expected, rtol=1e-6)
+  assert "distillation" not in result.terms
+
+
+ONLINE = {"kd__teacher": "stored"}
+
+
+def plain_similarity(x, teacher, hashes, dims, temperature):
+  """Returns the term of every exit, weighted over dims, and its gradient; float64, by torch."""
+  states, known = torch.tensor(x, dtype=torch.float64, requires_grad=True), teacher.shape[2]
+  texts = [tuple(text) for text in hashes[:, :known].reshape(-1, 2).tolist()]
+  rows, B = np.repeat(np.arange(len(hashes)), known), len(hashes)
+  query = [tuple(text) for text in hashes[:, 0].tolist()]
+  keep = torch.tensor(
+    [[rows[n] != b and texts[n] != query[b] for n in range(B * known)] for b in range(B)]
+  )
+  unit = lambda v: v / v.norm(dim=-1, keepdim=True)  # noqa: E731
+
+  def log_choice(v):
+    v = unit(v)
+    logits = v[:, 0] @ v.reshape(B * known, -1).T / temperature
+    return torch.log_softmax(logits.masked_fill(~keep, -torch.inf), dim=1)
+
+  found = []
+  for exit_, s in enumerate(states):
+    goal = log_choice(torch.tensor(teacher[min(exit_, len(teacher) - 1)], dtype=torch.float64))
+    each = []
+    for dim in dims:
+      own = log_choice(s[:, :known, :dim])
+      terms = torch.where(keep, goal.exp() * (goal - own), 0.0)
+      each.append(terms.sum(dim=1).mean())
+    found.append(sum(w * e for w, e in zip(dim_weights(dims), each, strict=True)))
+  sum(found).backward()
+  return torch.stack(found).detach().numpy(), states.grad.numpy()
+
+
+# Texts alone; pairs of which the teacher knows all texts, or the first two; of any width.
+@pytest.mark.parametrize(
+  ("texts", "known", "exits", "width"), [(1, 1, 1, 24), (4, 4, 2, 64), (4, 2, 1, 24)]
+)
+def test_each_dim_learns_the_choice_of_the_teacher(texts, known, exits, width):
+  x, teacher = random_states(2, 8, texts, 48), random_states(exits, 8, known, width, seed=1)
+  hashes = repeated_hashes(8, texts) if texts > 1 else distinct_hashes(8, 1)
+  hashes[6, 0] = hashes[5, 0]  # two equal queries
+  settings = {"kd__weight": 0, "kd__similarity": 0.5, "kd__temperature": 0.1, **ONLINE}
+  settings |= {"losses__contrastive": 0, "task_type": "text" if texts == 1 else "retrieval"}
+  given = Teachers(exits=jnp.asarray(teacher))
+  options = {"positives": min(1, texts - 1), "teachers": given}
+  result, (gradient, _) = ours(x, hashes, (8, 48), **options, **settings)
+  expected, expected_gradient = plain_similarity(x, teacher, hashes, (8, 48), 0.1)
+  assert set(result.terms) == {"similarity"} and result.empty_rows == 0
+  np.testing.assert_allclose(result.terms["similarity"], 0.5 * expected, rtol=1e-5)
+  scale = np.abs(expected_gradient).max() / 2
+  np.testing.assert_allclose(2 * gradient, 0.5 * expected_gradient, rtol=0, atol=1e-5 * scale)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+  x = random_states(2, 8, 1, 48)
+  settings = {"kd__weight": 1, "kd__space": "unit", "kd__prefix": 1, "kd__similarity": 1}
+  given = Teachers(exits=jnp.asarray(x))
+  options = {"positives": 0, "teachers": given, "task_type": "text", **ONLINE}
+  result, (gradient, _) = ours(x, distinct_hashes(8, 1), (48,), **options, **settings)
+  assert set(result.terms) == {"distillation", "prefix", "similarity"}
+  assert result.loss == pytest.approx(0, abs=1e-5) and np.abs(gradient).max() < 1e-5
 
 
 def divergence(x, hashes, dims, **kwargs):

@@ -59,7 +59,7 @@ def test_a_run_with_everything_on_logs_every_term(taught):
   by_file = {next(iter(line["loss_by_dataset"])): line for line in lines(taught)}
   bitext, scored = (set(by_file[f"{name}.parquet"]) for name in ("bitext", "scored"))
   terms = {f"{name}_loss" for name in TERMS}
-  learned = {"distillation_loss", "self_distillation_loss"}
+  learned = {"distillation_loss", "self_distillation_loss", "prefix_loss", "similarity_loss"}
   assert terms | {"hard_loss", "inbatch_loss"} < bitext
   assert (terms - learned) | {"scored_loss"} < scored
   assert not learned & scored  # no teacher_vectors, and nothing to choose from

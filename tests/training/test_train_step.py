@@ -269,6 +269,10 @@ BESIDE = {
   "losses.false_negative_score": ("teacher", {"losses.false_negative_margin": 0.1}),
   "kd.space": ("unit", {}),
   "kd.weight": (0.5, {}),
+  "kd.prefix": (0.5, {}),
+  "kd.similarity": (0.5, {}),
+  "kd.temperature": (0.1, {"kd.similarity": 0.5}),
+  "losses.contrastive": (0.5, {}),
 }
 
 

@@ -1,0 +1,107 @@
+"""Training on texts alone, of which only a teacher says something: from files to an update."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlembed_jax import train_model
+from mlembed_jax.config import from_mapping
+from mlembed_jax.data import catalog
+from mlembed_jax.errors import ConfigError, DataError
+from tests.material import (
+  batches_of,
+  config_dict,
+  entry,
+  pairs,
+  prepare_dataset,
+  sentences,
+  train_tokenizer,
+  write_files,
+)
+from tests.runs import lines, run
+
+ALONE = entry("text", 0, "")
+TEXTS = [text for lang in ("de", "zh") for text in sentences(lang)[:120]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """A prepared folder with texts of three forms and pairs."""
+  folder = tmp_path_factory.mktemp("alone")
+  write_files(folder, {"train/pairs.parquet": (pairs(96, 2), entry("bitext", 2, "Translate."))})
+  (folder / "train/lines.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+  rows = [json.dumps({"text": text, "lang": "de"}) for text in TEXTS[:60]]
+  (folder / "train/rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+  manifest = json.loads((folder / "manifest.json").read_text())
+  manifest |= {"train/lines.txt": ALONE | {"lang": "mul"}, "train/rows.jsonl": ALONE}
+  (folder / "manifest.json").write_text(json.dumps(manifest))
+  train_tokenizer(600).save(str(folder / "tokenizer.json"))
+  prepare_dataset(folder)
+  return folder
+
+
+def test_a_row_is_one_text(alone):
+  opened = catalog.load_catalog(alone / "dataset")
+  assert sum(shard.written.records for shard in opened.shards["train"]) > 350
+  batches = batches_of(alone / "dataset", ["train/lines.txt", "train/rows.jsonl"], steps=4)
+  for step in range(4):
+    batch = batches[step]
+    assert batch.kind.texts == 1 and batch.kind.is_text
+    assert batch.hashes.shape == (len(batch.rows), 1, 2)
+  assert {language for s in range(4) for language in batches[s].languages} <= {"mul", "de"}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"negatives": 1}, "negatives: must be 0 for text, and positives left out"),
+    ({"positives": 2}, "negatives: must be 0 for text, and positives left out"),
+  ],
+)
+def test_what_texts_alone_cannot_have_is_refused(tmp_path, change, message):
+  write_files(tmp_path, {"train/a.parquet": ({"text": TEXTS}, ALONE | change)})
+  train_tokenizer(600).save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(DataError, match=message):
+    prepare_dataset(tmp_path)
+
+
+# A run that starts as its teacher, whose last layer teaches every exit.
+ELASTIC = {
+  "kd.match": "last",
+  "kd.space": "unit",
+  "kd.prefix": 0.5,
+  "kd.similarity": 0.5,
+  "losses.contrastive": 0.0,
+  "matryoshka.ranks": "(24,)",
+  "optimizer.warmup_steps": 1,
+}
+
+
+def elastic(alone, teacher, workdir, **fields):
+  same = {"kd.teacher": teacher, "train.init_from": teacher}
+  done = run(alone, workdir, **ELASTIC | same | fields)
+  assert done.returncode == 0, done.stderr
+  return lines(workdir)
+
+
+def test_an_encoder_learns_to_be_its_teacher_at_every_exit(alone, exported, tmp_path):
+  exits = {"matryoshka.exits": "(1,3)", "train.steps": 6}
+  found = elastic(alone, exported["full"], tmp_path / "w", **exits)
+  assert len(found) == 6
+  for line in found:
+    terms = {name for name in line if name.endswith("_loss")}
+    assert terms == {"distillation_loss", "prefix_loss", "similarity_loss"}
+    assert np.isfinite(line["loss"])
+  files = {name for line in found for name in line["loss_by_dataset"]}
+  assert len(files) > 1 and files <= {"train/lines.txt", "train/rows.jsonl", "train/pairs.parquet"}
+  # In full the student begins as its teacher, and has nothing to learn there.
+  whole = {"matryoshka.exits": "(3,)", "matryoshka.dims": "(48,)", "train.steps": 2}
+  for line in elastic(alone, exported["full"], tmp_path / "whole", **whole):
+    assert line["loss"] < 1e-4 < found[0]["loss"]
+
+
+def test_texts_alone_need_a_teacher(alone, tmp_path):
+  config = from_mapping(config_dict(alone, **{"data.heldout": (), "data.manifest": ""}))
+  with pytest.raises(ConfigError, match=r"data.train: train/lines.txt has texts alone, of which"):
+    train_model(config, tmp_path / "w")
