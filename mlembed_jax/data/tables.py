@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mlembed_jax.data import manifest
 from mlembed_jax.data.arrow_files import arrow_names, read_arrow
 from mlembed_jax.data.parquet_files import Columns, parquet_names, read_parquet, require
 from mlembed_jax.data.text_files import (
@@ -22,7 +23,6 @@ from mlembed_jax.data.text_files import (
 )
 from mlembed_jax.errors import DataError
 
-ALONE = "text"  # the column that a line of a file of texts is
 CHECKED = 1000  # so many rows of a file that is not parquet are looked at before any work
 
 Row = dict[str, Any] | None  # by column; None: no row
@@ -74,7 +74,7 @@ def read_tables(path: str, columns: Columns, size: int) -> Tables:
 def _blocks(path: str, columns: Columns, size: int) -> Iterator[list[Row]]:
   """Yields up to `size` rows at a time of a file that is not parquet."""
   kind, first = form_of(path).kind, True
-  if kind == TEXT and list(columns.texts) != [ALONE]:
+  if kind == TEXT and list(columns.texts) != [manifest.TEXT]:
     raise DataError(f"{path}: a file of texts has no columns; write .jsonl, .csv or .parquet")
   records = read_records(path)
   while block := list(itertools.islice(records, size)):
@@ -90,7 +90,7 @@ def _blocks(path: str, columns: Columns, size: int) -> Iterator[list[Row]]:
 def _row(value: Any, kind: str) -> Row:
   """Returns the columns of a record, None where it is no row."""
   if kind == TEXT:
-    return {ALONE: value}
+    return {manifest.TEXT: value}
   return value if isinstance(value, dict) else None
 
 
