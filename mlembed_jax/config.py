@@ -346,6 +346,8 @@ def _check_teacher(config: Config) -> None:
       "kd.weight, kd.prefix, kd.similarity: all are 0, and the teacher judges nothing; it would "
       "change nothing"
     )
+  if kd.mrl and not kd.prefix:
+    raise ConfigError("kd.mrl: it only allows kd.prefix, which is 0")
   if (kd.prefix or kd.similarity) and not kd.teacher:
     raise ConfigError("kd.prefix, kd.similarity: there is no teacher; name one in kd.teacher")
   if not losses.contrastive and not (kd.teacher and kd.learns):

@@ -271,8 +271,8 @@ class KdConfig:
 
   teacher: str = setting(
     "",
-    "The teacher: workdir or exported folder of an encoder with the same tokenizer; stored: "
-    "vectors beside the data, named by the manifest; empty: none.",
+    "The teacher: workdir, exported folder or hf:ORG/NAME of an encoder with the same tokenizer; "
+    "stored: vectors beside the data, named by the manifest; empty: none.",
   )
   exits: tuple[int, ...] = setting(
     (), "Layer counts at which the teacher is an encoder. (): as its folder says."
@@ -300,9 +300,15 @@ class KdConfig:
   prefix: float = setting(
     0.0,
     "Weight of the squared distance of unit vectors at every trained dim to as many leading "
-    "coordinates of the teacher, which says something of teachers that were trained so. 0: off.",
+    "coordinates of the teacher, which must have been trained so (MRL). 0: off.",
     zero=True,
     older=0.0,
+  )
+  mrl: bool = setting(
+    False,
+    "Whether leading coordinates of the teacher are embeddings by themselves, although nothing "
+    "beside it says so. A folder says so in mlembed.json, or in config.json (is_matryoshka).",
+    older=False,
   )
   similarity: float = setting(
     0.0,

@@ -48,6 +48,20 @@ class SliceScore:
     return typed.from_json(cls, with_depth(value))
 
 
+@dataclasses.dataclass(frozen=True)
+class AsymmetricScore:
+  """What queries at one size score against documents at another; all dims, float32."""
+
+  task: str
+  metric: str
+  query_rank: typed.Count  # of the token table; 0: one full table
+  query_depth: typed.Size
+  rank: typed.Count  # of the documents
+  depth: typed.Size
+  score: float  # mean over languages
+  by_language: dict[str, float]
+
+
 def with_depth(value: Any) -> Any:
   """Returns a JSON object in which the depth has its name; version 0.1.0 wrote it as `exit`.
 

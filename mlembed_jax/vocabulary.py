@@ -75,6 +75,7 @@ def _checked_out(source: pathlib.Path) -> pathlib.Path:
 def main() -> None:
   """Reads the flags, counts tokens, and writes the tokenizer."""
   # Imported here, jax does not slow down --help.
+  from mlembed_jax.hf import config_files, recipe
   from mlembed_jax.hf.trim import protected_ids, write_tokenizer
 
   if not (TEXTS.value or DATASET.value):
@@ -88,7 +89,9 @@ def main() -> None:
   except DataError as error:
     raise DataError(f"--tokenizer, --keep_tokens: {tokenizer.path}: {error}") from error
   opened = catalog.load_catalog(pathlib.Path(DATASET.value)) if DATASET.value else None
-  protected = protected_ids(tokenizer, _entries(opened))
+  entries, own = _entries(opened), recipe.stated_prompts(tokenizer.path.parent) or {}
+  prompts = [*own.values(), *config_files.prompts(entries).values()]
+  protected = protected_ids(tokenizer, entries, prompts)
   files = [token_use.of_file(tokenizer, n, COLUMN.value, "--texts") for n in TEXTS.value]
   use = token_use.total([*files, *_use_of_dataset(tokenizer, opened)])
   _, ids = write_tokenizer(out, tokenizer, use, protected, KEEP_TOKENS.value)

@@ -50,6 +50,7 @@ class Run:
   history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   tokenizer: str = ""  # digest of tokenizer.json; empty in workdirs of 0.1.0
   digests_since: int | None = None  # checkpoints from this step on have digests; None: of 0.1.0
+  prompts: dict[str, str] | None = None  # of the embedder that it started from; None: it did not
 
   @functools.cached_property
   def skipped_steps(self) -> frozenset[int]:
@@ -106,6 +107,7 @@ class _BesideConfig:
   history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   tokenizer: str = ""
   digests_since: int | None = None
+  prompts: dict[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

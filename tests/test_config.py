@@ -29,8 +29,9 @@ from tests.material import CONFIGS, config_dict
 
 STORED = CONFIGS.parent / "tests/stored/run_0_1_0.tar.gz"
 
-# from_hf.py takes its shape from a model: tests/hf/test_families.py.
-FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "from_hf")
+# These take their shape from a model: tests/hf/test_families.py, training/test_texts_alone.py.
+OF_A_MODEL = ("from_hf", "elastic")
+FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in OF_A_MODEL)
 # Published totals with a full table, and (layers + final norm) from the same table.
 PUBLISHED = {
   "140m": (159_185_024, 61_945_984, 640, 512),
@@ -278,6 +279,7 @@ COLD = {"losses.scored_pairs.temperature": 0.005, "losses.scored_pairs.final_tem
     (JUDGE, "losses.false_negative_score: with losses.false_negative_margin = 2.0"),
     ({"kd.teacher": "stored", "kd.weight": 0}, "kd.weight, kd.prefix, kd.similarity: all are 0"),
     ({"kd.prefix": 1.0}, "kd.prefix, kd.similarity: there is no teacher"),
+    ({"kd.teacher": "stored", "kd.mrl": True}, "kd.mrl: it only allows kd.prefix"),
     ({"losses.contrastive": 0.0}, "losses.contrastive: 0, and no teacher"),
     (NO_INBATCH | {"losses.inbatch_negatives": True}, "losses.inbatch_negatives: no task type"),
     (COLD | {"losses.learn_temperature": True}, "losses.scored_pairs.temperature: 0.005 is below"),

@@ -73,11 +73,26 @@ def test_a_record_is_the_score_of_that_slice_alone(
     )
     alone = Encoder.load(exported["full"]).encode(task.texts, depth=depth, rank=rank, dim=dim)
     size = Size(rank, depth, dim, precision)
-    found = grid.slice_score(task, size, task.score(unit(rounded(alone, precision))))
+    found = grid.slice_score(task, size, task.score(*2 * [unit(rounded(alone, precision))]))
     assert record["score"] == pytest.approx(
       found.score, abs=1e-3 if precision == "float32" else 0.02
     )
     assert record["by_language"].keys() == found.by_language.keys()
+
+
+def test_queries_at_one_size_are_scored_against_documents_at_another(evaluation, exported, data):
+  encoder, pairs = Encoder.load(exported["full"]), evaluation["asymmetric"]
+  sizes = ("query_rank", "query_depth", "rank", "depth")
+  for task in tasks.load_folder(data / "heldout"):
+    own = {tuple(p[s] for s in sizes): p["score"] for p in pairs if p["task"] == task.name}
+    assert own.keys() == {(24, 1, 24, 3), (24, 3, 24, 1), (8, 3, 24, 3), (24, 3, 8, 3)}
+    for (query_rank, query_depth, rank, depth), score in own.items():
+      queries = encoder.encode(task.texts, depth=query_depth, rank=query_rank)
+      documents = encoder.encode(task.texts, depth=depth, rank=rank)
+      languages = task.score(queries, documents).values()
+      expected = np.mean([of_one[task.metric] for of_one in languages])
+      assert score == pytest.approx(expected, abs=1e-3)
+  assert len({p["score"] for p in pairs}) > 4
 
 
 def test_costs_grow_with_depth_and_rank(evaluation):
@@ -92,6 +107,8 @@ def test_page_and_table_are_written(out):
   page = (out / "report.html").read_text()
   assert "heldout/bitext.parquet" in page
   printed = (out / "stdout").read_text()
+  assert "queries at one depth, documents at another (mean of 2 tasks)" in printed
+  assert "Queries at one rank, documents at another (mean of 2 tasks)" in page
   assert "| depth | dim 16 | dim 48 |" in printed and str(out / "report.html") in printed
 
 

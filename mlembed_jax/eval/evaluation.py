@@ -7,7 +7,7 @@ from typing import Self
 from mlembed_jax import typed
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import read_object, write_object
-from mlembed_jax.slice_scores import SliceScore, with_depth
+from mlembed_jax.slice_scores import AsymmetricScore, SliceScore, with_depth
 from mlembed_jax.typed import Count, Size
 
 FORMAT = 1  # of scores.json
@@ -62,6 +62,8 @@ class Evaluation:
   scores: list[SliceScore]
   costs: Costs
   skipped: dict[str, Count]  # how many of what was not scored as it is
+  # Queries at one size, documents at another; tasks of MTEB have none.
+  asymmetric: list[AsymmetricScore] = dataclasses.field(default_factory=list)
 
   def save(self, path: pathlib.Path) -> None:
     """Writes scores.json."""

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from mlembed_jax.models.batched import Batching, encode_batched
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import batch_sharding
 from mlembed_jax.quantize import rounded, unit
-from mlembed_jax.slice_scores import Size, SliceScore
+from mlembed_jax.slice_scores import AsymmetricScore, Size, SliceScore
 
 Ids = Sequence[Sequence[int]]
+Encode = Callable[[Ids, int], Float[np.ndarray, "E N D"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +67,29 @@ def score_slices(
 
   texts = sum(len(task.texts) for task in tasks) * len(axes.ranks)
   with progress.count("scoring", texts, " texts", leave=False, shown=processes.is_first()) as bar:
-    return [found for task in tasks for found in score_task_slices(task, ids(task), axes, encode)]
+    each = (score_task_slices(task, ids(task), axes, encode, pairs=False) for task in tasks)
+    return [found for scores, _ in each for found in scores]
 
 
 def score_task_slices(
-  task: HeldoutTask, ids: Ids, axes: Axes, encode: Callable[[Ids, int], Float[np.ndarray, "E N D"]]
-) -> list[SliceScore]:
-  """Returns one score per rank, depth, dim and precision, on every process.
+  task: HeldoutTask, ids: Ids, axes: Axes, encode: Encode, pairs: bool
+) -> tuple[list[SliceScore], list[AsymmetricScore]]:
+  """Returns one score per rank, depth, dim and precision, on every process, and those of `pairs`.
 
-  `encode` gives the final-norm states at all depths at a rank; each process of a run scores its
-  part of them.
+  Pairs are queries at one depth and documents at another, at the largest rank and dim, and so of
+  ranks at the largest depth. `encode` gives the final-norm states at all depths at a rank; each
+  process of a run scores its part of them.
   """
-  return [
-    found for rank in axes.ranks for found in _score_rank(task, rank, axes, encode(ids, rank))
-  ]
+  scores: list[SliceScore] = []
+  states, of_ranks = np.zeros((0, 0, 0)), dict[tuple[int, int], np.ndarray]()
+  for rank in axes.ranks:
+    states = encode(ids, rank)
+    scores += _score_rank(task, rank, axes, states)
+    of_ranks[rank, axes.depths[-1]] = states[-1]
+  if not (pairs and task.has_documents):
+    return scores, []
+  of_depths = {(axes.ranks[-1], depth): at for depth, at in zip(axes.depths, states, strict=True)}
+  return scores, [*_score_pairs(task, of_depths, axes), *_score_pairs(task, of_ranks, axes)]
 
 
 def _score_rank(
@@ -88,11 +98,32 @@ def _score_rank(
   by_depth = dict(zip(axes.depths, states_END, strict=True))
 
   def score(size: Size) -> dict[str, Any]:
-    by_language = task.score(slice_vectors(by_depth[size.depth], size.dim, size.precision))
-    return dataclasses.asdict(slice_score(task, size, by_language))
+    vectors = slice_vectors(by_depth[size.depth], size.dim, size.precision)
+    return dataclasses.asdict(slice_score(task, size, task.score(vectors, vectors)))
 
   sizes = [Size(rank, *cut) for cut in itertools.product(axes.depths, axes.dims, axes.precisions)]
   return [SliceScore.from_json(value) for value in processes.shared(sizes, score)]
+
+
+def _score_pairs(
+  task: HeldoutTask, states: Mapping[tuple[int, int], Float[np.ndarray, "N D"]], axes: Axes
+) -> list[AsymmetricScore]:
+  """Returns the score of each pair of different sizes (rank, depth), queries at the first."""
+  vectors = {
+    size: slice_vectors(of_size, axes.dims[-1], axes.precisions[0])
+    for size, of_size in states.items()
+  }
+
+  def score(pair: tuple[tuple[int, int], tuple[int, int]]) -> dict[str, Any]:
+    by_language = task.score(*(vectors[size] for size in pair))
+    main = {lang: metrics[task.metric] for lang, metrics in by_language.items()}
+    mean = statistics.fmean(main.values())
+    return dataclasses.asdict(
+      AsymmetricScore(task.name, task.metric, *pair[0], *pair[1], mean, main)
+    )
+
+  pairs = list(itertools.permutations(vectors, 2))
+  return [AsymmetricScore(**value) for value in processes.shared(pairs, score)]
 
 
 def slice_score(task: HeldoutTask, size: Size, by_language: ByLanguage) -> SliceScore:

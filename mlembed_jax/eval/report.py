@@ -36,7 +36,7 @@ def write_page(path: str | pathlib.Path, evaluation: Evaluation) -> None:
 
 def page(evaluation: Evaluation) -> str:
   """Returns the HTML page about an evaluation."""
-  points = summary.points(evaluation)
+  points, pairs = summary.points(evaluation), summary.pair_tables(evaluation)
   data = payload(evaluation)
   costs = [cost for cost in summary.varying(points) if len(points) > 1]
   hidden = {
@@ -44,6 +44,7 @@ def page(evaluation: Evaluation) -> str:
     "no_depths": max(len(summary.axis(points, key)) for key in ("depth", "dim")) == 1,
     "no_ranks": len(summary.axis(points, "rank")) == 1,
     "no_curves": not costs,
+    "no_pairs": not pairs,
   }
   parts = {
     "model": _escape(evaluation.model),
@@ -51,6 +52,7 @@ def page(evaluation: Evaluation) -> str:
     "measured": _measured(evaluation, points),
     "answer": _answer(evaluation, points, data),
     "depths": _depths(points),
+    "pairs": "\n".join(map(_pairs, pairs)),
     "charts": "\n".join(_chart(cost) for cost in costs),
     "languages": _languages(data),
     "tasks": _tasks(evaluation, summary.full(points)),
@@ -270,6 +272,21 @@ def _depths(points: Sequence[Point]) -> str:
     for depth in reversed(summary.axis(points, "depth"))
   ]
   return _table("heat", ["depth", *map(str, dims)], ["<tbody>", *rows, "</tbody>"])
+
+
+def _pairs(table: summary.PairTable) -> str:
+  """Returns queries x documents, with what it shows above."""
+  sizes = [str(size or "full") for size in table.sizes]
+  rows = [
+    f'<tr><th scope="row">{query or "full"}'
+    + "".join(f"<td>{summary.percent(table.cells.get((query, size)))}" for size in table.sizes)
+    for query in reversed(table.sizes)
+  ]
+  cells = _table("heat", [table.axis, *sizes], ["<tbody>", *rows, "</tbody>"])
+  return (
+    f"<figure><figcaption>{_escape(table.title[0].upper() + table.title[1:])}</figcaption>"
+    f'<div class="scroll">{cells}</div></figure>'
+  )
 
 
 def _score_of(found: Point | SliceScore | None) -> float | None:

@@ -26,7 +26,7 @@ from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.models import flops
 from mlembed_jax.models.encoder import parameter_count
-from mlembed_jax.slice_scores import SliceScore, with_depth
+from mlembed_jax.slice_scores import AsymmetricScore, SliceScore, with_depth
 
 FORMAT = 1  # of a file of a finished task, which states none yet
 GRID_PRECISIONS = ("float32", "int8", "binary")
@@ -56,6 +56,7 @@ class TaskScores:
 
   scores: list[SliceScore]
   truncated: typed.Count  # of its texts were cut
+  asymmetric: list[AsymmetricScore] = dataclasses.field(default_factory=list)
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Self:
@@ -90,8 +91,8 @@ def score_task(encoder: Encoder, task: HeldoutTask, axes: Axes) -> TaskScores:
   try:
     with warnings.catch_warnings(action="ignore"):  # texts that are cut are counted
       ids = encoder.ids(task.texts, "")
-    scores = grid.score_task_slices(task, ids, axes, encode)
-    return TaskScores(scores, encoder.truncated - before)
+    scores, asymmetric = grid.score_task_slices(task, ids, axes, encode, pairs=True)
+    return TaskScores(scores, encoder.truncated - before, asymmetric)
   except ValueError as error:
     raise DataError(f"{task.name}: {error}") from error
 
@@ -273,6 +274,7 @@ def evaluate_encoder(
     scores=scores,
     costs=measure_costs(encoder, axes),
     skipped={"texts_truncated": sum(task.truncated for task in scored)},
+    asymmetric=[found for task in scored for found in task.asymmetric],
   )
 
 

@@ -203,11 +203,63 @@ def times(factor: float | None) -> str:
   return "–" if factor is None else f"{factor:.1f} x" if factor < 9.95 else f"{factor:.0f} x"
 
 
+@dataclasses.dataclass(frozen=True)
+class PairTable:
+  """Mean scores of queries at one size against documents at another, along one axis."""
+
+  axis: str  # depth or rank
+  sizes: list[int]  # smallest first
+  tasks: int  # whose mean it is
+  cells: dict[tuple[int, int], float]  # (size of the queries, size of the documents)
+
+  @property
+  def title(self) -> str:
+    """What the table shows."""
+    tasks = f"mean of {self.tasks} tasks" if self.tasks > 1 else "one task"
+    return f"queries at one {self.axis}, documents at another ({tasks})"
+
+
+def pair_tables(evaluation: Evaluation) -> list[PairTable]:
+  """Returns the table of depths at full rank and that of ranks at full depth, where there are any.
+
+  Tasks without documents, and those of MTEB, are no part of the means.
+  """
+  having = {found.task for found in evaluation.asymmetric}
+  tasks = [name for name in task_names(evaluation) if name in having]
+  found = [_pair_table(evaluation, tasks, axis) for axis in ("depth", "rank")] if tasks else []
+  return [table for table in found if any(query != size for query, size in table.cells)]
+
+
+def _pair_table(evaluation: Evaluation, tasks: list[str], name: str) -> PairTable:
+  same = [s for s in evaluation.scores if s.task in tasks]
+  whole = full(same)
+  other = "rank" if name == "depth" else "depth"
+  scores: dict[tuple[int, int], list[float]] = defaultdict(list)
+  for s in same:
+    if s.size == whole.size._replace(**{name: getattr(s, name)}):
+      scores[getattr(s, name), getattr(s, name)].append(s.score)
+  for pair in evaluation.asymmetric:
+    if getattr(pair, other) == getattr(pair, f"query_{other}") == getattr(whole, other):
+      scores[getattr(pair, f"query_{name}"), getattr(pair, name)].append(pair.score)
+  cells = {pair: statistics.fmean(found) for pair, found in scores.items()}
+  return PairTable(name, axis(same, name), len(tasks), cells)
+
+
+def _pairs_text(table: PairTable) -> str:
+  rows = [
+    [str(query or "full"), *(percent(table.cells.get((query, size))) for size in table.sizes)]
+    for query in table.sizes
+  ]
+  header = [f"queries \\ documents, {table.axis}", *(str(size or "full") for size in table.sizes)]
+  return f"{table.title}:\n\n{markdown(header, rows)}"
+
+
 def text_table(evaluation: Evaluation) -> str:
   """Returns the scores in percent and the cheapest slices as markdown tables.
 
   Depth x dim of each task and of their mean at full rank and precision, then rank x dim of the mean
-  at full depth; of a single slice, its tasks by precision.
+  at full depth, and queries at one size against documents at another; of a single slice, its tasks
+  by precision.
   """
   tasks = task_names(evaluation)
   by_task = {task: points(evaluation, task) for task in tasks}
@@ -222,6 +274,7 @@ def text_table(evaluation: Evaluation) -> str:
     ]
     if len(axis(means, "rank")) > 1:
       parts.append(f"mean at full depth:\n\n{_by_dim(means, 'rank', _cell)}")
+    parts += map(_pairs_text, pair_tables(evaluation))
   return "\n\n".join([*parts, *_cheapest_table(evaluation, means)])
 
 

@@ -39,6 +39,7 @@ from mlembed_jax.eval.scores import Scores
 
 Vectors = Float[np.ndarray, "N D"]
 ByLanguage = dict[str, Scores]
+Score = Callable[[Vectors, Vectors], ByLanguage]
 SUPPORT, TEST, SCORE = "support", "test", "score"
 LANG = "lang"
 LABELS = ("intent", "label")  # texts or whole numbers
@@ -60,14 +61,24 @@ METRICS = {  # the main score of each task type, as in MTEB
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutTask:
-  """One held-out file. `score` takes unit vectors of `texts`, in order; higher is better."""
+  """One held-out file.
+
+  `score` takes unit vectors of `texts`, in order, once for those that are queries and once for
+  those that are documents; higher is better. Documents are what is found, what labels are learnt
+  from, and the second texts of pairs.
+  """
 
   name: str
   type: str
   texts: list[str]
-  score: Callable[[Vectors], ByLanguage]
+  score: Score
   digest: str  # of all that decides the scores of given vectors, and of the texts
   unknown: str  # tags that name no known language, each scored as one of its own
+
+  @property
+  def has_documents(self) -> bool:
+    """Returns whether texts are compared with others; those of a clustering are all alike."""
+    return self.type != "clustering"
 
   @property
   def metric(self) -> str:
@@ -185,7 +196,7 @@ def _columns(file: File, names: Sequence[str]) -> list[list[Any]]:
   return [columns[name] for name in names]
 
 
-def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vectors], ByLanguage]:
+def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Score:
   langs, sources, targets = columns
   source, target = texts.queries(sources), texts.documents(targets)
   # Two rows of a language may have one target, as the same English in pt and pt-BR.
@@ -193,21 +204,19 @@ def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vec
     lang: (source[rows], *np.unique(target[rows], return_inverse=True))
     for lang, rows in _groups(langs).items()
   }
-  return lambda vectors: {
-    lang: scores.bitext(vectors[sources], vectors[targets], right)
+  return lambda queries, documents: {
+    lang: scores.bitext(queries[sources], documents[targets], right)
     for lang, (sources, targets, right) in pools.items()
   }
 
 
-def _retrieval(
-  name: str, columns: list[list[Any]], texts: _Texts
-) -> Callable[[Vectors], ByLanguage]:
-  langs, titles, passages = columns
-  query, document = texts.queries(titles), texts.documents(passages)
+def _retrieval(name: str, columns: list[list[Any]], texts: _Texts) -> Score:
+  langs, asked, found = columns
+  query, document = texts.queries(asked), texts.documents(found)
   groups = {lang: _relevant(query[rows], document[rows]) for lang, rows in _groups(langs).items()}
-  return lambda vectors: {
-    lang: scores.retrieval(vectors[queries], vectors[documents], relevant)
-    for lang, (queries, documents, relevant) in groups.items()
+  return lambda queries, documents: {
+    lang: scores.retrieval(queries[titles], documents[passages], relevant)
+    for lang, (titles, passages, relevant) in groups.items()
   }
 
 
@@ -218,21 +227,19 @@ def _relevant(query: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, np.n
   return queries, documents, [np.unique(place[query == one]) for one in queries]
 
 
-def _classification(
-  name: str, columns: list[list[Any]], texts: _Texts
-) -> Callable[[Vectors], ByLanguage]:
-  langs, labels, queries, splits = columns
+def _classification(name: str, columns: list[list[Any]], texts: _Texts) -> Score:
+  langs, labels, given, splits = columns
   if unknown := sorted(set(splits) - {SUPPORT, TEST}):
     raise DataError(f"{name}: split {unknown[0]!r} is neither {SUPPORT!r} nor {TEST!r}")
-  place, label = texts.queries(queries), np.array(labels)
+  place, label = texts.queries(given), np.array(labels)
   taught = _taught(name, _groups(langs), np.array(splits) == SUPPORT)
 
-  def score(vectors: Vectors) -> ByLanguage:
+  def score(queries: Vectors, documents: Vectors) -> ByLanguage:
     found: ByLanguage = {}
     for train, tests in taught:
       rows = np.concatenate([*tests.values()])
       right = scores.classification(
-        vectors[place[train]], label[train], vectors[place[rows]], label[rows]
+        documents[place[train]], label[train], queries[place[rows]], label[rows]
       )
       language = np.repeat([*tests], [len(test) for test in tests.values()])
       for lang in tests:
@@ -262,26 +269,24 @@ def _taught(
   return [*alone, (english, others)] if others else alone
 
 
-def _clustering(
-  name: str, columns: list[list[Any]], texts: _Texts
-) -> Callable[[Vectors], ByLanguage]:
+def _clustering(name: str, columns: list[list[Any]], texts: _Texts) -> Score:
   langs, labels, queries = columns
   place, label = texts.queries(queries), np.array(labels)
   groups = _groups(langs)
-  return lambda vectors: {
+  return lambda vectors, _: {
     lang: scores.clustering(vectors[place[rows]], label[rows]) for lang, rows in groups.items()
   }
 
 
-def _sts(name: str, columns: list[list[Any]], texts: _Texts) -> Callable[[Vectors], ByLanguage]:
-  langs, queries, passages, gold = columns
-  first, second = texts.queries(queries), texts.documents(passages)
+def _sts(name: str, columns: list[list[Any]], texts: _Texts) -> Score:
+  langs, firsts, seconds, gold = columns
+  first, second = texts.queries(firsts), texts.documents(seconds)
   known = np.array(gold, np.float64)
   groups = _groups(langs)
   if unfit := [lang for lang, rows in groups.items() if not 0 < np.ptp(known[rows]) < np.inf]:
     raise DataError(f"{name}: the scores of {unfit[0]} are absent, not finite or all equal")
-  return lambda vectors: {
-    lang: scores.sts(vectors[first[rows]], vectors[second[rows]], known[rows])
+  return lambda queries, documents: {
+    lang: scores.sts(queries[first[rows]], documents[second[rows]], known[rows])
     for lang, rows in groups.items()
   }
 

@@ -251,6 +251,17 @@ def sentence_bert_config(variant: Variant) -> dict[str, Any]:
   return {"max_seq_length": variant.run.config.export.max_seq_length, "do_lower_case": False}
 
 
+def prompts_of(run: Run) -> dict[str, str]:
+  """Returns the prompts of a run's exports.
+
+  A copy of an embedder, which learnt from a teacher alone, has those of the embedder. Others have
+  their own, beside those of the embedder that they started from.
+  """
+  if run.prompts is not None and not run.config.losses.contrastive:
+    return {"query": "", "document": "", **run.prompts}
+  return {**(run.prompts or {}), **prompts(run.datasets)}
+
+
 def prompts(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
   """Returns the prompts by name: query, document, MTEB task types, and training files.
 

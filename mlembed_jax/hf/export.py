@@ -207,7 +207,7 @@ def _write(
     family = FAMILIES[variant.body.family]
     for file, code in config_files.remote_code(family).items():
       write_text(folder / file, code)
-  prompts = config_files.prompts(variant.run.datasets)
+  prompts = config_files.prompts_of(variant.run)
   for path, value in {
     CONFIG: config_files.model_config(variant, tokenizer, spec),
     TOKENIZER: spec,

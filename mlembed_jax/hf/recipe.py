@@ -297,6 +297,34 @@ def read(path: pathlib.Path, pooled_token: str | None = None) -> Recipe:
   return found
 
 
+def stated_prompts(path: pathlib.Path) -> dict[str, str] | None:
+  """Returns the prompts of an embedder's folder, None of a folder that is no embedder.
+
+  Raises:
+    LoadError: the file of the prompts says what cannot be done here.
+  """
+  if not is_embedder(path):
+    return None
+  reading = _Reading(path, [])
+  found = _prompts(reading, reading.object(PROMPTS, PROMPTS_RULES))
+  raise_all(path, reading.problems)
+  return found
+
+
+def is_mrl(path: pathlib.Path) -> bool:
+  """Returns whether a folder says that leading coordinates are embeddings by themselves.
+
+  Exports say so in mlembed.json, other models in config.json, by the keys that vLLM reads.
+  """
+  if own := own_file.read(path):
+    return len(own.dims.trained) > 1
+  config = read_config(path)
+  dims, width = config.get("matryoshka_dimensions"), config.get("hidden_size") or 0
+  if not isinstance(dims, list):
+    return config.get("is_matryoshka") is True
+  return any(isinstance(dim, int) and dim < width for dim in dims)
+
+
 def training_problems(found: Recipe) -> list[str]:
   """Returns what a folder does to texts or states that training would leave out."""
   problems = []
@@ -306,6 +334,8 @@ def training_problems(found: Recipe) -> list[str]:
     problems.append("it has modules after pooling, such as Dense; training has none")
   if found.tokenizer.before:
     problems.append("its tokenizer puts a token before every text; training puts none")
+  if (count := len(found.tokenizer.after)) > 1:
+    problems.append(f"its tokenizer puts {count} tokens after a text; training puts one")
   if found.lower_case:
     problems.append("it makes texts lower case; training leaves them as they are")
   return problems

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mlembed_jax.data.tokenizer import PREFIX, QUERY, Tokenizer, Vocabulary
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json
 from mlembed_jax.hf import stored_ranges
-from mlembed_jax.hf.config_files import prompts
+from mlembed_jax.hf.config_files import prompts_of
 from mlembed_jax.hf.export import TrainedModel
 from mlembed_jax.hf.own_file import TrimmedVocabulary
 
@@ -41,7 +41,8 @@ def trim(
     DataError: the tokenizer cannot be cut, or not to so few tokens.
   """
   config, old = trained.run.config, np.asarray(trained.params["table"])
-  protected = protected_ids(trained.tokenizer, trained.run.datasets)
+  run = trained.run
+  protected = protected_ids(trained.tokenizer, run.datasets, prompts_of(run).values())
   tokenizer, ids = write_tokenizer(folder / TOKENIZER, trained.tokenizer, use, protected, most)
   table = vocabulary.table_rows(old, ids, min(vocabulary.padded_rows(len(ids)), len(old)))
   found = TrimmedVocabulary(config.model.vocab, len(ids), tuple(texts), use.changed(ids))
@@ -78,13 +79,15 @@ def write_tokenizer(
   return path, ids
 
 
-def protected_ids(whole: Vocabulary, datasets: Mapping[str, Mapping[str, Any]]) -> set[int]:
+def protected_ids(
+  whole: Vocabulary, datasets: Mapping[str, Mapping[str, Any]], prompts: Iterable[str]
+) -> set[int]:
   """Returns the ids of all prompts and instructions, which stand before any text.
 
   `datasets` are manifest entries by file.
   """
   instructions = [PREFIX.format(instruction=e["instruction"]) for e in datasets.values()]
-  texts = [*prompts(datasets).values(), *instructions, PREFIX.format(instruction="a") + QUERY]
+  texts = [*prompts, *instructions, PREFIX.format(instruction="a") + QUERY]
   return {one for ids in whole.ids([text for text in texts if text]) for one in ids}
 
 

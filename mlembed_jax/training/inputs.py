@@ -54,6 +54,7 @@ class Inputs:
   tokenizer: Tokenizer
   tasks: list[tasks.HeldoutTask]
   teacher: Teacher | None
+  prompts: dict[str, str] | None  # of the embedder that training starts from; None: it does not
 
   @functools.cached_property
   def _kinds(self) -> dict[str, Kind]:
@@ -96,8 +97,11 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
       "readers of an export would split texts in another way; prepare the data with a tokenizer "
       "that has it there, or with another pooled token"
     )
+  prompts = None
   if config.train.init_from and not steps_of(workdir):  # else weights come from a checkpoint
-    check_start(resolve(config.train.init_from), config, tokenizer)
+    start = resolve(config.train.init_from)
+    check_start(start, config, tokenizer)
+    prompts = recipe.stated_prompts(start)
   teacher = open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
   chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)
@@ -117,6 +121,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     tokenizer=tokenizer,
     tasks=[tasks.load_task(file, data.language_key) for file in heldout],
     teacher=teacher,
+    prompts=prompts,
   )
 
 
@@ -273,7 +278,7 @@ def describe(config: Config, inputs: Inputs) -> Run:
   entries = {file.name: file.entry for file in inputs.split.files}
   teacher = inputs.teacher.version if inputs.teacher else ""
   plan = inputs.plan.as_json() | {"teacher": teacher}
-  return Run(config, entries, plan, tokenizer=inputs.tokenizer.fingerprint)
+  return Run(config, entries, plan, tokenizer=inputs.tokenizer.fingerprint, prompts=inputs.prompts)
 
 
 def report(inputs: Inputs, total_steps: int, workdir: pathlib.Path) -> None:

@@ -346,6 +346,7 @@ def resumed(
     config=dataclasses.replace(run.config, data=data),
     history=[*stored.history, *([entry] if entry else [])],
     digests_since=start + 1 if stored.digests_since is None else stored.digests_since,
+    prompts=stored.prompts,
   )
   if entry:
     processes.on_first(lambda: (run.save(workdir), _drop_scores_after(workdir, start)))

@@ -16,7 +16,7 @@ from mlembed_jax.data.tokenizer import Tokenizer, Vocabulary
 from mlembed_jax.data.vocabulary import table_rows
 from mlembed_jax.errors import ConfigError, LoadError
 from mlembed_jax.hf import own_file, recipe
-from mlembed_jax.hf.folder import check_folder, ids_of_tokens, read_model
+from mlembed_jax.hf.folder import HUB, check_folder, ids_of_tokens, read_model, resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.hf.recipe import Recipe
 from mlembed_jax.matryoshka import axes_of
@@ -87,9 +87,12 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   if config.kd.teacher in ("", STORED):
     return None
   path = pathlib.Path(config.kd.teacher)
+  if config.kd.teacher.startswith(HUB):
+    path = resolve(config.kd.teacher)
   if not path.is_dir():
     raise ConfigError(
-      f"kd.teacher: {path} is no folder; give a workdir, an exported folder, or {STORED!r}"
+      f"kd.teacher: {path} is no folder; give a workdir, an exported folder, {HUB}ORG/NAME, or "
+      f"{STORED!r}"
     )
   is_workdir = (path / RUN).is_file()
   if not is_workdir and not (path / "config.json").is_file():
@@ -100,6 +103,7 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   found = _from_workdir(path) if is_workdir else _from_folder(path)
   model = dataclasses.replace(found.model, dtype=config.model.dtype, attention="auto", remat="none")
   _check_width(config, model.width, config.kd.teacher)
+  _check_mrl(config, found.mrl, str(path))
   ids = _token_ids(path, found, tokenizer)
   if not is_workdir:
     check_folder(path, model, tokenizer)
@@ -119,6 +123,7 @@ def check_stored(config: Config, split: Split) -> None:
       print(f"{file.name}: no teacher_vectors; it is trained without a teacher", flush=True)
       continue
     _check_width(config, shape[1], file.name)
+    _check_mrl(config, False, f"the teacher_vectors of {file.name}")
     _check_norms(config, split, file)
 
 
@@ -156,6 +161,7 @@ class _Found:
   exits: tuple[int, ...]
   pooled_token: str | None  # None: no embedding model
   version: str
+  mrl: bool  # leading coordinates are embeddings by themselves
   step: int | None = None
 
 
@@ -163,8 +169,9 @@ def _from_workdir(path: pathlib.Path) -> _Found:
   config = Run.load(path).config
   # It is held until its weights are read, minutes later, and at no time in between is it not.
   step, _ = saved.read_newest(path, lambda found: saved.hold(path, found, TEACHER))
-  exits = axes_of(config.model, config.matryoshka).exits
-  return _Found(config.model, exits, config.data.pooled_token, f"step {step}", step)
+  axes = axes_of(config.model, config.matryoshka)
+  mrl, token = len(axes.dims) > 1, config.data.pooled_token
+  return _Found(config.model, axes.exits, token, f"step {step}", mrl, step)
 
 
 def _from_folder(path: pathlib.Path) -> _Found:
@@ -172,10 +179,11 @@ def _from_folder(path: pathlib.Path) -> _Found:
   own, end = own_file.read(path), None
   if recipe.is_embedder(path):
     end = _checked(path, recipe.read(path)).tokenizer.end
+  mrl = recipe.is_mrl(path)
   if not own:
-    return _Found(model, (model.layers,), end, version)
+    return _Found(model, (model.layers,), end, version, mrl)
   trained = tuple(e for e in own.exits.trained if e <= model.layers)
-  return _Found(model, trained or (model.layers,), own.pooling.token, version)
+  return _Found(model, trained or (model.layers,), own.pooling.token, version, mrl)
 
 
 def _checked(path: pathlib.Path, found: Recipe) -> Recipe:
@@ -203,6 +211,15 @@ def _check_width(config: Config, width: int, name: str) -> None:
       f"kd.teacher: {name} gives {width} dims, fewer than model.width = "
       f"{config.model.width}; take a teacher that is at least as wide, or learn its similarities "
       "alone (kd.similarity, with kd.weight and kd.prefix 0)"
+    )
+
+
+def _check_mrl(config: Config, stated: bool, name: str) -> None:
+  if config.kd.prefix and not (stated or config.kd.mrl):
+    raise ConfigError(
+      f"kd.prefix: nothing says that leading coordinates of {name} are embeddings by themselves; "
+      "learn its similarities at every dimension (kd.similarity, with kd.prefix 0), or set kd.mrl "
+      "if you know that it was trained so"
     )
 
 

@@ -1,10 +1,11 @@
 """An evaluation as a trained 0.6B model could give it; every number is invented."""
 
+import itertools
 import math
 import random
 
 from mlembed_jax.eval.evaluation import BodyCost, Costs, Evaluation, Latency, TaskSummary
-from mlembed_jax.slice_scores import SliceScore
+from mlembed_jax.slice_scores import AsymmetricScore, SliceScore
 
 DEPTHS, DIMS = (4, 8, 12, 16, 20, 24, 28), (8, 16, 32, 64, 128, 256, 512, 1024)
 RANKS, PRECISIONS = (64, 128, 256, 512), ("float32", "int8", "binary")
@@ -22,6 +23,14 @@ def score(top, noise, rank, depth, dim, precision):
   lost = 0.9 / math.log2(dim) ** 1.6 + 0.25 * math.exp(-depth / 6) + 1.6 / rank
   small = 1 + 6 / math.log2(dim) if precision == "binary" else 1
   return top * (1.1 - lost - small * PENALTY[precision]) + noise.gauss(0, 0.0015)
+
+
+def pairs(task, metric, ranks, depths):
+  """Returns what deeper queries and documents score more, at the largest rank."""
+  return [
+    AsymmetricScore(task, metric, ranks[-1], query, ranks[-1], depth, (query + 2 * depth) / 100, {})
+    for query, depth in itertools.permutations(depths, 2)
+  ]
 
 
 def evaluation(
@@ -67,4 +76,7 @@ def evaluation(
       device="cpu (2 cores)",
     ),
     skipped={"texts_truncated": 12},
+    asymmetric=[
+      pair for name, _, metric, _ in tasks for pair in pairs(name, metric, ranks, depths)
+    ],
   )

@@ -45,13 +45,13 @@ def test_a_score_is_the_score_of_the_cut_model(tiny, params, inputs, contents, r
   lengths = np.array([len(row) for row in ids])
   apply = jax.jit(padded(slice_config(tiny.model, cut)))
   vectors = np.asarray(apply({"params": slice_params(params, cut)}, tokens, lengths)[-1])[:, :dim]
-  expected = content(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))["all"]["f1"]
+  expected = content(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), None)["all"]["f1"]
   assert contents[rank, depth, dim] == pytest.approx(expected, rel=1e-3)
   others = [value for cell, value in contents.items() if cell != (rank, depth, dim)]
   assert min(abs(value - expected) for value in others) > 0.01 * abs(expected)
 
 
-def content(vectors):
+def content(vectors, _):
   """Returns a "score" that any change of the vectors changes."""
   weights = np.random.default_rng(len(vectors)).normal(size=(len(vectors), 1))
   return {"all": {"f1": float(np.sum(weights * vectors * np.arange(1, vectors.shape[1] + 1)))}}

@@ -149,7 +149,7 @@ def test_data_cannot_become_markup(evaluation):
 def test_one_slice_has_tables_and_no_charts():
   one = made_up.evaluation((28,), (1024,), (0,), ("float32",))
   page = Reader(report.page(one))
-  assert not shown(page, "h-sizes") and not shown(page, "h-costs")
+  assert not shown(page, "h-sizes") and not shown(page, "h-costs") and not shown(page, "h-pairs")
   assert shown(page, "h-languages") and shown(page, "h-tasks")
   assert not [a for _, a in page.elements if "data-cost" in a]
   assert "full token table" in " ".join(page.text)

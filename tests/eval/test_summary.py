@@ -168,10 +168,18 @@ def test_the_text_of_a_grid(evaluation):
   lines = summary.text_table(evaluation).splitlines()
   headings = [line for line in lines if line.endswith(":")]
   tasks = [task.name for task in evaluation.tasks]
-  assert headings == [f"{name}:" for name in [*tasks, "mean", "mean at full depth"]]
+  pairs = "queries at one depth, documents at another (mean of 4 tasks)"
+  assert headings == [f"{name}:" for name in [*tasks, "mean", "mean at full depth", pairs]]
   top = summary.full(summary.points(evaluation)).score
   full_depth = next(line for line in lines[lines.index("mean:") :] if line.startswith("| 28 |"))
   assert full_depth.endswith(f"| {summary.percent(top)} |")
+  half = lines[lines.index(f"{pairs}:") :][7]  # after depths 4, 8 and 12
+  assert half.startswith("| 16 |") and half.endswith(f"| {16 + 2 * 28}.0 |")
+  assert half.split(" | ")[4] == next(
+    summary.percent(p.score)
+    for p in summary.points(evaluation)
+    if p.size == summary.full(summary.points(evaluation)).size._replace(depth=16)
+  )
   assert sum(line.startswith("| latency |") for line in lines) == 2
 
 

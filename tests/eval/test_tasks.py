@@ -26,7 +26,7 @@ def vectors(task, by_text):
 
 
 def main_scores(task, by_text):
-  found = task.score(vectors(task, by_text))
+  found = task.score(*2 * [vectors(task, by_text)])
   return {lang: scores[task.metric] for lang, scores in found.items()}
 
 
@@ -215,7 +215,7 @@ def test_a_row_may_have_another_language_than_its_file(tmp_path):
   write_parquet(tmp_path / "t.parquet", columns)
   described = {"task_type": "clustering", "instruction": "", "lang": "sw"}
   task = tasks.load_task(File("t.parquet", described, str(tmp_path)))
-  assert set(task.score(np.eye(3, dtype=np.float32))) == {"deu-Latn", "swa-Latn"}
+  assert set(task.score(*2 * [np.eye(3, dtype=np.float32)])) == {"deu-Latn", "swa-Latn"}
 
 
 # One language, one name.
@@ -254,9 +254,9 @@ def test_tags_of_three_conventions_score_as_one_spelling(tmp_path, task_type, mo
   written = load(tmp_path, task_type, "as-written", lang=tags_of(LANGUAGES), **columns)
   assert one.texts == three.texts
   found = unit(np.random.default_rng(0).normal(size=(len(one.texts), 4)).astype(np.float32))
-  assert three.score(found) == one.score(found)
-  assert len(one.score(found)) == len(LANGUAGES)
-  assert len(written.score(found)) == 3 * len(LANGUAGES)
+  assert three.score(found, found) == one.score(found, found)
+  assert len(one.score(found, found)) == len(LANGUAGES)
+  assert len(written.score(found, found)) == 3 * len(LANGUAGES)
   assert three.digest != written.digest
 
 
@@ -267,7 +267,7 @@ def test_merged_pools_are_harder(tmp_path):
   def mean(scheme):
     task = load(tmp_path, "bitext", scheme, lang=tags, **columns)
     rng = np.random.default_rng(0)
-    found = task.score(unit(rng.normal(size=(len(task.texts), 16)).astype(np.float32)))
+    found = task.score(*2 * [unit(rng.normal(size=(len(task.texts), 16)).astype(np.float32))])
     return np.mean([scores["accuracy"] for scores in found.values()])
 
   assert mean("as-written") > 2 * mean("language-script")

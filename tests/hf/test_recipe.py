@@ -379,13 +379,14 @@ def test_training_says_what_it_would_leave_out(copy: pathlib.Path):
   all_of(
     change(POOLING, pooling_mode="mean"),
     change(BERT, do_lower_case=True),
-    around("<|im_start|> $A <|endoftext|>"),
+    around("<|im_start|> $A <|im_start|> <|endoftext|>"),
   )(copy)
   problems = recipe.training_problems(recipe.read(copy))
   assert [problem.split(";")[0] for problem in problems] == [
     "its pooling is mean",
     "it has modules after pooling, such as Dense",
     "its tokenizer puts a token before every text",
+    "its tokenizer puts 2 tokens after a text",
     "it makes texts lower case",
   ]
   all_of(modules(0, 1, 3), change(POOLING, pooling_mode="lasttoken"))(copy)

@@ -96,8 +96,7 @@ def test_prompts_and_instructions_stay_whole(factorised: Trained, tmp_path: path
   assert len(texts) > 5
   for old, new in zip(tokenizer.ids(texts), small.tokenizer.ids(texts), strict=True):
     assert len(old) == len(new)
-  least = len(
-    vocabulary.kept_ids(tokenizer.spec, 0 * use.counts, protected_ids(tokenizer, run.datasets))
-  )
+  protected = protected_ids(tokenizer, run.datasets, texts)
+  least = len(vocabulary.kept_ids(tokenizer.spec, 0 * use.counts, protected))
   with pytest.raises(DataError, match="that every text, the instructions and"):
     trim(TrainedModel(run, 20, params, tokenizer), use, (), least - 1, tmp_path)

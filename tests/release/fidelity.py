@@ -75,7 +75,7 @@ def sample(path: pathlib.Path) -> list[str]:
 
 def main_score(task: HeldoutTask, vectors: np.ndarray) -> float:
   """Returns the mean over the languages of a task, in percent."""
-  by_language = task.score(vectors).values()
+  by_language = task.score(vectors, vectors).values()
   return 100 * float(np.mean([scores[task.metric] for scores in by_language]))
 
 

@@ -282,6 +282,27 @@ def test_teachers_that_cannot_teach_are_refused(workdir, tokenizer, fields, mess
     open_teacher(student(workdir, **fields), tokenizer)
 
 
+def test_leading_coordinates_are_learnt_of_teachers_that_were_trained_so(
+  exported, tokenizer, tmp_path
+):
+  folder, prefix = pathlib.Path(shutil.copytree(exported, tmp_path / "copy")), {"kd.prefix": 1.0}
+
+  def state(file, **values):
+    stated = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(stated | values))
+
+  with pytest.raises(ConfigError, match=r"kd.prefix: nothing says that leading coordinates of"):
+    open_teacher(student(folder, **prefix), tokenizer)
+  open_teacher(student(folder, **prefix, **{"kd.mrl": True}), tokenizer)
+  state("mlembed.json", dims={"trained": [16, 64], "exported": 64})
+  open_teacher(student(folder, **prefix), tokenizer)
+  (folder / "mlembed.json").unlink()
+  with pytest.raises(ConfigError, match=r"kd.prefix: nothing says"):
+    open_teacher(student(folder, **prefix), tokenizer)
+  state("config.json", matryoshka_dimensions=[16, 64])
+  open_teacher(student(folder, **prefix), tokenizer)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(workdir, tmp_path):
   other = train_tokenizer(600)
   other.add_tokens(["unheard"])
@@ -323,12 +344,16 @@ def stored(folder, width, unit=False):
 
 
 def test_stored_vectors_must_be_there_and_wide_enough(tmp_path, prepared):
-  config = student("stored")
-  check_stored(config, prepared(stored(tmp_path, 48)))
+  config, found = student("stored"), prepared(stored(tmp_path, 48))
+  check_stored(config, found)
   with pytest.raises(
     ConfigError, match=r"pairs\.parquet gives 40 dims, fewer than model.width = 48"
   ):
     check_stored(config, prepared(stored(tmp_path, 40), "narrow"))
+  prefix = {"kd.prefix": 1.0, "kd.space": "unit"}
+  with pytest.raises(ConfigError, match=r"of the teacher_vectors of pairs.parquet are"):
+    check_stored(student("stored", **prefix), found)
+  check_stored(student("stored", **prefix, **{"kd.mrl": True}), found)
   with pytest.raises(ConfigError, match="no training file has teacher_vectors"):
     check_stored(config, prepared({"a.parquet": (scored(16), entry("scored_pairs", 0, ""))}, "no"))
 

@@ -1,14 +1,18 @@
 """Training on texts alone, of which only a teacher says something: from files to an update."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from mlembed_jax import train_model
-from mlembed_jax.config import from_mapping
+from mlembed_jax.config import from_mapping, load_config
 from mlembed_jax.data import catalog
 from mlembed_jax.errors import ConfigError, DataError
+from mlembed_jax.hf import recipe
 from tests.material import (
   batches_of,
   config_dict,
@@ -19,7 +23,7 @@ from tests.material import (
   train_tokenizer,
   write_files,
 )
-from tests.runs import lines, run
+from tests.runs import ENVIRONMENT, ROOT, lines
 
 ALONE = entry("text", 0, "")
 TEXTS = [text for lang in ("de", "zh") for text in sentences(lang)[:120]]
@@ -66,28 +70,35 @@ def test_what_texts_alone_cannot_have_is_refused(tmp_path, change, message):
     prepare_dataset(tmp_path)
 
 
-# A run that starts as its teacher, whose last layer teaches every exit.
-ELASTIC = {
-  "kd.match": "last",
-  "kd.space": "unit",
-  "kd.prefix": 0.5,
-  "kd.similarity": 0.5,
-  "losses.contrastive": 0.0,
-  "matryoshka.ranks": "(24,)",
+SMALL = {
+  "data.lengths": "(32,)",
+  "data.global_batch": 8,
+  "data.workers": 0,
+  "model.dtype": "float32",
+  "train.epochs": 0.0,
+  "train.log_every": 1,
+  "train.trackers": "()",
   "optimizer.warmup_steps": 1,
+  "export.at_end": True,
 }
 
 
 def elastic(alone, teacher, workdir, **fields):
-  same = {"kd.teacher": teacher, "train.init_from": teacher}
-  done = run(alone, workdir, **ELASTIC | same | fields)
+  """Trains an elastic copy by the configuration file, and returns the lines of its metrics."""
+  flags = SMALL | {"data.dataset": alone / "dataset"} | fields
+  command = [sys.executable, "-m", "mlembed_jax.train", "--config", f"configs/elastic.py:{teacher}"]
+  command += ["--workdir", workdir, *(f"--config.{name}={value}" for name, value in flags.items())]
+  done = subprocess.run(
+    list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   return lines(workdir)
 
 
 def test_an_encoder_learns_to_be_its_teacher_at_every_exit(alone, exported, tmp_path):
+  teacher = exported["full"]
   exits = {"matryoshka.exits": "(1,3)", "train.steps": 6}
-  found = elastic(alone, exported["full"], tmp_path / "w", **exits)
+  found = elastic(alone, teacher, tmp_path / "w", **exits)
   assert len(found) == 6
   for line in found:
     terms = {name for name in line if name.endswith("_loss")}
@@ -95,10 +106,23 @@ def test_an_encoder_learns_to_be_its_teacher_at_every_exit(alone, exported, tmp_
     assert np.isfinite(line["loss"])
   files = {name for line in found for name in line["loss_by_dataset"]}
   assert len(files) > 1 and files <= {"train/lines.txt", "train/rows.jsonl", "train/pairs.parquet"}
+  # What stood before texts of the teacher stands before those of the copy.
+  (copy,) = (tmp_path / "w/export").iterdir()
+  assert recipe.stated_prompts(copy) == recipe.stated_prompts(teacher)
   # In full the student begins as its teacher, and has nothing to learn there.
   whole = {"matryoshka.exits": "(3,)", "matryoshka.dims": "(48,)", "train.steps": 2}
-  for line in elastic(alone, exported["full"], tmp_path / "whole", **whole):
+  for line in elastic(alone, teacher, tmp_path / "whole", **whole):
     assert line["loss"] < 1e-4 < found[0]["loss"]
+
+
+def test_a_folder_that_ends_texts_with_nothing_has_no_elastic_copy(exported, tmp_path):
+  folder = tmp_path / "folder"
+  shutil.copytree(exported["full"], folder)
+  (folder / "mlembed.json").unlink()
+  spec = json.loads((folder / "tokenizer.json").read_text())
+  (folder / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": None}))
+  with pytest.raises(ConfigError, match="puts no token after a text"):
+    load_config(f"configs/elastic.py:{folder}")
 
 
 def test_texts_alone_need_a_teacher(alone, tmp_path):

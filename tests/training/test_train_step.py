@@ -320,7 +320,7 @@ ELSEWHERE = {
     "train.keep_checkpoints",
   ),
   *("train.keep_every", "train.keep_best", "train.max_nonfinite_steps", "train.spike_factor"),
-  *("kd.teacher", "kd.exits", "kd.match"),  # tests/training/test_teacher.py
+  *("kd.teacher", "kd.exits", "kd.match", "kd.mrl"),  # tests/training/test_teacher.py
 }
 
 
