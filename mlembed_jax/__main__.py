@@ -11,6 +11,7 @@ from mlembed_jax import __version__
 COMMANDS = {
   "prepare": "checks and tokenises text once, for training",
   "vocabulary": "writes a tokenizer with the tokens that some texts need",
+  "teach": "writes the vectors that a teacher gives prepared texts",
   "train": "trains an encoder",
   "export": "writes folders in Hugging Face layout, smaller ones, ONNX and GGUF",
   "encode": "writes the vectors of a file of texts",

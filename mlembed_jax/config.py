@@ -346,6 +346,11 @@ def _check_teacher(config: Config) -> None:
       "kd.weight, kd.prefix, kd.similarity: all are 0, and the teacher judges nothing; it would "
       "change nothing"
     )
+  if kd.projection and not (kd.teacher and kd.weight):
+    raise ConfigError(
+      "kd.projection: it is learnt by the distance to a teacher; name one in kd.teacher, and give "
+      "kd.weight"
+    )
   if kd.mrl and not kd.prefix:
     raise ConfigError("kd.mrl: it only allows kd.prefix, which is 0")
   if (kd.prefix or kd.similarity) and not kd.teacher:

@@ -271,8 +271,9 @@ class KdConfig:
 
   teacher: str = setting(
     "",
-    "The teacher: workdir, exported folder or hf:ORG/NAME of an encoder with the same tokenizer; "
-    "stored: vectors beside the data, named by the manifest; empty: none.",
+    "The teacher: workdir, exported folder or hf:ORG/NAME of an encoder with the same tokenizer; a "
+    "folder that python -m mlembed_jax.teach wrote, of a teacher of any tokenizer; stored: vectors "
+    "beside the data, named by the manifest; empty: none.",
   )
   exits: tuple[int, ...] = setting(
     (), "Layer counts at which the teacher is an encoder. (): as its folder says."
@@ -296,6 +297,14 @@ class KdConfig:
     1.0,
     "Weight of the distance to the teacher, at the full width. 0: off.",
     zero=True,
+  )
+  projection: int = setting(
+    0,
+    "Width of the teacher, to which a linear map takes the states of the full width before their "
+    "distance is taken, so that the two may differ. It is learnt beside the encoder, kept in "
+    "checkpoints and no part of exports. 0: none.",
+    zero=True,
+    older=0,
   )
   prefix: float = setting(
     0.0,

@@ -7,18 +7,15 @@ command goes on after a stop: parts whose texts and settings are the same are no
 unless their bytes are damaged.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
 import json
 import pathlib
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +27,7 @@ from mlembed_jax import cli, progress
 from mlembed_jax.data.text_files import KNOWN, TEXT
 from mlembed_jax.data.texts import form_of_file, read_texts
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.files import digest, new_file, save_npy, storage_errors
+from mlembed_jax.files import new_file, storage_errors
 from mlembed_jax.quantize import (
   LEAST_TEXTS,
   LEVELED,
@@ -42,6 +39,7 @@ from mlembed_jax.quantize import (
   ranges_path,
 )
 from mlembed_jax.vector_files import Encoding, encoding_path, is_encoding
+from mlembed_jax.vector_parts import Parts, digest_of_texts, parts_of
 
 MODEL = flags.DEFINE_string(
   "model", None, "Folder in Hugging Face layout, or hf:ORG/NAME.", required=True
@@ -77,81 +75,6 @@ RANGES = flags.DEFINE_string(
 PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
 
 MOST_CLIPPED = 0.04  # of the coordinates, beyond their ranges; a larger share is said
-DIGITS = 24  # of a digest in a name
-LOCK = "lock"
-# What stands in a folder of parts: arrays, those that are being written, the lock.
-OF_PARTS = re.compile(rf"{LOCK}|(?:ranges|\d{{8}})-[0-9a-f]{{{DIGITS}}}(?:\.new|(?:-\w+)?\.npy)")
-
-
-def parts_of(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-  """Yields lists of `size` texts; the last one may be shorter."""
-  part: list[str] = []
-  for text in texts:
-    part.append(text)
-    if len(part) == size:
-      yield part
-      part = []
-  if part:
-    yield part
-
-
-class Parts:
-  """The folder OUT.parts: arrays in files whose names have digests of their origin and bytes."""
-
-  def __init__(self, out: pathlib.Path):
-    """Takes the parts of `out`; raises ConfigError where the folder holds anything else."""
-    self.folder = out.with_name(out.name + ".parts")
-    if self.folder.exists() and not self.folder.is_dir():
-      raise ConfigError(f"--out: {self.folder} is a file; remove it, or choose another name")
-    names = [path.name for path in self.folder.glob("*")]
-    if others := [name for name in names if not OF_PARTS.fullmatch(name)]:
-      raise ConfigError(
-        f"--out: {self.folder}, which is removed at the end, holds {others[0]}, which is no "
-        "part of vectors; choose another name"
-      )
-    self._there: dict[str, pathlib.Path] = {}
-
-  @contextlib.contextmanager
-  def held(self) -> Iterator[None]:
-    """Keeps other commands out of the folder; raises ConfigError where one is at work there."""
-    self.folder.mkdir(exist_ok=True)
-    with (self.folder / LOCK).open("w") as lock:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds it no more
-      except BlockingIOError as error:
-        raise ConfigError(
-          f"--out: another command is writing {self.folder}; wait for it"
-        ) from error
-      self._there = {path.stem.rpartition("-")[0]: path for path in self.folder.glob("*.npy")}
-      try:
-        yield
-      finally:
-        if not any(self.folder.glob("*.npy")):
-          shutil.rmtree(self.folder, ignore_errors=True)
-
-  def find(self, name: str) -> pathlib.Path | None:
-    """Returns the file of an array that an earlier run wrote; a damaged one is removed."""
-    path = self._there.get(name)
-    if path is None:
-      return None
-    if digest(path).startswith(path.stem.rpartition("-")[2]):
-      return path
-    print(f"{path} is damaged; its texts are encoded again", file=sys.stderr, flush=True)
-    path.unlink()
-    return None
-
-  def save(self, name: str, array: np.ndarray) -> pathlib.Path:
-    """Writes an array; returns its file."""
-    temporary = self.folder / f"{name}.new"
-    save_npy(temporary, array)
-    return temporary.rename(self.folder / f"{name}-{digest(temporary)[:DIGITS]}.npy")
-
-
-def _digest(*texts: str) -> str:
-  found = hashlib.sha256()
-  for text in texts:
-    found.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
-  return found.hexdigest()[:DIGITS]
 
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -189,7 +112,7 @@ def encode_parts(
   clipped = coordinates = 0  # of parts that are encoded now
   with progress.count("encoding", unit=" texts") as bar:
     for part in itertools.chain([first], texts):
-      name = f"{len(files):08d}-{_digest(origin, *part)}"
+      name = f"{len(files):08d}-{digest_of_texts(origin, *part)}"
       if (file := parts.find(name)) is None:
         vectors = encoded if encoded is not None and not files else encode(part)
         if calibration is not None:
@@ -216,7 +139,7 @@ def find_ranges(
       f"first part has {len(texts)}; name a file by --ranges, or give more texts, and a larger "
       "--part"
     )
-  name = f"ranges-{_digest(json.dumps(settings, sort_keys=True), *texts)}"
+  name = f"ranges-{digest_of_texts(json.dumps(settings, sort_keys=True), *texts)}"
   if file := parts.find(name):
     return np.load(file), None
   vectors = encode(texts)

@@ -34,6 +34,7 @@ NEED_TORCH = (
   "objective/test_regularizers.py",
   "objective/test_tiles.py",
   "test_inference.py",
+  "test_teach.py",
 )
 
 

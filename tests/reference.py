@@ -229,9 +229,10 @@ def ours(
   temperature: float = 0.05,
   scores: Any = None,
   teachers: losses.Teachers | None = None,
+  projection: Any = None,
   **settings: Any,
-) -> tuple[losses.Objective, tuple[Any, Any]]:
-  """Returns the package's objective and the loss's gradients to states and temperature.
+) -> tuple[losses.Objective, tuple[Any, losses.Learnt]]:
+  """Returns the package's objective and the loss's gradients to states and what is learnt beside.
 
   `settings` are fields of the configuration with __ for a dot.
   """
@@ -239,12 +240,12 @@ def ours(
   weights = dim_weights(dims) if weights is None else weights
   axes = Matryoshka(dims, weights, tuple(range(1, len(states) + 1)), (), ())
 
-  def run(states, temperature, batch, teachers):
+  def run(states, learnt, batch, teachers):
     result = losses.objective(
       states,
       batch,
       losses.LossSettings(kind_of(task_type, positives), axes, config.losses, config.kd),
-      temperature,
+      learnt,
       teachers,
     )
     return result.loss, result
@@ -254,6 +255,9 @@ def ours(
     jax.value_and_grad(run, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE
   )
   (_, result), grads = differentiate(
-    jnp.asarray(states), temperature, batch, teachers or losses.Teachers()
+    jnp.asarray(states),
+    losses.Learnt(temperature, projection),
+    batch,
+    teachers or losses.Teachers(),
   )
   return jax.device_get((result, grads))

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "mlembed_jax"
 COMMANDS = {"train", "prepare", "vocabulary", "evaluate", "encode", "search", "export", "doctor"}
-COMMANDS |= {"aot"}
+COMMANDS |= {"aot", "teach"}
 # remote/ is copied into exported folders and never imported.
 PATHS = sorted(path for path in PACKAGE.rglob("*.py") if "remote" not in path.parts)
 # What starts jax, also by way of another library. `data` uses grain and tfds, which import it only

@@ -279,6 +279,7 @@ COLD = {"losses.scored_pairs.temperature": 0.005, "losses.scored_pairs.final_tem
     (JUDGE, "losses.false_negative_score: with losses.false_negative_margin = 2.0"),
     ({"kd.teacher": "stored", "kd.weight": 0}, "kd.weight, kd.prefix, kd.similarity: all are 0"),
     ({"kd.prefix": 1.0}, "kd.prefix, kd.similarity: there is no teacher"),
+    ({"kd.projection": 64}, "kd.projection: it is learnt by the distance to a teacher"),
     ({"kd.teacher": "stored", "kd.mrl": True}, "kd.mrl: it only allows kd.prefix"),
     ({"losses.contrastive": 0.0}, "losses.contrastive: 0, and no teacher"),
     (NO_INBATCH | {"losses.inbatch_negatives": True}, "losses.inbatch_negatives: no task type"),

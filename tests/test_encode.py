@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed_jax import encode
+from mlembed_jax import encode, vector_parts
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.inference import Encoder
 from mlembed_jax.quantize import quantize, ranges
@@ -272,7 +272,7 @@ def test_what_is_beside_vectors_and_not_of_them_is_kept(full, tmp_path):
 
 def test_a_second_command_waits_for_nothing_and_changes_nothing(tmp_path):
   out = tmp_path / "v.npy"
-  first, second = encode.Parts(out), encode.Parts(out)
+  first, second = vector_parts.Parts(out), vector_parts.Parts(out)
   with first.held():
     with pytest.raises(ConfigError, match=r"another command is writing .*v\.npy\.parts; wait"):
       second.held().__enter__()

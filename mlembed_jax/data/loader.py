@@ -139,7 +139,7 @@ class Batches:
       layout=layout,
       hashes=np.array([[text.hash for text in texts] for _, texts in read]),
       scores=np.array([row.score for row in rows], np.float32) if scored else None,
-      teacher=self._teacher(kind, [int(places[i]) for i in mine], columns),
+      teacher=self._teacher(kind, [int(places[i]) for i in mine], rows, columns),
       real_tokens=sum(len(text) for row in ids for text in row),
     )
 
@@ -188,13 +188,14 @@ class Batches:
       ids = text.after(self._prefix_of(file))
     return np.concatenate([ids[: self._options.lengths[-1] - 1], self._pooled])
 
-  def _teacher(self, kind: Kind, places: list[int], columns: np.ndarray) -> np.ndarray | None:
+  def _teacher(
+    self, kind: Kind, places: list[int], rows: list[Row], columns: np.ndarray
+  ) -> np.ndarray | None:
     if not kind.vectors:
       return None
     wanted = columns[: kind.vectors[0]]
-    place = self._split.queries.place
-    rows = [self._split.vectors.row(*place(i))[wanted] for i in places]
-    return np.array(rows, np.float32)
+    found = [self._split.vectors_of(*each, wanted) for each in zip(places, rows, strict=True)]
+    return np.array(found, np.float32)
 
 
 def _prefixes(split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -179,6 +179,11 @@ class Records:
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_readers": {}}  # another process opens its own
 
+  @property
+  def shards(self) -> list[int]:
+    """How many records each shard has."""
+    return list(self._sizes)
+
   def place(self, index: int) -> tuple[int, int]:
     """Returns shard and place in it of a record of the split."""
     shard = int(np.searchsorted(self._starts, index, side="right")) - 1

@@ -90,6 +90,16 @@ class Vocabulary:
       found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in found]
 
+  def texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Returns the texts of token ids, as the tokenizer's normaliser left them.
+
+    Raises:
+      DataError: the tokenizer does not say how tokens become text.
+    """
+    if self._tokenizer.decoder is None:
+      raise DataError(f"{self.path}: has no decoder, so texts cannot be read back from their ids")
+    return self._tokenizer.decode_batch(list(map(list, ids)), skip_special_tokens=False)
+
 
 class Tokenizer(Vocabulary):
   """A `tokenizer.json` and the token whose state is the embedding."""

@@ -77,6 +77,15 @@ def from_teacher(
   return distillation(student, teacher, space)
 
 
+def project(
+  states_BCD: Float[Array, "B C D"], projection: Float[Array, "D D2"]
+) -> Float[Array, "B C D2"]:
+  """Returns states at the width of a teacher: a product in their dtype, summed in float32."""
+  return jnp.matmul(
+    states_BCD, projection.astype(states_BCD.dtype), preferred_element_type=jnp.float32
+  )
+
+
 def similarity_to(
   states_BCD: Float[Array, "B C D"],
   teacher_BCD: Float[Array, "B C2 D2"],

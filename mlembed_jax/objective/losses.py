@@ -25,6 +25,7 @@ from mlembed_jax.objective.distillation import (
   Choice,
   choice_of,
   from_teacher,
+  project,
   self_distillation,
   similarity_to,
 )
@@ -63,6 +64,13 @@ class Teachers:
   full: Float[Array, "1 B C D"] | None = None  # of the student, deepest exit at full rank
 
 
+class Learnt(NamedTuple):
+  """What the objective depends on beside states, with a gradient."""
+
+  temperature: Any  # a scalar by which cosines are divided
+  projection: Float[Array, "D D2"] | None = None  # to the width of the teacher
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Known:
@@ -92,12 +100,12 @@ class AtExit:
   settings: LossSettings
   states_BCD: Float[Array, "B C D"]
   index: Int[Array, ""]  # of the exit
-  temperature: Float[Array, ""]
+  learnt: Learnt
   known: Known
 
   def logits_of(self, states_BCD: Float[Array, "B C D"], dims: Sequence[int]) -> Logits:
     """Returns the logits of these or other states of the batch."""
-    texts = cut_texts(states_BCD, dims, self.settings.kind.positives, self.temperature)
+    texts = cut_texts(states_BCD, dims, self.settings.kind.positives, self.learnt.temperature)
     losses, pairings = self.settings.losses, self.known.pairings
     return batch_logits(
       texts,
@@ -164,8 +172,10 @@ def _distillation(at: AtExit) -> Float[Array, ""] | None:
   """Returns the distance to the teacher's states at its exit for this one."""
   if (teacher := at.teacher) is None:
     return None
-  settings = at.settings
-  return from_teacher(at.states_BCD, teacher, settings.kind.positives, settings.kd.space)
+  settings, states = at.settings, at.states_BCD
+  if at.learnt.projection is not None:
+    states = project(states, at.learnt.projection)
+  return from_teacher(states, teacher, settings.kind.positives, settings.kd.space)
 
 
 def _prefix(at: AtExit) -> Float[Array, "M"] | None:
@@ -229,7 +239,7 @@ def objective(
   states_EBCD: Float[Array, "E B C D"],
   batch: Arrays,
   settings: LossSettings,
-  temperature: Any,
+  learnt: Learnt,
   teachers: Teachers,
 ) -> Objective:
   """Returns the mean over exits of the sum of all terms, each a weighted sum over output dims.
@@ -238,17 +248,17 @@ def objective(
     states_EBCD: states after the final norm, not normalised.
     batch: arrays of B rows; hashes are read, and scores where the rows are scored pairs.
     settings: what the objective depends on beside arrays.
-    temperature: a scalar by which cosines are divided.
+    learnt: the temperature and what else has a gradient beside the states.
     teachers: states to learn from.
   """
-  temperature = jnp.asarray(temperature, jnp.float32)
+  learnt = learnt._replace(temperature=jnp.asarray(learnt.temperature, jnp.float32))
   known = _known(states_EBCD, batch, settings, teachers)
   if settings.losses.self_distillation and settings.losses.task(settings.kind.task_type):
     full = states_EBCD if teachers.full is None else teachers.full
-    at = AtExit(settings, full[-1], jnp.int32(0), temperature, known)
+    at = AtExit(settings, full[-1], jnp.int32(0), learnt, known)
     choice = choice_of(at.logits_of(full[-1], settings.axes.dims[-1:]))
     known = dataclasses.replace(known, choice=choice)
-  result: Any = _mean_over_exits(settings, states_EBCD, temperature, jax.lax.stop_gradient(known))
+  result: Any = _mean_over_exits(settings, states_EBCD, learnt, jax.lax.stop_gradient(known))
   loss, (terms, counts) = result
   count_B = counts[0]  # the same at every exit
   return Objective(loss, terms, jnp.mean(count_B), jnp.sum(count_B == 0))
@@ -284,7 +294,7 @@ def _pairings(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mean_over_exits(
-  settings: LossSettings, states_EBCD: Array, temperature: Array, known: Known
+  settings: LossSettings, states_EBCD: Array, learnt: Learnt, known: Known
 ) -> Any:
   """Returns (the mean loss over exits, what else `_loss_at` returns of each exit, stacked).
 
@@ -293,31 +303,33 @@ def _mean_over_exits(
   """
 
   def each(numbered: tuple[Array, Array]) -> Any:
-    return _loss_at(AtExit(settings, *numbered, temperature, known))
+    return _loss_at(AtExit(settings, *numbered, learnt, known))
 
   values, others = jax.lax.map(each, _numbered(states_EBCD))
   return jnp.mean(values), others
 
 
 def _mean_over_exits_fwd(
-  settings: LossSettings, states_EBCD: Array, temperature: Array, known: Known
+  settings: LossSettings, states_EBCD: Array, learnt: Learnt, known: Known
 ) -> Any:
-  def share(states_BCD: Array, temperature: Array, index: Array) -> tuple[Array, Any]:
-    value, others = _loss_at(AtExit(settings, states_BCD, index, temperature, known))
+  def share(states_BCD: Array, learnt: Learnt, index: Array) -> tuple[Array, Any]:
+    value, others = _loss_at(AtExit(settings, states_BCD, index, learnt, known))
     # As the value is divided here, the gradients need no further pass over them: the cotangent of
     # the mean is 1.
     return value / len(states_EBCD), others
 
-  def each(numbered: tuple[Array, Array]) -> Any:
+  def each(total: Learnt, numbered: tuple[Array, Array]) -> Any:
     both = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)
-    return both(numbered[0], temperature, numbered[1])
+    value, (d_states, d_learnt) = both(numbered[0], learnt, numbered[1])
+    return jax.tree.map(jnp.add, total, d_learnt), (value, d_states)
 
-  (shares, others), (d_states, d_temperature) = jax.lax.map(each, _numbered(states_EBCD))
-  return (jnp.sum(shares), others), (d_states, jnp.sum(d_temperature))
+  zeros = jax.tree.map(jnp.zeros_like, learnt)
+  d_learnt, ((shares, others), d_states) = jax.lax.scan(each, zeros, _numbered(states_EBCD))
+  return (jnp.sum(shares), others), (d_states, d_learnt)
 
 
 def _mean_over_exits_bwd(
-  settings: LossSettings, gradients: tuple[Array, Array], cotangents: Any
+  settings: LossSettings, gradients: tuple[Array, Learnt], cotangents: Any
 ) -> Any:
   return *jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), gradients), None
 

@@ -32,7 +32,7 @@ from mlembed_jax.training.saved import (
   steps_of,
   unchecked,
 )
-from mlembed_jax.training.train_state import TrainState
+from mlembed_jax.training.train_state import TrainState, as_tree
 from mlembed_jax.workdir import mean_scores
 
 DAMAGED = "damaged"
@@ -139,7 +139,7 @@ class Checkpoints:
     self.wait()
     processes.on_first(lambda: self._check_room(state))
     with self._saving(), jax.transfer_guard("allow"):  # orbax copies to the host
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+      self._manager.save(step, args=ocp.args.StandardSave(as_tree(state)))
     if processes.is_first():
       self._settled.clear()
       self._digesting = threading.Thread(target=self._digest, args=(step,), daemon=True)
@@ -219,13 +219,13 @@ class Checkpoints:
     """
     folder = folder_of(self._workdir, step)
     try:
-      state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+      wanted = ocp.args.StandardRestore(as_tree(abstract))
+      return TrainState(**self._manager.restore(step, args=wanted))
     except Exception as error:  # tensorstore's errors have no class of their own
       raise ConfigError(
         f"{folder} cannot be read: {first_line(error)}. If it is damaged, --from_step goes on from "
         "an earlier one"
       ) from error
-    return state
 
   def go_back(self, step: int) -> None:
     """Sets aside all checkpoints after `step`.

@@ -28,6 +28,7 @@ from mlembed_jax.data.names import MANIFEST, TOKENIZER
 from mlembed_jax.data.plan import Plan
 from mlembed_jax.data.records import TRAIN
 from mlembed_jax.data.store import Split, open_split
+from mlembed_jax.data.taught import open_taught
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.data.vocabulary import padded_rows
 from mlembed_jax.errors import ConfigError, DataError, LoadError
@@ -55,6 +56,13 @@ class Inputs:
   tasks: list[tasks.HeldoutTask]
   teacher: Teacher | None
   prompts: dict[str, str] | None  # of the embedder that training starts from; None: it does not
+
+  @property
+  def teacher_version(self) -> str:
+    """What decides the teacher's states or vectors; "" where the dataset has them or nobody."""
+    if self.teacher:
+      return self.teacher.version
+    return self.split.taught.version if self.split.taught else ""
 
   @functools.cached_property
   def _kinds(self) -> dict[str, Kind]:
@@ -102,14 +110,15 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     start = resolve(config.train.init_from)
     check_start(start, config, tokenizer)
     prompts = recipe.stated_prompts(start)
-  teacher = open_teacher(config, tokenizer)
+  taught = open_taught(pathlib.Path(config.kd.teacher), opened)
+  teacher = None if taught else open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
   chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)
   names = [name for name in opened.files if name in chosen]
-  split = open_split(opened, TRAIN, names, data.language_key)
+  split = open_split(opened, TRAIN, names, data.language_key, taught)
   _check_lengths(data.lengths, opened, split)
   _check_taught(config, split)
-  if config.kd.teacher == STORED:
+  if taught or config.kd.teacher == STORED:
     check_stored(config, split)
   heldout = (
     manifest.select_heldout(data.manifest, data.heldout, "data.heldout") if data.heldout else []
@@ -117,7 +126,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   return Inputs(
     split=split,
     plan=make_plan(config, split, opened.fingerprint),
-    options=_options(config),
+    options=_options(config, taught is not None or config.kd.teacher == STORED),
     tokenizer=tokenizer,
     tasks=[tasks.load_task(file, data.language_key) for file in heldout],
     teacher=teacher,
@@ -242,14 +251,14 @@ def make_plan(config: Config, split: Split, fingerprint: str) -> Plan:
   return made
 
 
-def _options(config: Config) -> loader.Options:
+def _options(config: Config, teacher_vectors: bool) -> loader.Options:
   data, contrastive = config.data, config.losses.contrastive_tasks()
   return loader.Options(
     negatives={name: settings.negatives for name, settings in contrastive.items()},
     inbatch={name: settings.inbatch for name, settings in contrastive.items()},
     query_instructions=data.query_instructions,
     document_instructions=data.document_instructions,
-    teacher_vectors=config.kd.teacher == STORED,
+    teacher_vectors=teacher_vectors,
     lengths=data.lengths,
     packing=data.packing,
     batch_size=data.global_batch,
@@ -276,8 +285,7 @@ def steps(config: Config, inputs: Inputs) -> int:
 def describe(config: Config, inputs: Inputs) -> Run:
   """Returns what the workdir records of this run."""
   entries = {file.name: file.entry for file in inputs.split.files}
-  teacher = inputs.teacher.version if inputs.teacher else ""
-  plan = inputs.plan.as_json() | {"teacher": teacher}
+  plan = inputs.plan.as_json() | {"teacher": inputs.teacher_version}
   return Run(config, entries, plan, tokenizer=inputs.tokenizer.fingerprint, prompts=inputs.prompts)
 
 

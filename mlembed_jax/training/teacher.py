@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from mlembed_jax.config_fields import STORED, Config, ModelConfig
-from mlembed_jax.data.manifest import File
+from mlembed_jax.data.manifest import TEXT, File
 from mlembed_jax.data.store import Split
 from mlembed_jax.data.tokenizer import Tokenizer, Vocabulary
 from mlembed_jax.data.vocabulary import table_rows
@@ -97,8 +97,8 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
   is_workdir = (path / RUN).is_file()
   if not is_workdir and not (path / "config.json").is_file():
     raise ConfigError(
-      f"kd.teacher: {path} is neither a workdir (no run.json) nor an exported folder "
-      "(no config.json)"
+      f"kd.teacher: {path} is neither a workdir (no run.json) nor an exported folder (no "
+      "config.json), nor one that python -m mlembed_jax.teach wrote (no taught.json)"
     )
   found = _from_workdir(path) if is_workdir else _from_folder(path)
   model = dataclasses.replace(found.model, dtype=config.model.dtype, attention="auto", remat="none")
@@ -114,29 +114,47 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
 
 
 def check_stored(config: Config, split: Split) -> None:
-  """Raises ConfigError where the vectors beside the data cannot be the teacher of this run."""
-  if not any(file.vectors for file in split.files):
-    raise ConfigError(f"kd.teacher: {STORED!r}, but no training file has teacher_vectors")
+  """Raises ConfigError where vectors of texts on disk cannot be the teacher of this run."""
+  if config.kd.exits:
+    raise ConfigError(f"kd.exits: {config.kd.exits}, but vectors on disk are those of no exit")
+  shapes = {file.name: split.vectors_shape(file) for file in split.files}
+  if not any(shapes.values()):
+    raise ConfigError(f"kd.teacher: {config.kd.teacher!r}, but no training file has its vectors")
   for file in split.files:
-    _check_judged(config, file)
-    if not (shape := split.vectors_shape(file)):
-      print(f"{file.name}: no teacher_vectors; it is trained without a teacher", flush=True)
+    shape = shapes[file.name]
+    _check_judged(config, file, shape[0] if shape else 0)
+    if not shape:
+      _check_untaught(config, file)
+      print(f"{file.name}: no vectors of the teacher; it is trained without one", flush=True)
       continue
     _check_width(config, shape[1], file.name)
-    _check_mrl(config, False, f"the teacher_vectors of {file.name}")
+    _check_mrl(config, False, f"the teacher's vectors of {file.name}")
     _check_norms(config, split, file)
 
 
-def _check_judged(config: Config, file: File) -> None:
-  task, needed = config.losses.task(file.entry["task_type"]), {"query", "passage"}
+def _check_untaught(config: Config, file: File) -> None:
+  if file.entry["task_type"] == TEXT or not config.losses.contrastive:
+    raise ConfigError(
+      f"kd.teacher: {file.name} has no vectors of it, and nothing else to learn from; write them "
+      "(python -m mlembed_jax.teach), or leave the file out of data.train"
+    )
+
+
+def _check_judged(config: Config, file: File, known: int) -> None:
+  """Raises ConfigError where the teacher judges texts of which it has no vector.
+
+  It has those of the first `known` texts of a row.
+  """
+  task, needed = config.losses.task(file.entry["task_type"]), 1 + file.positives
   if config.losses.false_negative_score != "teacher" or not task or not task.inbatch:
     return
   if config.losses.inbatch_negatives and min(file.negatives, task.negatives):
-    needed.add("negatives")
-  if absent := sorted(needed - set(file.vectors)):
+    needed += file.negatives
+  if known < needed:
+    lacking = "negatives" if known else "its texts"
     raise ConfigError(
-      f"losses.false_negative_score: the teacher judges the texts of {file.name}, whose "
-      f"teacher_vectors lack {', '.join(absent)}; store them, or set it to 'own'"
+      f"losses.false_negative_score: the teacher judges the texts of {file.name}, and has no "
+      f"vectors of {lacking}; store them, or set it to 'own'"
     )
 
 
@@ -145,11 +163,11 @@ def _check_norms(config: Config, split: Split, file: File) -> None:
 
   States have coordinates of about 1; unit vectors would shrink those of the student.
   """
-  queries = split.first_vectors(file, 100)[:, 0].astype(np.float32)
+  queries = split.first_queries(file, 100).astype(np.float32)
   norms = np.linalg.norm(queries, axis=-1)
   if config.kd.space == "raw" and config.kd.weight and np.all(np.abs(norms - 1) < 0.01):
     raise ConfigError(
-      f"kd.space: the teacher_vectors of {file.name} are unit vectors, not states; use 'unit'"
+      f"kd.space: the teacher's vectors of {file.name} are unit vectors, not states; use 'unit'"
     )
 
 
@@ -206,11 +224,17 @@ def _weights_version(path: pathlib.Path) -> str:
 
 
 def _check_width(config: Config, width: int, name: str) -> None:
-  if (config.kd.weight or config.kd.prefix) and width < config.model.width:
+  kd = config.kd
+  if kd.projection and width != kd.projection:
     raise ConfigError(
-      f"kd.teacher: {name} gives {width} dims, fewer than model.width = "
-      f"{config.model.width}; take a teacher that is at least as wide, or learn its similarities "
-      "alone (kd.similarity, with kd.weight and kd.prefix 0)"
+      f"kd.projection: {kd.projection}, but {name} gives {width} dims; set it to {width}"
+    )
+  if (kd.prefix or (kd.weight and not kd.projection)) and width < config.model.width:
+    raise ConfigError(
+      f"kd.teacher: {name} gives {width} dims, fewer than model.width = {config.model.width}; take "
+      f"a teacher that is at least as wide, let a map be learnt (kd.projection = {width}, with "
+      "kd.prefix 0), or learn its similarities alone (kd.similarity, with kd.weight and kd.prefix "
+      "0)"
     )
 
 

@@ -1,5 +1,6 @@
 """Everything a run must keep to go on exactly: step, parameters, optimiser moments."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,30 +16,61 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.models import encoder
 from mlembed_jax.parallel.sharding import shardings
 
+PROJECTION_STREAM = 0x50524F4A  # separates its draw from those of the encoder
+
+
+class Head(flax.struct.PyTreeNode):
+  """What is learnt beside the encoder, and no part of exports."""
+
+  log_temperature: Any  # {task type: scalar}; empty unless temperatures are learned
+  projection: Any = None  # [D, width of the teacher], see kd.projection; None: there is none
+
 
 class TrainState(flax.struct.PyTreeNode):
   """All arrays that an update reads and replaces."""
 
   step: Any  # updates done, int32
   params: Any
-  log_temperature: Any  # {task type: scalar}; empty unless temperatures are learned
+  log_temperature: Any  # as in Head
   opt_state: Any
+  projection: Any = None  # as in Head
+
+  @property
+  def head(self) -> Head:
+    """What is learnt beside the encoder."""
+    return Head(self.log_temperature, self.projection)
 
 
-def trained(params: Any, log_temperature: Any) -> dict[str, Any]:
+def as_tree(state: TrainState) -> dict[str, Any]:
+  """Returns a state as checkpoints keep it: by field, without a projection where there is none."""
+  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return {
+    name: value for name, value in fields.items() if name != "projection" or value is not None
+  }
+
+
+def trained(params: Any, head: Head) -> dict[str, Any]:
   """Returns the tree that the optimiser updates."""
-  return {"params": params, "log_temperature": log_temperature}
+  tree = {"params": params, "log_temperature": head.log_temperature}
+  return tree if head.projection is None else tree | {"projection": head.projection}
 
 
 def _init(config: Config, tx: optax.GradientTransformation, unbox: Any, key: Any) -> TrainState:
   params = unbox(encoder.init(config.model, key))
-  logs = initial_log_temperature(config)
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    log_temperature=logs,
-    opt_state=tx.init(trained(params, logs)),
-  )
+  projection = _initial_projection(config, key)
+  head = Head(initial_log_temperature(config), None if projection is None else unbox(projection))
+  tree = trained(params, head)
+  return TrainState(step=jnp.zeros((), jnp.int32), opt_state=tx.init(tree), **tree)
+
+
+def _initial_projection(config: Config, key: Any) -> nn.LogicallyPartitioned | None:
+  """Returns a random map from the width to that of the teacher, None where none is learnt."""
+  if not config.kd.projection:
+    return None
+  shape = config.model.width, config.kd.projection
+  key = jax.random.fold_in(key, PROJECTION_STREAM)
+  value = jax.nn.initializers.lecun_normal()(key, shape, jnp.float32)
+  return nn.LogicallyPartitioned(value, ("embed", None))
 
 
 def initial_log_temperature(config: Config) -> dict[str, jax.Array]:

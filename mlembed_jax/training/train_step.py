@@ -20,7 +20,7 @@ from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.objective import losses
 from mlembed_jax.objective.losses import Teachers
 from mlembed_jax.training import gradcache, optimizer, train_state
-from mlembed_jax.training.train_state import TrainState
+from mlembed_jax.training.train_state import Head, TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -72,17 +72,17 @@ class BatchLoss:
   def value_and_grad(
     self,
     params: Any,
-    log_temperature: dict[str, Any],
+    head: Head,
     batch: Arrays,
     rank: Any,
     progress: Any,
     teacher_params: Any = None,
-  ) -> tuple[losses.Objective, tuple[Any, Any]]:
-    """Returns the objective of a batch and its gradients to `params` and `log_temperature`.
+  ) -> tuple[losses.Objective, tuple[Any, Head]]:
+    """Returns the objective of a batch and its gradients to `params` and `head`.
 
     Args:
       params: of the encoder.
-      log_temperature: learned temperatures by task type; empty where they are not learned.
+      head: what is learnt beside it.
       batch: global arrays.
       rank: of the token table in this step; None: a full table.
       progress: share of the run that is done, 0 to 1.
@@ -91,12 +91,12 @@ class BatchLoss:
     axes = axes_of(self.config.model, self.config.matryoshka)
     mask = None if rank is None else rank_mask(rank, self.config.model.rank)
 
-    def loss(states: Array, teachers: Teachers, logs: Any) -> tuple[Array, losses.Objective]:
+    def loss(states: Array, teachers: Teachers, head: Head) -> tuple[Array, losses.Objective]:
       if batch.teacher is not None:
         teachers = dataclasses.replace(teachers, exits=batch.teacher[None])
       settings = losses.LossSettings(self.kind, axes, self.config.losses, self.config.kd)
-      temperature = self.temperature(logs, progress)
-      result = losses.objective(states, batch, settings, temperature, teachers)
+      learnt = losses.Learnt(self.temperature(head.log_temperature, progress), head.projection)
+      result = losses.objective(states, batch, settings, learnt, teachers)
       return result.loss, result
 
     (_, result), grads = gradcache.value_and_grad(
@@ -104,7 +104,7 @@ class BatchLoss:
       lambda block: self.teachers(axes, params, teacher_params, block),
       loss,
       params,
-      log_temperature,
+      head,
       batch,
       self.config.data.kept_tokens,
     )
@@ -126,7 +126,8 @@ class BatchLoss:
     exits = full = None
     if self.teacher:
       states = encode_block(self.teacher.model, self.teacher.exits, teacher_params, block)
-      exits = states if self.config.kd.similarity else states[..., : model.width]
+      wide = self.config.kd.similarity or self.config.kd.projection
+      exits = states if wide else states[..., : model.width]
     distils = settings.self_distillation and settings.task(self.kind.task_type)
     # Where every step has full rank, the states of the batch are the full model's already.
     if distils and len(axes.ranks) > 1:
@@ -171,9 +172,9 @@ def make(
     progress = state.step / steps
     loss = BatchLoss(config, kind, teacher)
     result, grads = loss.value_and_grad(
-      state.params, state.log_temperature, batch, rank, progress, teacher_params
+      state.params, state.head, batch, rank, progress, teacher_params
     )
-    trained = train_state.trained(state.params, state.log_temperature)
+    trained = train_state.trained(state.params, state.head)
     grads = train_state.trained(*grads)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)

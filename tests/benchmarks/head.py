@@ -57,7 +57,7 @@ def ours(
     states,
     Arrays(hashes),
     losses.LossSettings(kind_of("retrieval"), axes, config.losses, config.kd),
-    temperature=TEMPERATURE,
+    losses.Learnt(TEMPERATURE),
     teachers=Teachers(),
   ).loss
 

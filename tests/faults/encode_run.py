@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from mlembed_jax import encode
+from mlembed_jax import encode, vector_parts
 from mlembed_jax.quantize import quantize
 from mlembed_jax.vector_files import Encoding
 
@@ -31,8 +31,8 @@ def model(texts):
 
 def run(out, given=None, texts=TEXTS, precision="int8"):
   """Encodes the texts to `out`."""
-  parts = encode.Parts(out)
-  texts = encode.parts_of(iter(texts), SIZE)
+  parts = vector_parts.Parts(out)
+  texts = vector_parts.parts_of(iter(texts), SIZE)
   settings = {"precision": precision}
   with parts.held():
     files, calibration = encode.encode_parts(texts, parts, model, settings, given)
@@ -112,7 +112,9 @@ def kill_at_each(out, before, after):
     )
     run(out, precision=after)
     again = (
-      same(content(out), new) and encoded(out, after) and not encode.Parts(out).folder.exists()
+      same(content(out), new)
+      and encoded(out, after)
+      and not vector_parts.Parts(out).folder.exists()
     )
     left, made = "whole" if whole else "TORN", "right" if again else "WRONG"
     print(f"{before}-{after}-{number}", state, left, made, flush=True)

@@ -100,6 +100,26 @@ def test_the_teacher_term_is_added_with_its_weight():
   assert result.loss == pytest.approx(np.mean(sum(result.terms.values())), rel=1e-6)
 
 
+@pytest.mark.parametrize("space", ["raw", "unit"])
+@pytest.mark.parametrize("width", [24, 96])
+def test_a_map_is_learnt_to_the_width_of_the_teacher(space, width):
+  x, teacher = random_states(2, 8, 3, 48), random_states(1, 8, 2, width, seed=1)
+  w = np.random.default_rng(2).normal(size=(48, width)).astype(np.float32) / 7
+  settings = {"losses__contrastive": 0, "kd__space": space, "kd__projection": width, **ONLINE}
+  options = {"teachers": Teachers(exits=jnp.asarray(teacher)), "projection": jnp.asarray(w)}
+  result, (d_states, d_learnt) = ours(x, distinct_hashes(8, 3), (8, 48), **options, **settings)
+  states, of_map = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, w))
+  unit = lambda v: v / v.norm(dim=-1, keepdim=True) if space == "unit" else v  # noqa: E731
+  wide, goal = unit(states[:, :, :2] @ of_map), unit(torch.tensor(teacher, dtype=torch.float64))
+  squares = (wide - goal) ** 2
+  terms = (squares.sum(-1) if space == "unit" else squares.mean(-1)).mean(1).sum(-1)  # [E]
+  terms.mean().backward()
+  np.testing.assert_allclose(result.terms["distillation"], terms.detach(), rtol=1e-5)
+  pairs = (d_states, states.grad.numpy()), (d_learnt.projection, of_map.grad.numpy())
+  for found, expected in pairs:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_each_dim_learns_the_leading_coordinates_of_the_teacher():
   x, teacher = random_states(2, 8, 3, 48), random_states(1, 8, 2, 64, seed=1)
   settings = {"task_type": "clustering", "kd__weight": 0, "kd__prefix": 0.3, **ONLINE}

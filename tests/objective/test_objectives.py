@@ -48,7 +48,12 @@ WEIGHTS = {term.weight: 0.1 for term in TERMS.values()}
 @pytest.fixture(scope="module")
 def taught(files, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("taught")
-  flags = {"kd.teacher": "stored", "losses.learn_temperature": True, "data.micro_batch": 512}
+  flags = {
+    "kd.teacher": "stored",
+    "kd.mrl": True,
+    "losses.learn_temperature": True,
+    "data.micro_batch": 512,
+  }
   result = run(files, workdir, **USEFUL, **WEIGHTS, **flags)
   assert result.returncode == 0, result.stderr
   assert "warning" not in result.stderr
@@ -92,7 +97,7 @@ def test_a_batch_of_one_text_is_counted_and_said_once(files, tmp_path):
   [
     ({"kd.teacher": "/absent"}, "error: kd.teacher: /absent is no folder"),
     ({"kd.teacher": "stored", "model.width": 96, "matryoshka.dims": "(96,)"}, "gives 64 dims"),
-    ({"data.train": "('same*',)", "kd.teacher": "stored"}, "no training file has teacher_vectors"),
+    ({"data.train": "('same*',)", "kd.teacher": "stored"}, "no training file has its vectors"),
   ],
 )
 def test_teachers_are_checked_before_any_work(files, tmp_path, flags, message):

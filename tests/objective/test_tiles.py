@@ -216,7 +216,7 @@ def temporary_bytes(rows):
       states,
       Arrays(hashes),
       losses.LossSettings(kind_of("retrieval"), axes, config.losses, config.kd),
-      temperature=0.05,
+      losses.Learnt(0.05),
       teachers=losses.Teachers(),
     ).loss
 

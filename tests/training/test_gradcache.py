@@ -40,18 +40,20 @@ def value_and_grad(config, kind, mesh, change=lambda arrays: arrays, **options):
     arrays = arrays._replace(teacher=vectors.astype(np.float32))
   online = TeacherShape(TEACHER, (1, 3, 4)) if config.kd.teacher == "online" else None
 
-  def run(params, logs, batch, rank, teacher_params):
+  def run(params, head, batch, rank, teacher_params):
     loss = BatchLoss(config, kind, online)
-    return loss.value_and_grad(params, logs, batch, rank, 0.25, teacher_params)
+    return loss.value_and_grad(params, head, batch, rank, 0.25, teacher_params)
 
   with on_mesh(mesh):
     params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
     logs = jax.tree.map(jnp.asarray, train_state.initial_log_temperature(config))
+    size, draw = (config.model.width, config.kd.projection), np.random.default_rng(2)
+    head = train_state.Head(logs, draw.normal(size=size).astype(np.float32) if size[1] else None)
     rank = np.int32(16) if config.model.rank else None
     teacher_params = random_params(TEACHER, 3) if online else None
     return jax.device_get(
       jax.jit(run, compiler_options=FAST_COMPILE)(
-        params, logs, put_batch(change(arrays), mesh), rank, teacher_params
+        params, head, put_batch(change(arrays), mesh), rank, teacher_params
       )
     )
 
@@ -83,7 +85,7 @@ COMBINATIONS = {
       "losses.false_negative_margin": 0.0,
     },
   ),
-  "stored vectors": ("bitext", {"kd.teacher": "stored"}),
+  "stored vectors": ("bitext", {"kd.teacher": "stored", "kd.projection": 64}),
   "self-distillation": ("retrieval", {"losses.self_distillation": 0.5}),
   "spread out": ("retrieval", {"losses.spread_out": 0.5}),
   "learned temperature": ("bitext", {"losses.learn_temperature": True}),
@@ -225,7 +227,7 @@ def test_states_never_leave_their_device():
 
   def run(params, batch):
     loss = BatchLoss(config, kind_of("clustering"))
-    return loss.value_and_grad(params, {}, batch, np.int32(16), progress=0.0)
+    return loss.value_and_grad(params, train_state.Head({}), batch, np.int32(16), progress=0.0)
 
   with on_mesh(mesh):
     boxed = abstract_params(config.model)

@@ -223,8 +223,8 @@ def updated(moments, sizes):
 
   @functools.partial(jax.jit, out_shardings=layout)
   def update(state, grads):
-    trained = train_state.trained(state.params, {})
-    updates, opt_state = tx.update(train_state.trained(grads, {}), state.opt_state, trained)
+    trained, grads = (train_state.trained(tree, state.head) for tree in (state.params, grads))
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
     return state.replace(opt_state=opt_state, **optax.apply_updates(trained, updates))
 
   with on_mesh(mesh):

@@ -27,6 +27,7 @@ from mlembed_jax.parallel.sharding import make_mesh, put_batch
 from mlembed_jax.training import inputs, optimizer, train_state
 from mlembed_jax.training.checkpoint import Checkpoints, Retention
 from mlembed_jax.training.teacher import check_stored, open_teacher
+from mlembed_jax.training.train_state import Head
 from mlembed_jax.training.train_step import BatchLoss
 from mlembed_jax.workdir import Run
 from tests.material import (
@@ -247,7 +248,7 @@ def distillation_of(config, teacher, params, mesh):
   def run(params, batch, teacher_params):
     loss = BatchLoss(config, kind_of("retrieval"), teacher.shape)
     rank = np.int32(24)
-    result, _ = loss.value_and_grad(params, {}, batch, rank, 0.0, teacher_params)
+    result, _ = loss.value_and_grad(params, Head({}), batch, rank, 0.0, teacher_params)
     return result.terms["distillation"]
 
   with on_mesh(mesh):
@@ -273,6 +274,7 @@ def test_an_encoder_has_nothing_to_learn_from_itself(workdir, exported, tokenize
   [
     ({"kd.teacher": "/absent"}, "kd.teacher: /absent is no folder"),
     ({"model.width": 96, "matryoshka.dims": (96,)}, "gives 64 dims, fewer than model.width = 96"),
+    ({"kd.projection": 48}, "kd.projection: 48, but .* gives 64 dims; set it to 64"),
     ({"kd.exits": (2, 5)}, "kd.exits: 5 is beyond the teacher's 4 layers"),
     ({"kd.exits": (4,), "kd.match": "index"}, "has 1 exits for the student's 3"),
   ],
@@ -351,16 +353,16 @@ def test_stored_vectors_must_be_there_and_wide_enough(tmp_path, prepared):
   ):
     check_stored(config, prepared(stored(tmp_path, 40), "narrow"))
   prefix = {"kd.prefix": 1.0, "kd.space": "unit"}
-  with pytest.raises(ConfigError, match=r"of the teacher_vectors of pairs.parquet are"):
+  with pytest.raises(ConfigError, match=r"of the teacher's vectors of pairs.parquet are"):
     check_stored(student("stored", **prefix), found)
   check_stored(student("stored", **prefix, **{"kd.mrl": True}), found)
-  with pytest.raises(ConfigError, match="no training file has teacher_vectors"):
+  with pytest.raises(ConfigError, match="no training file has its vectors"):
     check_stored(config, prepared({"a.parquet": (scored(16), entry("scored_pairs", 0, ""))}, "no"))
 
 
 def test_unit_vectors_are_no_states(tmp_path, prepared):
   found = prepared(stored(tmp_path, 48, unit=True))
-  with pytest.raises(ConfigError, match=r"kd.space: the teacher_vectors of pairs.parquet are unit"):
+  with pytest.raises(ConfigError, match=r"kd.space: the teacher's vectors of pairs.parquet are u"):
     check_stored(student("stored"), found)
   check_stored(student("stored", **{"kd.space": "unit"}), found)
 
@@ -372,7 +374,7 @@ JUDGE = {"losses.false_negative_score": "teacher", "losses.false_negative_margin
   ("keys", "fields", "lacking"),
   [
     (("query", "passage"), {}, None),
-    ((), {}, "passage, query"),
+    ((), {}, "its texts"),
     (("query", "passage"), {"losses.inbatch_negatives": True}, "negatives"),
     (("query", "passage", "negatives"), {"losses.inbatch_negatives": True}, None),
   ],
@@ -388,12 +390,12 @@ def test_a_teacher_that_judges_must_know_the_texts(
   judge, bystander = student("stored", **JUDGE, **fields), student("stored", **fields)
   found = prepared({"b.parquet": (pairs(16, 2), all_of_it), "a.parquet": (pairs(16, 2), some)})
   if lacking:
-    with pytest.raises(ConfigError, match=f"of a.parquet, whose teacher_vectors lack {lacking};"):
+    with pytest.raises(ConfigError, match=f"of a.parquet, and has no vectors of {lacking};"):
       check_stored(judge, found)
   else:
     check_stored(judge, found)
   check_stored(bystander, found)
-  assert ("a.parquet: no teacher_vectors" in capsys.readouterr().out) == (not keys)
+  assert ("a.parquet: no vectors of the teacher" in capsys.readouterr().out) == (not keys)
 
 
 def test_a_teacher_must_be_pooled_at_the_same_token(workdir, exported, tokenizer):

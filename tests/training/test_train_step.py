@@ -23,6 +23,7 @@ from mlembed_jax.parallel.sharding import (
   shardings,
 )
 from mlembed_jax.training import optimizer, train_state, train_step
+from mlembed_jax.training.train_state import Head
 from mlembed_jax.training.train_step import BatchLoss
 from tests.material import FAST_COMPILE, config_dict, kind_of, packed, random_batch, random_params
 
@@ -64,7 +65,7 @@ def loss_and_grads(config, devices, kind):
     params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
 
     def run(params, batch, rank):
-      return BatchLoss(config, kind).value_and_grad(params, {}, batch, rank, progress=0.0)
+      return BatchLoss(config, kind).value_and_grad(params, Head({}), batch, rank, progress=0.0)
 
     result, (grads, _) = jax.jit(run, compiler_options=FAST_COMPILE)(
       params, batch_on(mesh), np.int32(16)
@@ -270,6 +271,7 @@ BESIDE = {
   "kd.space": ("unit", {}),
   "kd.weight": (0.5, {}),
   "kd.prefix": (0.5, {}),
+  "kd.projection": (64, {}),
   "kd.similarity": (0.5, {}),
   "kd.temperature": (0.1, {"kd.similarity": 0.5}),
   "losses.contrastive": (0.5, {}),

@@ -1,0 +1,236 @@
+"""Writes the vectors that a teacher gives the texts of a prepared dataset, for `kd.teacher`.
+
+  python -m mlembed_jax.teach --teacher MODEL --dataset PREPARED --out TAUGHT
+  python -m mlembed_jax.teach --teacher MODEL --dataset PREPARED --out TAUGHT --align english
+
+MODEL is any embedder: a folder in Hugging Face layout or hf:ORG/NAME that this package reads, else
+whatever sentence-transformers loads, of any tokenizer and width. Each distinct text is embedded
+once; the same command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from absl import flags
+
+from mlembed_jax import cli, progress
+from mlembed_jax.data import catalog, manifest, to_teach
+from mlembed_jax.data.catalog import Catalog
+from mlembed_jax.data.manifest import File
+from mlembed_jax.data.taught import NAME, Taught, numbers, write
+from mlembed_jax.data.to_teach import Prompts, Texts, ToTeach
+from mlembed_jax.data.tokenizer import with_instruction
+from mlembed_jax.errors import ConfigError, DataError, LoadError
+from mlembed_jax.files import readable_size, replace_folder
+from mlembed_jax.vector_parts import Parts, digest_of_texts
+
+if TYPE_CHECKING:
+  from mlembed_jax.inference import Encoder
+
+TEACHER = flags.DEFINE_string(
+  "teacher",
+  None,
+  "Folder in Hugging Face layout, hf:ORG/NAME, or a name that sentence-transformers loads.",
+  required=True,
+)
+DATASET = flags.DEFINE_string("dataset", None, "Prepared folder.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
+FILES = flags.DEFINE_list("files", ["*"], "Patterns of the files whose rows are taught.")
+OWN, NO_PROMPTS, OF_FILES = "teacher", "none", "files"
+PROMPTS = flags.DEFINE_enum(
+  "prompts",
+  OWN,
+  (OWN, NO_PROMPTS, OF_FILES),
+  "What stands before texts: the prompts that the teacher has for queries and documents; nothing; "
+  "or, before queries, the instruction of their file, as in training.",
+)
+ALIGN = flags.DEFINE_enum(
+  "align",
+  None,
+  (to_teach.ENGLISH, to_teach.QUERY, to_teach.PASSAGE),
+  "Both texts of a translation (bitext) get the vector of this one, and negatives none. english: "
+  "of the text that is the more English one.",
+)
+PART = flags.DEFINE_integer("part", 16_384, "Texts of a part.", lower_bound=1)
+
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # names of the prompt of documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """An embedder, and what it puts before texts."""
+
+  name: str
+  version: str  # names and sizes of its files
+  prompts: dict[str, str]
+  encode: Callable[[list[str], str], np.ndarray]  # of texts after a prompt
+
+  def prompt(self, *names: str) -> str:
+    """Returns the first prompt that the model has of these names, "" where it has none."""
+    return next((self.prompts[name] for name in names if name in self.prompts), "")
+
+
+def load_model(name: str) -> Model:
+  """Returns the embedder: read by this package, else by sentence-transformers.
+
+  Raises:
+    LoadError: neither reads it.
+  """
+  from mlembed_jax.inference import Encoder
+
+  try:
+    return _ours(name, Encoder.load(name))
+  except LoadError as error:
+    return _theirs(name, error)
+
+
+def _ours(name: str, encoder: Encoder) -> Model:
+  return Model(
+    name,
+    _version(encoder.folder),
+    encoder.prompts,
+    lambda texts, prompt: encoder.encode(texts, prompt=prompt),
+  )
+
+
+def _theirs(name: str, refused: LoadError) -> Model:
+  why = str(refused).splitlines()[-1]
+  try:
+    from sentence_transformers import SentenceTransformer  # an extra of the package
+  except ImportError as error:
+    raise LoadError(
+      f'--teacher: {why} sentence-transformers may read it: pip install "mlembed_jax[teach]"'
+    ) from error
+  path = pathlib.Path(name.removeprefix("hf:"))
+  try:
+    model = SentenceTransformer(str(path))
+  except Exception as error:  # of transformers, torch, the Hub
+    raise LoadError(f"--teacher: {why} Nor does sentence-transformers read it: {error}") from error
+  print(f"{name} is encoded by sentence-transformers, as this package does not: {why}", flush=True)
+  return Model(
+    name,
+    _version(path) if path.is_dir() else str(path),
+    {key: prompt or "" for key, prompt in model.prompts.items()},
+    lambda texts, prompt: np.asarray(model.encode(texts, prompt=prompt, show_progress_bar=False)),
+  )
+
+
+def _version(folder: pathlib.Path) -> str:
+  files = sorted(path for path in folder.rglob("*") if path.is_file())
+  return digest_of_texts(*(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files))
+
+
+def find_prompts(model: Model, files: list[File]) -> Prompts:
+  """Returns what `--prompts` asks to put before texts."""
+  if PROMPTS.value == OF_FILES:
+    return Prompts(
+      "", {file.name: with_instruction(file.entry["instruction"], "") for file in files}
+    )
+  query, document = "", ""
+  if PROMPTS.value == OWN:
+    query, document = model.prompt("query"), model.prompt(*DOCUMENT_PROMPTS)
+  return Prompts(document, {file.name: query for file in files})
+
+
+def encode_all(
+  model: Model, texts: Texts, planned: ToTeach, parts: Parts, origin: str
+) -> list[pathlib.Path]:
+  """Returns the files of the vectors of all texts, of which an earlier start may have left some."""
+  files = []
+  with progress.count("embedding", len(planned.sources), " texts") as bar:
+    for start in range(0, len(planned.sources), PART.value):
+      chosen = slice(start, start + PART.value)
+      read = texts.read([texts.source(int(place)) for place in planned.sources[chosen]])
+      before = [planned.before[number] for number in planned.prompts[chosen]]
+      name = f"{len(files):08d}-{digest_of_texts(origin, *before, *read)}"
+      if (file := parts.find(name)) is None:
+        file = parts.save(name, numbers(_vectors(model, read, before, bar.update)))
+      else:
+        bar.update(len(read))
+      files.append(file)
+  return files
+
+
+def _vectors(
+  model: Model, texts: list[str], before: list[str], update: Callable[[int], object]
+) -> np.ndarray:
+  """Returns the vectors of a part, the texts of each prompt together."""
+  found: list[np.ndarray] = [np.zeros(0)] * len(texts)
+  for prompt in dict.fromkeys(before):
+    places = [i for i, each in enumerate(before) if each == prompt]
+    for chosen in _batches(places):
+      vectors = model.encode([texts[i] for i in chosen], prompt)
+      for i, vector in zip(chosen, vectors, strict=True):
+        found[i] = vector
+      update(len(chosen))
+  return np.stack(found)
+
+
+def _batches(places: list[int], size: int = 1024) -> Iterator[list[int]]:
+  return (places[i : i + size] for i in range(0, len(places), size))
+
+
+def _checked_out(out: pathlib.Path, wanted: Taught) -> bool:
+  """Returns whether the folder is complete already; raises ConfigError where it is of others."""
+  if not out.exists():
+    return False
+  if not (out / NAME).is_file():
+    raise ConfigError(f"--out: {out} exists, and {NAME} is not in it; name another folder")
+  if dataclasses.replace(Taught.load(out), files={}) != wanted:
+    raise ConfigError(f"--out: {out} holds other vectors; name another folder, or remove it")
+  return True
+
+
+def main() -> None:
+  """Reads the flags, finds the distinct texts, embeds them and writes the folder."""
+  out = pathlib.Path(OUT.value)
+  opened = catalog.load_catalog(pathlib.Path(DATASET.value))
+  chosen = manifest.matching(opened.files, FILES.value, "--files", opened.folder)
+  files = [file for name, file in opened.files.items() if name in chosen]
+  model = load_model(TEACHER.value)
+  planned = to_teach.plan(opened, files, find_prompts(model, files), ALIGN.value or "")
+  width = model.encode(["a"], "").shape[1]
+  content = Taught(
+    opened.fingerprint,
+    model.name,
+    model.version,
+    width,
+    PROMPTS.value,
+    ALIGN.value or "",
+    planned.known,
+    {},
+  )
+  if _checked_out(out, content):
+    print(f"{out} is complete")
+    return
+  _make(model, opened, planned, content, out)
+
+
+def _make(
+  model: Model, opened: Catalog, planned: ToTeach, content: Taught, out: pathlib.Path
+) -> None:
+  if not len(planned.sources):
+    raise DataError("--files: their training rows have no texts")
+  size = 2 * content.width * (len(planned.documents) + len(planned.queries))
+  print(f"{len(planned.sources):,} distinct texts; {readable_size(size)} of vectors", flush=True)
+  parts, new = Parts(out), out.with_name(f".{out.name}.new")
+  with parts.held():
+    origin = json.dumps([content.teacher, content.version])
+    made = encode_all(model, Texts(opened), planned, parts, origin)
+    shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+    new.mkdir(parents=True)
+    write(new, content, planned, made, opened)
+    replace_folder(new, out)
+    shutil.rmtree(parts.folder)
+  print(f"{out}: train with --config.kd.teacher={out}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
