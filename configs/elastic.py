@@ -1,4 +1,4 @@
-"""An elastic copy of an embedder: the same vectors in full, and good ones at every smaller size.
+"""An elastic copy of an embedder: its vectors in full, nearly, and good ones at every smaller size.
 
 `--config configs/elastic.py:SOURCE`, a folder in Hugging Face layout or hf:ORG/NAME of an embedder
 that pools the last token. Texts alone are enough: the embedder, frozen, is the teacher.
@@ -24,7 +24,7 @@ def get_config(source: str) -> ConfigDict:
   config.model.rank = config.model.width  # begins with exactly the table of the embedder
   if found.max_seq_length:
     config.export.max_seq_length = min(found.max_seq_length, config.export.max_positions)
-  config.export.name = folder.name.lower() + "-elastic"
+  config.export.name = from_hf.name_of(source) + "-elastic"
   config.losses.contrastive = 0.0
   config.kd.teacher = source
   # Every exit learns the last layer's vector, so that a shallow query finds deep documents.

@@ -24,5 +24,10 @@ def get_config(source: str) -> ConfigDict:
   if positions := read_positions(folder):
     config.export.max_positions = positions
     config.export.max_seq_length = min(config.export.max_seq_length, positions)
-  config.export.name = "mlembed-" + folder.name.lower()
+  config.export.name = "mlembed-" + name_of(source)
   return config
+
+
+def name_of(source: str) -> str:
+  """Returns the last part of a path or of hf:ORG/NAME, whose folder is named after a commit."""
+  return pathlib.Path(source).resolve().name.lower()

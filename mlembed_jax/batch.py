@@ -26,6 +26,11 @@ class Kind:
     return not self.positives
 
   @property
+  def is_scored(self) -> bool:
+    """Whether the rows are pairs with a score."""
+    return self.task_type == "scored_pairs"
+
+  @property
   def texts(self) -> int:
     """Texts of a row: the query, its positives and its negatives."""
     return 1 + self.positives + self.negatives

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from absl import flags
 
 from mlembed_jax import cli, progress
-from mlembed_jax.data.text_files import KNOWN, TEXT
+from mlembed_jax.data.text_files import KNOWN, TXT
 from mlembed_jax.data.texts import form_of_file, read_texts
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.files import new_file, storage_errors
@@ -310,7 +310,7 @@ def check_flags() -> None:
   """Raises ConfigError where a flag would change nothing."""
   if PROMPT.present and PROMPT_NAME.present:
     raise ConfigError("--prompt, --prompt_name: only one can stand before a text; drop one of them")
-  if COLUMN.present and (INPUT.value == "-" or form_of_file(INPUT.value, "--input") == TEXT):
+  if COLUMN.present and (INPUT.value == "-" or form_of_file(INPUT.value, "--input") == TXT):
     raise ConfigError(
       f"--column: {INPUT.value} has a text per line, and no columns; drop the flag, or name a file "
       "of another form"

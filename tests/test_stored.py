@@ -153,7 +153,7 @@ def test_its_scores_json_is_read(outputs):
   assert [latency.depth for latency in found.costs.latency_ms] == [1, 2]
 
 
-def test_an_evaluation_that_0_1_0_began_goes_on(outputs, monkeypatch):
+def test_an_evaluation_that_0_1_0_began_goes_on(outputs, monkeypatch, capsys):
   """The names of its files are hashes, of the times of the exported files, too."""
   monkeypatch.setattr(scoring, "__version__", "0.1.0")  # it is hashed
   monkeypatch.setattr(scoring, "score_task", None)  # nothing is left to score
@@ -168,6 +168,7 @@ def test_an_evaluation_that_0_1_0_began_goes_on(outputs, monkeypatch):
   ]
   assert found.tasks == before.tasks
   assert len(list((outputs / "scores/tasks").iterdir())) == 2
+  assert "kept as an earlier version scored them, without queries at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

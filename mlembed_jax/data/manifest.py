@@ -261,13 +261,16 @@ def _value_problems(entry: dict[str, Any]) -> Iterator[str]:
     yield f"negatives: must be 0 for {task}, and positives left out: its files have texts alone"
   if "teacher_vectors" in entry:
     needed = ("query",) if task == TEXT else ("query", "passage")
-    yield from _vector_problems(entry["teacher_vectors"], needed)
+    known = needed if task == TEXT else VECTORS
+    yield from _vector_problems(entry["teacher_vectors"], needed, known)
 
 
-def _vector_problems(files: dict[str, Any], needed: tuple[str, ...]) -> Iterator[str]:
+def _vector_problems(
+  files: dict[str, Any], needed: tuple[str, ...], known: tuple[str, ...]
+) -> Iterator[str]:
   for key in files:
-    if key not in VECTORS:
-      yield f"teacher_vectors: {key!r} is unknown; known: {', '.join(VECTORS)}"
+    if key not in known:
+      yield f"teacher_vectors: {key!r} is unknown; known: {', '.join(known)}"
   for key in (*needed, *files):
     if type(files.get(key)) is not str:
       found = repr(files[key]) if key in files else "nothing"

@@ -22,6 +22,7 @@ from mlembed_jax.data.manifest import SCORED, TEXT, File
 from mlembed_jax.data.parquet_files import Columns
 from mlembed_jax.data.shards import paths_of
 from mlembed_jax.data.tables import Reasons
+from mlembed_jax.data.text_files import TXT, form_of
 from mlembed_jax.errors import DataError
 
 # Its functions are made at import, where type checkers do not see them.
@@ -122,7 +123,10 @@ def read_chunks(file: File) -> Iterator[Chunk]:
       if file.entry["task_type"] == TEXT:  # from here on a query, as the first text of a row is
         table = table.rename_columns(["query" if n == TEXT else n for n in table.column_names])
       _check_scores(file, table, f"{path}: row", start - first)
-      yield _chunk(file, table, reasons, start)
+      chunk = _chunk(file, table, reasons, start)
+      if form_of(path).kind == TXT:  # blank lines are no texts, as they are no rows of other forms
+        chunk.dropped.pop("empty", None)
+      yield chunk
       start += table.num_rows
 
 
@@ -176,8 +180,10 @@ def _strip_instruction(table: pa.Table, instruction: str) -> tuple[pa.Table, np.
 
 
 def _reasons(file: File, table: pa.Table, texts: list[str]) -> Reasons:
-  null = {name: _mask(pc.is_null(table[name])) for name in (*texts, *numbers(file))}
-  empty = {name: ~has_text(table[name]) for name in texts}
+  named = dict(zip(columns(file), texts, strict=True))  # as the file calls them
+  null = {c: _mask(pc.is_null(table[name])) for c, name in named.items()}
+  null |= {name: _mask(pc.is_null(table[name])) for name in numbers(file)}
+  empty = {c: ~has_text(table[name]) for c, name in named.items()}
   equal = {name: np.zeros(table.num_rows, bool) for name in texts[1 + file.positives :]}
   for passage, negative in itertools.product(texts[1 : 1 + file.positives], equal):
     same = pc.equal(table[passage], table[negative])

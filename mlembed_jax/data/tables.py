@@ -15,8 +15,8 @@ from mlembed_jax.data.text_files import (
   ARROW,
   CSV,
   PARQUET,
-  TEXT,
   TSV,
+  TXT,
   form_of,
   is_valid,
   read_records,
@@ -74,7 +74,7 @@ def read_tables(path: str, columns: Columns, size: int) -> Tables:
 def _blocks(path: str, columns: Columns, size: int) -> Iterator[list[Row]]:
   """Yields up to `size` rows at a time of a file that is not parquet."""
   kind, first = form_of(path).kind, True
-  if kind == TEXT and list(columns.texts) != [manifest.TEXT]:
+  if kind == TXT and list(columns.texts) != [manifest.TEXT]:
     raise DataError(f"{path}: a file of texts has no columns; write .jsonl, .csv or .parquet")
   records = read_records(path)
   while block := list(itertools.islice(records, size)):
@@ -89,7 +89,7 @@ def _blocks(path: str, columns: Columns, size: int) -> Iterator[list[Row]]:
 
 def _row(value: Any, kind: str) -> Row:
   """Returns the columns of a record, None where it is no row."""
-  if kind == TEXT:
+  if kind == TXT:
     return {manifest.TEXT: value}
   return value if isinstance(value, dict) else None
 

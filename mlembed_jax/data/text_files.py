@@ -29,8 +29,8 @@ from mlembed_jax.files import once
 
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}
 PARQUET, ARROW, JSON_LINES, JSON = "parquet", "arrow", "jsonl", "json"
-CSV, TSV, TEXT = "csv", "tsv", "txt"
-FORMS = {name: name for name in (PARQUET, ARROW, JSON_LINES, JSON, CSV, TSV, TEXT)} | {
+CSV, TSV, TXT = "csv", "tsv", "txt"
+FORMS = {name: name for name in (PARQUET, ARROW, JSON_LINES, JSON, CSV, TSV, TXT)} | {
   "ndjson": JSON_LINES
 }
 KNOWN = (
@@ -278,5 +278,5 @@ READERS: dict[str, Callable[[str, io.BufferedReader], Iterator[Record]]] = {
   JSON: _json,
   CSV: lambda path, file: _fields(path, file, ","),
   TSV: lambda path, file: _fields(path, file, "\t"),
-  TEXT: _text_lines,
+  TXT: _text_lines,
 }

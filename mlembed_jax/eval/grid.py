@@ -80,15 +80,17 @@ def score_task_slices(
   ranks at the largest depth. `encode` gives the final-norm states at all depths at a rank; each
   process of a run scores its part of them.
   """
-  scores: list[SliceScore] = []
-  states, of_ranks = np.zeros((0, 0, 0)), dict[tuple[int, int], np.ndarray]()
+  scores = list[SliceScore]()
+  of_ranks, of_depths = dict[tuple[int, int], np.ndarray](), dict[tuple[int, int], np.ndarray]()
   for rank in axes.ranks:
     states = encode(ids, rank)
     scores += _score_rank(task, rank, axes, states)
-    of_ranks[rank, axes.depths[-1]] = states[-1]
-  if not (pairs and task.has_documents):
-    return scores, []
-  of_depths = {(axes.ranks[-1], depth): at for depth, at in zip(axes.depths, states, strict=True)}
+    if pairs and task.has_documents:
+      # A copy, as a view would keep the states of all depths at every rank in memory.
+      of_ranks[rank, axes.depths[-1]] = states[-1].copy()
+      if rank == axes.ranks[-1]:
+        of_depths = {(rank, depth): at for depth, at in zip(axes.depths, states, strict=True)}
+    del states  # before the next ones are made
   return scores, [*_score_pairs(task, of_depths, axes), *_score_pairs(task, of_ranks, axes)]
 
 
@@ -115,11 +117,13 @@ def _score_pairs(
   }
 
   def score(pair: tuple[tuple[int, int], tuple[int, int]]) -> dict[str, Any]:
-    by_language = task.score(*(vectors[size] for size in pair))
-    main = {lang: metrics[task.metric] for lang, metrics in by_language.items()}
-    mean = statistics.fmean(main.values())
+    (query_rank, query_depth), document = pair
+    size = Size(*document, axes.dims[-1], axes.precisions[0])
+    found = slice_score(task, size, task.score(vectors[pair[0]], vectors[document]))
     return dataclasses.asdict(
-      AsymmetricScore(task.name, task.metric, *pair[0], *pair[1], mean, main)
+      AsymmetricScore(
+        task.name, task.metric, query_rank, query_depth, *document, found.score, found.by_language
+      )
     )
 
   pairs = list(itertools.permutations(vectors, 2))

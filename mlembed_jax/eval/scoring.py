@@ -265,6 +265,7 @@ def evaluate_encoder(
       file = out / "tasks" / f"{digest[:24]}.json"
       scored.append(kept(file, lambda task=task: score_task(encoder, task, axes)))
       bar.update()
+  _say_unpaired(tasks, scored, axes, out)
   scores = [_with_keys(found, language_key) for task in scored for found in task.scores]
   scores += _score_mteb(encoder, named, axes, out / "mteb", language_key) if named else []
   return Evaluation(
@@ -276,6 +277,21 @@ def evaluate_encoder(
     skipped={"texts_truncated": sum(task.truncated for task in scored)},
     asymmetric=[found for task in scored for found in task.asymmetric],
   )
+
+
+def _say_unpaired(
+  tasks: Sequence[HeldoutTask], scored: Sequence[TaskScores], axes: Axes, out: pathlib.Path
+) -> None:
+  """Says which kept scores an earlier version wrote, without those of queries at another size."""
+  several = max(len(axes.ranks), len(axes.depths)) > 1
+  both = zip(tasks, scored, strict=True)
+  if old := [t.name for t, s in both if several and t.has_documents and not s.asymmetric]:
+    print(
+      f"note: {', '.join(old)}: kept as an earlier version scored them, without queries at another "
+      f"size than documents; remove {out / 'tasks'} to have them scored again",
+      file=sys.stderr,
+      flush=True,
+    )
 
 
 def _with_keys(score: SliceScore, language_key: str) -> SliceScore:

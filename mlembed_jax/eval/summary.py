@@ -238,7 +238,7 @@ def _pair_table(evaluation: Evaluation, tasks: list[str], name: str) -> PairTabl
   for s in same:
     if s.size == whole.size._replace(**{name: getattr(s, name)}):
       scores[getattr(s, name), getattr(s, name)].append(s.score)
-  for pair in evaluation.asymmetric:
+  for pair in (pair for pair in evaluation.asymmetric if pair.task in tasks):
     if getattr(pair, other) == getattr(pair, f"query_{other}") == getattr(whole, other):
       scores[getattr(pair, f"query_{name}"), getattr(pair, name)].append(pair.score)
   cells = {pair: statistics.fmean(found) for pair, found in scores.items()}

@@ -206,6 +206,7 @@ def _training(variant: Variant) -> str:
     ("steps", variant.step),
     *((field, flat[field]) for field in fields),
     *_temperatures(variant),
+    *_teacher(variant),
     ("fingerprint of the data order", f"`{variant.run.fingerprint}`"),
   )
   return _table(("", ""), facts)
@@ -215,7 +216,22 @@ def _temperatures(variant: Variant) -> list[tuple[str, str]]:
   losses = variant.run.config.losses
   task_types = sorted({entry["task_type"] for entry in variant.run.datasets.values()})
   own = [name for name in task_types if hasattr(losses, name)]  # texts alone have none
+  own = own if losses.contrastive else []
   return [(f"losses.{name}.temperature", _temperature(losses, name)) for name in own]
+
+
+def _teacher(variant: Variant) -> list[tuple[str, Any]]:
+  """Returns what was learnt of a teacher, and whether of anything else."""
+  config, kd = variant.run.config, dataclasses.asdict(variant.run.config.kd)
+  if not config.kd.teacher:
+    return []
+  weights = {name: kd[name] for name in ("weight", "prefix", "similarity") if kd[name]}
+  fields = {name: kd[name] for name in ("match", "space")} | weights
+  return [
+    ("teacher", f"`{config.kd.teacher.rstrip('/').split('/')[-1]}`"),
+    *((f"kd.{name}", value) for name, value in fields.items()),
+    ("losses.contrastive", config.losses.contrastive),
+  ]
 
 
 def _temperature(losses: LossesConfig, task_type: str) -> str:

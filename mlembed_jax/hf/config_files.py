@@ -257,9 +257,13 @@ def prompts_of(run: Run) -> dict[str, str]:
   A copy of an embedder, which learnt from a teacher alone, has those of the embedder. Others have
   their own, beside those of the embedder that they started from.
   """
-  if run.prompts is not None and not run.config.losses.contrastive:
-    return {"query": "", "document": "", **run.prompts}
-  return {**(run.prompts or {}), **prompts(run.datasets)}
+  own = run.prompts or {}
+  return {"query": "", "document": "", **own} if is_copy(run) else {**own, **prompts(run.datasets)}
+
+
+def is_copy(run: Run) -> bool:
+  """Returns whether a run only made a copy of an embedder, whose users keep its prompts."""
+  return run.prompts is not None and not run.config.losses.contrastive
 
 
 def prompts(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

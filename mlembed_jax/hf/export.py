@@ -64,6 +64,7 @@ from mlembed_jax.models.encoder import parameter_count
 from mlembed_jax.workdir import Run, StepScores
 
 MAX_FILE_BYTES = 5_000_000_000
+TEMPLATE = PREFIX.format(instruction="{task}") + QUERY  # of prompts
 DTYPE_CODES = {"bfloat16": "BF16", "float32": "F32"}  # numpy -> safetensors
 
 
@@ -329,7 +330,7 @@ def _own_file(
     exits=own_file.AxisSizes(axes.exits, variant.depth),
     table=_table(variant),
     pooling=_pooling(config, tokenizer),
-    prompt_template=PREFIX.format(instruction="{task}") + QUERY,
+    prompt_template="" if config_files.is_copy(variant.run) else TEMPLATE,
     training=_training(variant),
     files={name: own_file.Digest(found) for name, found in digests(folder).items()},
     ranges_file=ranges_file,

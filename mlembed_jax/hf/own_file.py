@@ -123,7 +123,7 @@ class OwnFile:
   exits: AxisSizes
   table: Table
   pooling: Pooling
-  prompt_template: str
+  prompt_template: str  # "": the prompts are those of the embedder that this is a copy of
   training: Training
   files: dict[str, Digest]  # all others of the folder
   ranges_file: str | None = None  # of the ranges of int8 vectors; folders of 0.1.0 have none

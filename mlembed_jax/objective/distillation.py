@@ -113,7 +113,7 @@ def _both(x_BCD: Array, dims: Sequence[int], temperature: float) -> tuple[Texts,
 
 
 def _others(ids_BC: Int[Array, "B C"]) -> tuple[Anchors, Candidates]:
-  """Returns who meets whom: queries, and all different texts of other rows."""
+  """Returns who meets whom: queries, and the texts of other rows that are not equal to them."""
   B, C = ids_BC.shape
   row_B, none = jnp.arange(B, dtype=jnp.int32), jnp.zeros((B * C, 0), jnp.int32)
   candidates = Candidates(jnp.repeat(row_B, C), ids_BC.reshape(-1), none)

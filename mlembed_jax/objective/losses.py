@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mlembed_jax.batch import Arrays, Kind
 from mlembed_jax.config_fields import NO_LIMIT, KdConfig, LossesConfig
@@ -148,11 +148,12 @@ def _weighted_main_terms(at: AtExit) -> Terms:
 
 
 def _quantized(quantize: Callable[[Array], Array], at: AtExit) -> Float[Array, "M"] | None:
-  """Returns the sum of the main terms over quantised vectors; texts alone have none."""
-  if at.settings.kind.is_text:
+  """Returns the sum of the main terms over quantised vectors; None where there are none."""
+  weight = at.settings.losses.contrastive
+  if not weight or at.settings.kind.is_text:
     return None
   logits = at.logits_of(quantize(at.states_BCD), at.settings.axes.dims)
-  return sum(main_terms(at, logits).values(), jnp.zeros(()))
+  return weight * sum(main_terms(at, logits).values(), jnp.zeros(()))
 
 
 def _spread_out(at: AtExit) -> Float[Array, "M"]:
@@ -231,7 +232,7 @@ def _loss_at(at: AtExit) -> tuple[Array, tuple[dict[str, Array], Array]]:
 def _negatives(at: AtExit) -> Float[Array, "B"]:
   """Returns how many negatives each row has; of texts alone, how many others there are."""
   if at.settings.kind.is_text:
-    return jnp.full(len(at.states_BCD), len(at.states_BCD) - 1.0)
+    return partners(at.known.ids[:, 0])
   return at.logits.count if at.known.scores is None else partners(at.known.scores)
 
 
@@ -266,13 +267,12 @@ def objective(
 
 def _known(states_EBCD: Array, batch: Arrays, settings: LossSettings, teachers: Teachers) -> Known:
   ids_BC = text_ids(batch.hashes, settings.losses.mask_duplicates)
-  scored = not (settings.kind.is_text or settings.losses.task(settings.kind.task_type))
-  if scored and batch.scores is None:
+  if settings.kind.is_scored and batch.scores is None:
     raise ValueError(f"a batch of {settings.kind.task_type} without scores")
   return Known(
     ids=ids_BC,
     pairings=_pairings(states_EBCD, ids_BC, settings, teachers),
-    scores=batch.scores if scored else None,
+    scores=batch.scores if settings.kind.is_scored else None,
     teacher=teachers.exits if settings.kd.learns else None,
   )
 
@@ -367,8 +367,8 @@ def contrastive(logits: Logits, backward: Pairing | None, config: LossesConfig) 
   return terms
 
 
-def partners(scores_B: Float[Array, "B"]) -> Float[Array, "B"]:
-  """Returns how many rows have another score than each row."""
+def partners(scores_B: Shaped[Array, "B"]) -> Float[Array, "B"]:
+  """Returns how many rows have another score, or other number, than each row."""
   ordered = jnp.sort(scores_B)
   first, last = (jnp.searchsorted(ordered, scores_B, side=side) for side in ("left", "right"))
   return (len(scores_B) - (last - first)).astype(jnp.float32)

@@ -41,10 +41,9 @@ def batch_shapes(config: Config, kind: Kind, batch_shards: int) -> Arrays:
   """Returns this kind's batches as shapes."""
   rows, shape = config.data.global_batch, jax.ShapeDtypeStruct
   sheets = kind_layout(config, kind, batch_shards).shapes()
-  scored = not (kind.is_text or config.losses.task(kind.task_type))
   return Arrays(
     hashes=shape((rows, kind.texts, 2), jnp.uint32),
-    scores=shape((rows,), jnp.float32) if scored else None,
+    scores=shape((rows,), jnp.float32) if kind.is_scored else None,
     sheets=tuple(Sheets(*(shape(each, jnp.int32) for each in width)) for width in sheets),
     teacher=shape((rows, *kind.vectors), jnp.float32) if kind.vectors else None,
   )

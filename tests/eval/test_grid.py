@@ -1,6 +1,7 @@
 """Every score of the grid equals scoring the cut model on its own."""
 
 import dataclasses
+import weakref
 
 import jax
 import numpy as np
@@ -63,6 +64,21 @@ def contents(tiny, params, inputs):
   task = dataclasses.replace(task, score=content)
   found = grid.score_slices(tiny, params, [task], tokenizer, make_mesh(tiny))
   return {(s.rank, s.depth, s.dim): s.score for s in found}
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_states_of_one_rank_are_in_memory_at_a_time(inputs, pairs):
+  task, made, alive = inputs[0][0], [], []
+
+  def encode(ids, rank):
+    alive.append(sum(state() is not None for state in made))
+    states = np.random.default_rng(rank).normal(size=(2, len(ids), 8)).astype(np.float32)
+    made.append(weakref.ref(states))
+    return states
+
+  axes = grid.Axes((8, 16, 24), (1, 3), (8,))
+  grid.score_task_slices(task, [[1]] * len(task.texts), axes, encode, pairs=pairs)
+  assert alive == [0, 0, 0]
 
 
 @pytest.fixture(scope="module")

@@ -210,6 +210,15 @@ def test_prompts_name_task_types_and_then_files(folders: dict):
   }
 
 
+def test_a_copy_has_the_prompts_of_its_embedder_and_others_have_their_own(factorised: Trained):
+  own = config_files.prompts(factorised.run.datasets)
+  run = dataclasses.replace(factorised.run, prompts={"query": "find: ", "web": "web: "})
+  assert config_files.prompts_of(run) == own | {"web": "web: "}
+  losses = dataclasses.replace(run.config.losses, contrastive=0.0)
+  copy = dataclasses.replace(run, config=dataclasses.replace(run.config, losses=losses))
+  assert config_files.prompts_of(copy) == {"query": "find: ", "document": "", "web": "web: "}
+
+
 def test_without_training_files_the_query_prompt_is_that_of_the_reference():
   assert config_files.prompts({})["query"].startswith(
     "Instruct: Given a question, retrieve passages"

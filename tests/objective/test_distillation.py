@@ -178,6 +178,8 @@ def test_each_dim_learns_the_choice_of_the_teacher(texts, known, exits, width):
   result, (gradient, _) = ours(x, hashes, (8, 48), **options, **settings)
   expected, expected_gradient = plain_similarity(x, teacher, hashes, (8, 48), 0.1)
   assert set(result.terms) == {"similarity"} and result.empty_rows == 0
+  if texts == 1:  # two of eight have 6 others, the rest 7
+    assert result.negatives == pytest.approx(6.75)
   np.testing.assert_allclose(result.terms["similarity"], 0.5 * expected, rtol=1e-5)
   scale = np.abs(expected_gradient).max() / 2
   np.testing.assert_allclose(2 * gradient, 0.5 * expected_gradient, rtol=0, atol=1e-5 * scale)

@@ -295,6 +295,16 @@ def test_rows_whose_stored_negatives_are_all_masked_have_no_loss():
   assert result.empty_rows == 8
 
 
+def test_without_the_rows_own_lesson_their_quantised_vectors_teach_nothing():
+  x, half = random_states(1, 8, 3, 48), {"losses__int8": 0.5, "losses__contrastive": 0.5}
+  taught = {"teachers": Teachers(exits=jnp.asarray(x)), "kd__teacher": "stored"}
+  whole = ours(x, distinct_hashes(8, 3), (8, 48), **half | {"losses__contrastive": 1.0})[0]
+  found = ours(x, distinct_hashes(8, 3), (8, 48), **half)[0]
+  np.testing.assert_allclose(2 * found.terms["int8"], whole.terms["int8"], rtol=1e-6)
+  found = ours(x, distinct_hashes(8, 3), (8, 48), **half | taught | {"losses__contrastive": 0})[0]
+  assert set(found.terms) == {"distillation"}
+
+
 def test_a_zero_state_has_a_finite_gradient():
   x = random_states(1, 8, 3, 48)
   x[0, 0, 0] = x[0, 1, 1] = x[0, 2, 2] = 0

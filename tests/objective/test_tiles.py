@@ -66,15 +66,17 @@ def problem(rows, columns, temperature=0.05, seed=0):
 
 
 def value_and_grad(args, teacher, weight):
-  """Returns ((log-sums, counts, expected logits), gradients of their weighted sum)."""
+  """Returns ((log-sums, counts, expected logits, divergences), gradients of their weighted sum)."""
   anchors, candidates, *keys = args
 
   def total(anchors, candidates):
     value, count = tiles.log_sum_exp(anchors, candidates, *keys)
     expected = tiles.expected_logits(anchors, candidates, *keys, teacher)
+    both = teacher.anchors, teacher.candidates
+    apart = tiles.divergence(anchors, candidates, *keys, both)
     # An empty sum is -1e29: it enters as such in losses, which then are constant. Here as 0.
     sums = jnp.where(value > tiles.EMPTY, value, value - jax.lax.stop_gradient(value))
-    return jnp.sum(weight * (sums + 0.1 * expected)), (value, count, expected)
+    return jnp.sum(weight * (sums + 0.1 * expected + apart)), (value, count, expected, apart)
 
   (_, out), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(anchors, candidates)
   return out, grads
@@ -86,15 +88,20 @@ def plain(args, teacher, weight):
   keep = plain_keep(*(jax.tree.map(np.asarray, keys) for keys in args[2:]))
   logits = all_logits(a, c)
   value = torch.logsumexp(logits.masked_fill(~keep[..., None], -torch.inf), dim=1)
-  chance = all_logits(leaves(teacher.anchors), leaves(teacher.candidates))[..., 0]
-  chance = torch.exp(chance - torch.tensor(np.asarray(teacher.log_total, np.float64))[:, None])
+  goal = all_logits(leaves(teacher.anchors), leaves(teacher.candidates))[..., 0].detach()
+  choice = torch.log_softmax(goal.masked_fill(~keep, -torch.inf), dim=1)[..., None]
+  own = torch.log_softmax(logits.masked_fill(~keep[..., None], -torch.inf), dim=1)
+  apart = torch.where(keep[..., None], choice.exp() * (choice - own), 0.0).sum(dim=1)
+  chance = torch.exp(goal - torch.tensor(np.asarray(teacher.log_total, np.float64))[:, None])
   expected = torch.sum((chance * keep)[..., None].detach() * logits, dim=1)
   filled = keep.any(1)
   weight = torch.tensor(np.asarray(weight, np.float64))
-  total = torch.sum(weight * 0.1 * expected) + torch.sum((weight * value)[filled])
+  total = torch.sum(weight * 0.1 * expected) + torch.sum((weight * (value + apart))[filled])
   total.backward()
   grads = [[x.grad.numpy() for x in (*t["blocks"], t["scale"])] for t in (a, c)]
-  return (value.detach().numpy(), keep.sum(1).numpy(), expected.detach().numpy()), grads
+  apart = torch.where(filled[:, None], apart, 0.0)
+  out = value, keep.sum(1), expected, apart
+  return tuple(x.detach().numpy() for x in out), grads
 
 
 def leaves(texts):
@@ -160,9 +167,10 @@ def small_tiles(monkeypatch):
 )
 def test_tiles_add_up_to_the_sum_over_all_pairs(small_tiles, rows, columns, tile, temperature):
   args, teacher, weight = problem(rows, columns, temperature)
-  (value, count, expected), grads = compiled(value_and_grad, args, teacher, weight)
+  (value, count, expected, apart), grads = compiled(value_and_grad, args, teacher, weight)
   assert small_tiles == {tile}
-  (plain_value, plain_count, plain_expected), plain_grads = plain(args, teacher, weight)
+  out, plain_grads = plain(args, teacher, weight)
+  plain_value, plain_count, plain_expected, plain_apart = out
   # Anchor 0 has no negative: a finite stand-in for -inf, and no gradient at all.
   assert np.all(value[0] == np.float32(tiles.EMPTY))
   assert not np.any(np.isfinite(plain_value[0]))
@@ -172,6 +180,8 @@ def test_tiles_add_up_to_the_sum_over_all_pairs(small_tiles, rows, columns, tile
   assert_close(value[1:], plain_value[1:], 1e-6)
   np.testing.assert_array_equal(count, plain_count)
   assert_close(expected, plain_expected, EXP / temperature)
+  assert_close(apart, plain_apart, EXP / temperature)
+  assert not np.any(apart[0])
   assert_close([[*g.blocks, g.scale] for g in grads], plain_grads, EXP / temperature)
 
 
@@ -199,10 +209,10 @@ def test_eight_devices_equal_one(sizes, monkeypatch):
   rows = jax.NamedSharding(mesh, PartitionSpec(RULES["batch"]))
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     found = compiled(value_and_grad, *jax.device_put(problem(16, 32), rows))
-  (value, count, sums), grads = found
+  (value, count, *sums), grads = found
   assert_close(value[1:], expected[0][0][1:], 1e-6)
   np.testing.assert_array_equal(count, expected[0][1])
-  assert_close((sums, grads), (expected[0][2], expected[1]), EXP / 0.05)
+  assert_close((sums, grads), (expected[0][2:], expected[1]), EXP / 0.05)
 
 
 def temporary_bytes(rows):

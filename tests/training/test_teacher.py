@@ -360,6 +360,17 @@ def test_stored_vectors_must_be_there_and_wide_enough(tmp_path, prepared):
     check_stored(config, prepared({"a.parquet": (scored(16), entry("scored_pairs", 0, ""))}, "no"))
 
 
+def test_a_file_that_nothing_teaches_is_refused(tmp_path, prepared):
+  files = stored(tmp_path, 48) | {"a.parquet": (scored(16), entry("scored_pairs", 0, ""))}
+  found = prepared(files)
+  check_stored(student("stored"), found)
+  with pytest.raises(ConfigError, match="a.parquet has no vectors of it, and nothing else to lear"):
+    check_stored(student("stored", **{"losses.contrastive": 0.0}), found)
+  texts = {"b.parquet": ({"text": sentences("de")[:20]}, entry("text", 0, ""))}
+  with pytest.raises(ConfigError, match="b.parquet has no vectors of it, and nothing else to lear"):
+    check_stored(student("stored"), prepared(stored(tmp_path, 48) | texts, "texts"))
+
+
 def test_unit_vectors_are_no_states(tmp_path, prepared):
   found = prepared(stored(tmp_path, 48, unit=True))
   with pytest.raises(ConfigError, match=r"kd.space: the teacher's vectors of pairs.parquet are u"):

@@ -13,6 +13,9 @@ from mlembed_jax.config import from_mapping, load_config
 from mlembed_jax.data import catalog
 from mlembed_jax.errors import ConfigError, DataError
 from mlembed_jax.hf import recipe
+from mlembed_jax.hf.checks import examine
+from mlembed_jax.hf.checks.finding import ERROR, WARNING
+from mlembed_jax.workdir import Run
 from tests.material import (
   batches_of,
   config_dict,
@@ -34,7 +37,7 @@ def alone(tmp_path_factory):
   """A prepared folder with texts of three forms and pairs."""
   folder = tmp_path_factory.mktemp("alone")
   write_files(folder, {"train/pairs.parquet": (pairs(96, 2), entry("bitext", 2, "Translate."))})
-  (folder / "train/lines.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+  (folder / "train/lines.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")  # blank lines, too
   rows = [json.dumps({"text": text, "lang": "de"}) for text in TEXTS[:60]]
   (folder / "train/rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
   manifest = json.loads((folder / "manifest.json").read_text())
@@ -61,6 +64,10 @@ def test_a_row_is_one_text(alone):
   [
     ({"negatives": 1}, "negatives: must be 0 for text, and positives left out"),
     ({"positives": 2}, "negatives: must be 0 for text, and positives left out"),
+    (
+      {"teacher_vectors": {"query": "a.npy", "passage": "b.npy"}},
+      "teacher_vectors: 'passage' is unknown; known: query",
+    ),
   ],
 )
 def test_what_texts_alone_cannot_have_is_refused(tmp_path, change, message):
@@ -95,8 +102,18 @@ def elastic(alone, teacher, workdir, **fields):
   return lines(workdir)
 
 
-def test_an_encoder_learns_to_be_its_teacher_at_every_exit(alone, exported, tmp_path):
-  teacher = exported["full"]
+@pytest.fixture(scope="module")
+def embedder(exported, tmp_path_factory):
+  """An embedder of someone else, with prompts of its own."""
+  folder = shutil.copytree(exported["full"], tmp_path_factory.mktemp("embedder") / "theirs")
+  (folder / "mlembed.json").unlink()
+  path = folder / "config_sentence_transformers.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": {"query": "find: "}}))
+  return folder
+
+
+def test_an_encoder_learns_to_be_its_teacher_at_every_exit(alone, embedder, tmp_path):
+  teacher = embedder
   exits = {"matryoshka.exits": "(1,3)", "train.steps": 6}
   found = elastic(alone, teacher, tmp_path / "w", **exits)
   assert len(found) == 6
@@ -108,11 +125,20 @@ def test_an_encoder_learns_to_be_its_teacher_at_every_exit(alone, exported, tmp_
   assert len(files) > 1 and files <= {"train/lines.txt", "train/rows.jsonl", "train/pairs.parquet"}
   # What stood before texts of the teacher stands before those of the copy.
   (copy,) = (tmp_path / "w/export").iterdir()
-  assert recipe.stated_prompts(copy) == recipe.stated_prompts(teacher)
+  assert copy.name == "theirs-elastic"
+  prompts = {"query": "find: ", "document": ""}
+  assert recipe.stated_prompts(copy) == prompts
+  assert not [f for f in examine.examine(copy) if f.level in (ERROR, WARNING)]
+  assert "| kd.similarity | 1.0 |" in (copy / "README.md").read_text()
   # In full the student begins as its teacher, and has nothing to learn there.
   whole = {"matryoshka.exits": "(3,)", "matryoshka.dims": "(48,)", "train.steps": 2}
+  whole |= {"train.checkpoint_every": 1}
   for line in elastic(alone, teacher, tmp_path / "whole", **whole):
     assert line["loss"] < 1e-4 < found[0]["loss"]
+  # The embedder's prompts are those of the run, wherever it is now.
+  shutil.rmtree(tmp_path / "whole/checkpoints/2")
+  elastic(alone, teacher, tmp_path / "whole", **whole)
+  assert Run.load(tmp_path / "whole").prompts == {"query": "find: "}
 
 
 def test_a_folder_that_ends_texts_with_nothing_has_no_elastic_copy(exported, tmp_path):

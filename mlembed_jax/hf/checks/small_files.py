@@ -214,6 +214,8 @@ def check_prompts(s: Subject) -> Iterator[Finding]:
     if name not in s.prompts:
       remedy = "Add it; document may be empty."
       yield Finding(ERROR, File.PROMPTS, f"there is no prompt {name!r}", remedy)
+  if s.own and not s.own.prompt_template:
+    return
   query = s.prompts.get("query")
   if isinstance(query, str) and not (
     query.startswith("Instruct: ") and query.endswith(("\nQuery: ", "\nQuery:"))
