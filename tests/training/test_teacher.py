@@ -364,10 +364,10 @@ def test_a_file_that_nothing_teaches_is_refused(tmp_path, prepared):
   files = stored(tmp_path, 48) | {"a.parquet": (scored(16), entry("scored_pairs", 0, ""))}
   found = prepared(files)
   check_stored(student("stored"), found)
-  with pytest.raises(ConfigError, match="a.parquet has no vectors of it, and nothing else to lear"):
+  with pytest.raises(ConfigError, match=r"a.parquet has no vectors of it, and nothing else to"):
     check_stored(student("stored", **{"losses.contrastive": 0.0}), found)
   texts = {"b.parquet": ({"text": sentences("de")[:20]}, entry("text", 0, ""))}
-  with pytest.raises(ConfigError, match="b.parquet has no vectors of it, and nothing else to lear"):
+  with pytest.raises(ConfigError, match=r"b.parquet has no vectors of it, and nothing else to"):
     check_stored(student("stored"), prepared(stored(tmp_path, 48) | texts, "texts"))
 
 
