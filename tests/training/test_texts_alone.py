@@ -10,9 +10,10 @@ import pytest
 
 from mlembed_jax import train_model
 from mlembed_jax.config import from_mapping, load_config
-from mlembed_jax.data import catalog
+from mlembed_jax.data import catalog, token_use
+from mlembed_jax.data.tokenizer import Vocabulary
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.hf import recipe
+from mlembed_jax.hf import recipe, trim
 from mlembed_jax.hf.checks import examine
 from mlembed_jax.hf.checks.finding import ERROR, WARNING
 from mlembed_jax.workdir import Run
@@ -26,7 +27,7 @@ from tests.material import (
   train_tokenizer,
   write_files,
 )
-from tests.runs import ENVIRONMENT, ROOT, lines
+from tests.runs import ENVIRONMENT, ROOT, assert_same_state, lines
 
 ALONE = entry("text", 0, "")
 TEXTS = [text for lang in ("de", "zh") for text in sentences(lang)[:120]]
@@ -130,15 +131,28 @@ def test_an_encoder_learns_to_be_its_teacher_at_every_exit(alone, embedder, tmp_
   assert recipe.stated_prompts(copy) == prompts
   assert not [f for f in examine.examine(copy) if f.level in (ERROR, WARNING)]
   assert "| kd.similarity | 1.0 |" in (copy / "README.md").read_text()
-  # In full the student begins as its teacher, and has nothing to learn there.
-  whole = {"matryoshka.exits": "(3,)", "matryoshka.dims": "(48,)", "train.steps": 2}
-  whole |= {"train.checkpoint_every": 1}
-  for line in elastic(alone, teacher, tmp_path / "whole", **whole):
-    assert line["loss"] < 1e-4 < found[0]["loss"]
-  # The embedder's prompts are those of the run, wherever it is now.
-  shutil.rmtree(tmp_path / "whole/checkpoints/2")
-  elastic(alone, teacher, tmp_path / "whole", **whole)
-  assert Run.load(tmp_path / "whole").prompts == {"query": "find: "}
+  assert found[0]["loss"] > 0.1
+
+
+def test_a_copy_with_fewer_tokens_begins_as_its_teacher_and_goes_on_exactly(
+  alone, embedder, tmp_path
+):
+  """In full there is nothing to learn."""
+  use = token_use.of_texts(Vocabulary(embedder / "tokenizer.json"), TEXTS)
+  small, ids = trim.write_tokenizer(
+    tmp_path / "small.json", Vocabulary(embedder / "tokenizer.json"), use, (), None
+  )
+  assert len(ids) < 384
+  prepare_dataset(alone, "train/lines.txt", small, out="few")
+  whole = {"matryoshka.exits": "(3,)", "matryoshka.dims": "(48,)", "model.vocab": 384}
+  whole |= {"data.dataset": alone / "few", "train.steps": 10, "train.checkpoint_every": 5}
+  found = elastic(alone, embedder, tmp_path / "w", **whole)
+  assert len(found) == 10 and all(line["loss"] < 1e-4 for line in found[:2])
+  shutil.copytree(tmp_path / "w", tmp_path / "again")
+  shutil.rmtree(tmp_path / "again/checkpoints/10")
+  elastic(alone, embedder, tmp_path / "again", **whole)
+  assert_same_state(tmp_path / "w", tmp_path / "again", 10)
+  assert Run.load(tmp_path / "again").prompts == {"query": "find: "}
 
 
 def test_a_folder_that_ends_texts_with_nothing_has_no_elastic_copy(exported, tmp_path):
