@@ -95,7 +95,8 @@ def make_recipe(files: Sequence[File], tokenizer: Tokenizer, max_tokens: int) ->
   for file in files:
     rows.check_file(file)
     vectors.check_shapes(file)
-    tokenizer.prefix(file.entry["instruction"])
+    if file.entry["instruction"]:
+      tokenizer.prefix(file.entry["instruction"])
   states, size = {}, 0
   for file in files:
     own, beside = (list(map(_state, paths)) for paths in (paths_of(file), file.vectors.values()))

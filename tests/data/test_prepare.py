@@ -320,3 +320,6 @@ def test_a_tokenizer_that_joins_across_the_line_break_is_refused(tmp_path):
   with pytest.raises(DataError, match="give a tokenizer that splits at line breaks"):
     prepare_dataset(tmp_path)
   assert not (tmp_path / "dataset").exists()
+  # Where there is no instruction, there is nothing to join.
+  write_files(tmp_path, {"train/a.parquet": (pairs(20, 2), entry("bitext", 2, ""))})
+  prepare_dataset(tmp_path)
