@@ -225,7 +225,7 @@ class LossesConfig:
     "own",
     "Whose cosines losses.false_negative_margin bounds: own (the deepest exit's, at the rank of "
     "the step, or at full rank where losses.self_distillation is on), or teacher (the teacher's, "
-    "of as many dimensions as the encoder has).",
+    "of its whole vectors).",
     choices=("own", "teacher"),
   )
   self_distillation: float = setting(

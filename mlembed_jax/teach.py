@@ -15,20 +15,19 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
-from mlembed_jax import cli, progress
+from mlembed_jax import cli, files, progress
 from mlembed_jax.data import catalog, manifest, to_teach
-from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.manifest import File
-from mlembed_jax.data.taught import NAME, Taught, numbers, write
+from mlembed_jax.data.taught import NAME, REMEDY, Taught, damage, numbers, write
 from mlembed_jax.data.to_teach import Prompts, Texts, ToTeach
 from mlembed_jax.data.tokenizer import with_instruction
-from mlembed_jax.errors import ConfigError, DataError, LoadError
-from mlembed_jax.files import readable_size, replace_folder
+from mlembed_jax.errors import ConfigError, DataError, LoadError, StorageError
+from mlembed_jax.files import replace_folder
 from mlembed_jax.vector_parts import Parts, digest_of_texts
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Model:
   """An embedder, and what it puts before texts."""
 
   name: str
-  version: str  # names and sizes of its files
+  version: str  # digest of its files; of a name of the Hub, its commit
   prompts: dict[str, str]
   encode: Callable[[list[str], str], np.ndarray]  # of texts after a prompt
 
@@ -116,46 +115,53 @@ def _theirs(name: str, refused: LoadError) -> Model:
   print(f"{name} is encoded by sentence-transformers, as this package does not: {why}", flush=True)
   return Model(
     name,
-    _version(path) if path.is_dir() else str(path),
+    _version(path) if path.is_dir() else _commit(model),
     {key: prompt or "" for key, prompt in model.prompts.items()},
     lambda texts, prompt: np.asarray(model.encode(texts, prompt=prompt, show_progress_bar=False)),
   )
 
 
 def _version(folder: pathlib.Path) -> str:
-  files = sorted(path for path in folder.rglob("*") if path.is_file())
-  return digest_of_texts(*(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files))
+  """Returns a digest of the files of a folder but hidden ones: minutes beside days of embedding."""
+  found = files.digests(folder)
+  return digest_of_texts(*(f"{k} {v}" for k, v in found.items() if "/." not in f"/{k}"))
 
 
-def find_prompts(model: Model, files: list[File]) -> Prompts:
+def _commit(model: Any) -> str:
+  """Returns the commit of a model of the Hub, "" where its first module does not know it."""
+  config = getattr(getattr(model[0], "auto_model", None), "config", None)
+  return getattr(config, "_commit_hash", None) or ""
+
+
+def find_prompts(model: Model, chosen: list[File]) -> Prompts:
   """Returns what `--prompts` asks to put before texts."""
   if PROMPTS.value == OF_FILES:
     return Prompts(
-      "", {file.name: with_instruction(file.entry["instruction"], "") for file in files}
+      "", {file.name: with_instruction(file.entry["instruction"], "") for file in chosen}
     )
   query, document = "", ""
   if PROMPTS.value == OWN:
     query, document = model.prompt("query"), model.prompt(*DOCUMENT_PROMPTS)
-  return Prompts(document, {file.name: query for file in files})
+  return Prompts(document, {file.name: query for file in chosen})
 
 
 def encode_all(
-  model: Model, texts: Texts, planned: ToTeach, parts: Parts, origin: str
+  model: Model, texts: Texts, planned: ToTeach, parts: Parts, size: int
 ) -> list[pathlib.Path]:
-  """Returns the files of the vectors of all texts, of which an earlier start may have left some."""
-  files = []
+  """Returns the files of the vectors of all texts, `size` each, of which some may be there."""
+  made, origin = [], json.dumps([model.name, model.version])
   with progress.count("embedding", len(planned.sources), " texts") as bar:
-    for start in range(0, len(planned.sources), PART.value):
-      chosen = slice(start, start + PART.value)
+    for start in range(0, len(planned.sources), size):
+      chosen = slice(start, start + size)
       read = texts.read([texts.source(int(place)) for place in planned.sources[chosen]])
       before = [planned.before[number] for number in planned.prompts[chosen]]
-      name = f"{len(files):08d}-{digest_of_texts(origin, *before, *read)}"
+      name = f"{len(made):08d}-{digest_of_texts(origin, *before, *read)}"
       if (file := parts.find(name)) is None:
-        file = parts.save(name, numbers(_vectors(model, read, before, bar.update)))
+        file = parts.save(name, numbers(_vectors(model, read, before, bar.update), read))
       else:
         bar.update(len(read))
-      files.append(file)
-  return files
+      made.append(file)
+  return made
 
 
 def _vectors(
@@ -177,59 +183,75 @@ def _batches(places: list[int], size: int = 1024) -> Iterator[list[int]]:
   return (places[i : i + size] for i in range(0, len(places), size))
 
 
-def _checked_out(out: pathlib.Path, wanted: Taught) -> bool:
+def _is_complete(out: pathlib.Path, wanted: Taught) -> bool:
   """Returns whether the folder is complete already; raises ConfigError where it is of others."""
   if not out.exists():
     return False
   if not (out / NAME).is_file():
     raise ConfigError(f"--out: {out} exists, and {NAME} is not in it; name another folder")
-  if dataclasses.replace(Taught.load(out), files={}) != wanted:
+  found = Taught.load(out)
+  if dataclasses.replace(found, files={}) != wanted:
     raise ConfigError(f"--out: {out} holds other vectors; name another folder, or remove it")
+  if wrong := damage(out, found):
+    raise DataError(f"--out: {out}: {wrong}; {REMEDY}")
   return True
 
 
 def main() -> None:
   """Reads the flags, finds the distinct texts, embeds them and writes the folder."""
-  out = pathlib.Path(OUT.value)
+  out, align = pathlib.Path(OUT.value), ALIGN.value or ""
+  with cli.flags_in_errors("out"):
+    files.make_writable_folder(out.parent, "out")
   opened = catalog.load_catalog(pathlib.Path(DATASET.value))
-  chosen = manifest.matching(opened.files, FILES.value, "--files", opened.folder)
-  files = [file for name, file in opened.files.items() if name in chosen]
+  names = manifest.matching(opened.files, FILES.value, "--files", opened.folder)
+  chosen = [file for name, file in opened.files.items() if name in names]
   model = load_model(TEACHER.value)
-  planned = to_teach.plan(opened, files, find_prompts(model, files), ALIGN.value or "")
-  width = model.encode(["a"], "").shape[1]
   content = Taught(
     opened.fingerprint,
     model.name,
     model.version,
-    width,
+    model.encode(["a"], "").shape[1],
     PROMPTS.value,
-    ALIGN.value or "",
-    planned.known,
+    align,
+    {f.name: 1 + f.positives + _negatives(f, align) for f in chosen},
+    tuple(f.name for f in chosen if to_teach.is_aligned(f, align)),
     {},
   )
-  if _checked_out(out, content):
-    print(f"{out} is complete")
-    return
-  _make(model, opened, planned, content, out)
-
-
-def _make(
-  model: Model, opened: Catalog, planned: ToTeach, content: Taught, out: pathlib.Path
-) -> None:
-  if not len(planned.sources):
-    raise DataError("--files: their training rows have no texts")
-  size = 2 * content.width * (len(planned.documents) + len(planned.queries))
-  print(f"{len(planned.sources):,} distinct texts; {readable_size(size)} of vectors", flush=True)
   parts, new = Parts(out), out.with_name(f".{out.name}.new")
   with parts.held():
-    origin = json.dumps([content.teacher, content.version])
-    made = encode_all(model, Texts(opened), planned, parts, origin)
-    shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
-    new.mkdir(parents=True)
-    write(new, content, planned, made, opened)
-    replace_folder(new, out)
+    if not (complete := _is_complete(out, content)):
+      planned = to_teach.plan(opened, chosen, find_prompts(model, chosen), align)
+      _check_room(planned, content.width, out)
+      made = encode_all(model, Texts(opened), planned, parts, PART.value)
+      shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+      new.mkdir()
+      write(new, content, planned, made, opened)
+      replace_folder(new, out)
     shutil.rmtree(parts.folder)
-  print(f"{out}: train with --config.kd.teacher={out}")
+  said = "is complete; " if complete else ""
+  print(f"{out}: {said}train with --config.kd.teacher={out}")
+
+
+def _negatives(file: File, align: str) -> int:
+  """Returns how many negatives of a row get a vector."""
+  return 0 if to_teach.is_aligned(file, align) else file.negatives
+
+
+def _check_room(planned: ToTeach, width: int, out: pathlib.Path) -> None:
+  """Says how much is written; raises StorageError where the disk has less room."""
+  if not len(planned.sources):
+    raise DataError("--files: their training rows have no texts")
+  rows = sum(int((of != to_teach.NONE).sum()) for of in (planned.documents, planned.queries))
+  parts, final = (files.readable_size(2 * width * n) for n in (len(planned.sources), rows))
+  print(
+    f"{len(planned.sources):,} distinct texts; {final} of vectors, and {parts} beside them until "
+    "they are written",
+    flush=True,
+  )
+  with files.storage_errors(out.parent):
+    free = shutil.disk_usage(out.parent).free
+  if 2 * width * (len(planned.sources) + rows) > free:
+    raise StorageError(f"--out: {files.readable_size(free)} are free at {out.parent}; free space")
 
 
 if __name__ == "__main__":

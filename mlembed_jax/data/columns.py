@@ -41,9 +41,17 @@ class Columns:
   of a row, 260 MB for 5 million rows of 26 texts.
   """
 
-  def __init__(self, paths: Sequence[pathlib.Path], digests: Mapping[str, FileDigest]):
-    """Opens nothing yet; `paths` are the files by shard, `digests` those of files by name."""
-    self._paths, self._digests = list(paths), digests
+  def __init__(
+    self, paths: Sequence[pathlib.Path], digests: Mapping[str, FileDigest], remedy: str = RESTORE
+  ):
+    """Opens nothing yet.
+
+    Args:
+      paths: the files by shard; those that are never read may be missing.
+      digests: of files by name.
+      remedy: what is to be done about a damaged file.
+    """
+    self._paths, self._digests, self._remedy = list(paths), digests, remedy
     self._open: dict[int, _Opened] = {}
 
   def __getstate__(self) -> dict[str, Any]:
@@ -57,7 +65,7 @@ class Columns:
     if len(data) != size:
       raise DataError(f"{path}: row {place} is missing; prepare the dataset again")
     if file.checksums is not None and zlib.crc32(data) != file.checksums[1 + place]:
-      raise DataError(f"{path}: row {place} is damaged; {RESTORE}")
+      raise DataError(f"{path}: row {place} is damaged; {self._remedy}")
     return np.frombuffer(data, file.dtype).reshape(file.shape)
 
   def shape(self, shard: int) -> tuple[int, ...]:
@@ -79,7 +87,7 @@ class Columns:
       checksums = np.load(sums) if by_row else None
       descriptor = os.open(path, os.O_RDONLY)
       if checksums is not None and zlib.crc32(_header(descriptor)) != checksums[0]:
-        raise DataError(f"{path}: its header is damaged; {RESTORE}")
+        raise DataError(f"{path}: its header is damaged; {self._remedy}")
       array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
       raise DataError(f"{path} cannot be read: {error}") from error
@@ -89,7 +97,7 @@ class Columns:
     """Raises DataError where a file is not as it was written; 0.1.0 did not keep how it was."""
     expected = self._digests.get(path.name)
     if expected and (wrong := problem(path, expected, quick=quick)):
-      raise DataError(f"{path} {wrong}; {RESTORE}")
+      raise DataError(f"{path} {wrong}; {self._remedy}")
 
 
 def _header(descriptor: int) -> bytes:

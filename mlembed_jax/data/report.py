@@ -9,7 +9,7 @@ from typing import Any
 from mlembed_jax.data import languages
 from mlembed_jax.data.names import REPORT
 from mlembed_jax.data.records import TRAIN
-from mlembed_jax.data.rows import EXAMPLES, Chunk, Dropped
+from mlembed_jax.data.rows import BLANK, EXAMPLES, Chunk, Dropped
 from mlembed_jax.data.transforms import RowShard, Written
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import write_json
@@ -19,6 +19,7 @@ SHOWN = 12  # files whose rows are printed
 SAID = {
   "wrong_fields": "another number of fields than the header",
   "not_json": "no JSON object",
+  BLANK: "a blank line",
   "wrong_type": "a value of another type",
   "invalid_utf8": "bytes that are not UTF-8, or half a surrogate pair,",
   "negative_equals_positive": "a negative equal to a positive",
@@ -55,8 +56,13 @@ class FileCount:
 
   @property
   def lost(self) -> int:
-    """Rows that cannot be used."""
-    return sum(dropped.rows for dropped in self.dropped.values())
+    """Rows that cannot be used; blank lines are none."""
+    return sum(dropped.rows for reason, dropped in self.dropped.items() if reason != BLANK)
+
+  @property
+  def usable(self) -> int:
+    """Rows that are kept."""
+    return self.read - sum(dropped.rows for dropped in self.dropped.values())
 
   @property
   def reasons(self) -> str:
@@ -110,7 +116,7 @@ def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pa
   """
   write_json(out / REPORT, {"files": {count.name: count.as_json() for count in counts}})
   for count in counts:
-    if count.lost > max_dropped_share * count.read or count.lost == count.read:
+    if count.lost > max_dropped_share * count.read or not count.usable:
       raise DataError(
         f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
         f"--max_dropped_share={max_dropped_share} ({count.reasons}); {count.remedies}"

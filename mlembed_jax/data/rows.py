@@ -47,6 +47,9 @@ class Dropped:
   columns: dict[str, int]
 
 
+BLANK = "blank_line"  # of a .txt: no fault of a row, as other forms have blank lines, too
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
   """The usable rows among up to CHUNK rows of a file."""
@@ -124,8 +127,8 @@ def read_chunks(file: File) -> Iterator[Chunk]:
         table = table.rename_columns(["query" if n == TEXT else n for n in table.column_names])
       _check_scores(file, table, f"{path}: row", start - first)
       chunk = _chunk(file, table, reasons, start)
-      if form_of(path).kind == TXT:  # blank lines are no texts, as they are no rows of other forms
-        chunk.dropped.pop("empty", None)
+      if form_of(path).kind == TXT and (blank := chunk.dropped.pop("empty", None)):
+        chunk.dropped[BLANK] = dataclasses.replace(blank, columns={})
       yield chunk
       start += table.num_rows
 

@@ -5,14 +5,15 @@
   mlembed-train.array_record-*.vectors.npy       a vector per row, that of its query
 
 Beside each stand checksums by row, as beside the vectors of a prepared dataset. taught.json is
-written last: a folder that has it is complete. Documents that no taught file needs have zeros.
+written last: a folder that has it is complete. Shards that no taught file needs have no vectors,
+documents that none needs have zeros. Texts of a row that is aligned share the vector of the row.
 """
 
 import dataclasses
 import pathlib
 import zlib
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float16
@@ -20,15 +21,16 @@ from jaxtyping import Float16
 from mlembed_jax import typed
 from mlembed_jax.data.catalog import Catalog
 from mlembed_jax.data.columns import Columns
-from mlembed_jax.data.file_digests import FileDigest, digest_of
+from mlembed_jax.data.file_digests import FileDigest, digest_of, problems
 from mlembed_jax.data.names import CHECKSUMS, VECTORS, shard_name
 from mlembed_jax.data.records import DOCUMENTS, TRAIN, Records, Row
-from mlembed_jax.data.to_teach import ToTeach
+from mlembed_jax.data.to_teach import NONE, ToTeach
 from mlembed_jax.errors import DataError
 from mlembed_jax.files import digest, read_object, save_npy, write_object
 
 NAME = "taught.json"
 FORMAT = 1
+REMEDY = "restore it, or remove the folder and write it again with python -m mlembed_jax.teach"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Taught:
   version: str  # of the teacher's files
   width: typed.Size
   prompts: str  # what stands before texts, see `--prompts`
-  align: str  # which text of a translation has the vector of both, see `--align`
+  align: str  # which text of a translation has the vector of all, see `--align`
   known: dict[str, typed.Size]  # texts of a row that have a vector, the first ones, by file
+  aligned: tuple[str, ...]  # files whose rows are aligned
   files: dict[str, FileDigest]
 
   def save(self, folder: pathlib.Path) -> None:
@@ -73,8 +76,10 @@ class TaughtVectors:
       raise DataError(
         f"{folder} holds vectors of another prepared dataset than {catalog.folder}; write those of "
         f"this one: python -m mlembed_jax.teach --dataset {catalog.folder} --teacher "
-        f"{content.teacher}"
+        f"{content.teacher} --out ANOTHER"
       )
+    if wrong := damage(folder, content):
+      raise DataError(f"{folder}: {wrong}; {REMEDY}")
     self._queries, self._documents = catalog.records(TRAIN), catalog.records(DOCUMENTS)
     self._of_queries = _columns(folder, content, TRAIN, self._queries)
     self._of_documents = _columns(folder, content, DOCUMENTS, self._documents)
@@ -94,14 +99,26 @@ class TaughtVectors:
 
     `place` is that of its record in the split.
     """
-    documents = np.concatenate([row.positives, row.negatives])[columns[columns > 0] - 1]
-    found = [self._of_documents.row(*self._documents.place(int(d))) for d in documents]
-    query = [self._of_queries.row(*self._queries.place(place))] if 0 in columns else []
-    return np.stack([*query, *found])
+    query = self._of_queries.row(*self._queries.place(place))
+    if row.dataset in self.content.aligned:
+      return np.stack([query] * len(columns))
+    documents = np.concatenate([row.positives, row.negatives])
+    return np.stack(
+      [query if c == 0 else self._document(int(documents[c - 1])) for c in columns.tolist()]
+    )
+
+  def _document(self, place: int) -> np.ndarray:
+    return self._of_documents.row(*self._documents.place(place))
 
 
 def _columns(folder: pathlib.Path, content: Taught, split: str, records: Records) -> Columns:
-  return Columns([folder / name for name in names_of(split, records)], content.files)
+  return Columns([folder / name for name in names_of(split, records)], content.files, REMEDY)
+
+
+def damage(folder: pathlib.Path, content: Taught) -> str:
+  """Returns what is wrong with the files of a folder by their sizes, "" where nothing is."""
+  wrong = problems(folder, content.files, quick=True)
+  return next((f"{name} {what}" for name, what in wrong.items()), "")
 
 
 def names_of(split: str, records: Records) -> list[str]:
@@ -119,15 +136,16 @@ def open_taught(path: pathlib.Path, catalog: Catalog) -> TaughtVectors | None:
   return TaughtVectors(path, Taught.load(path), catalog) if (path / NAME).is_file() else None
 
 
-def numbers(value: Any) -> np.ndarray:
-  """Returns vectors in float16; raises DataError where one cannot be kept so."""
+def numbers(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+  """Returns the vectors of texts in float16; raises DataError where one cannot be kept so."""
   with np.errstate(over="ignore"):
-    found = np.asarray(value, np.float16)
+    found = np.asarray(vectors, np.float16)
   bad = ~np.isfinite(found).all(axis=1) | (found == 0).all(axis=1)
   if bad.any():
     raise DataError(
-      f"the teacher gives vector {int(np.argmax(bad))} of these texts zeros, NaN or numbers beyond "
-      "65504, where float16 ends; take another teacher"
+      f"the teacher gives {int(bad.sum())} of {len(texts)} texts zeros, NaN or numbers beyond "
+      f"65504, where float16 ends; the first is {texts[int(np.argmax(bad))][:80]!r}. Take another "
+      "teacher, or leave these rows out of the data"
     )
   return found
 
@@ -149,32 +167,35 @@ def write(
       same length but the last one.
     catalog: of the prepared dataset.
   """
-  vectors, digests = [np.load(part, mmap_mode="r") for part in parts], dict[str, FileDigest]()
+  digests = dict[str, FileDigest]()
   for split, numbers in ((DOCUMENTS, planned.documents), (TRAIN, planned.queries)):
     records = catalog.records(split)
     shards = np.split(numbers, np.cumsum(records.shards)[:-1])
     for name, of_shard in zip(names_of(split, records), shards, strict=True):
-      for file in _write_shard(folder / name, vectors, of_shard):
-        digests[file.name] = digest_of(file)
+      if (of_shard != NONE).any():
+        for file in _write_shard(folder / name, parts, of_shard):
+          digests[file.name] = digest_of(file)
   dataclasses.replace(content, files=digests).save(folder)
 
 
 def _write_shard(
-  path: pathlib.Path, vectors: Sequence[np.ndarray], numbers: np.ndarray
+  path: pathlib.Path, parts: Sequence[pathlib.Path], numbers: np.ndarray
 ) -> tuple[pathlib.Path, pathlib.Path]:
   """Writes the vectors of these numbers, zeros for NONE, and their checksums; returns both files.
 
-  The header and each row have a CRC-32, as `data.columns` reads them.
+  The header and each row have a CRC-32, as `data.columns` reads them. One part is open at a time:
+  there may be more of them than files that a process may open.
   """
-  shape, beside = (len(numbers), vectors[0].shape[1]), path.with_name(path.name + CHECKSUMS)
-  found = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-  at, place = np.divmod(numbers, len(vectors[0]))
-  for part in np.unique(at[numbers >= 0]):
-    rows = np.flatnonzero((at == part) & (numbers >= 0))
-    found[rows] = vectors[part][place[rows]]
+  size, width = np.load(parts[0], mmap_mode="r").shape
+  found = np.lib.format.open_memmap(path, "w+", np.float16, (len(numbers), width))
+  at, place = np.divmod(numbers, size)
+  for part in np.unique(at[numbers != NONE]):
+    rows = np.flatnonzero((at == part) & (numbers != NONE))
+    found[rows] = np.load(parts[part], mmap_mode="r")[place[rows]]
   found.flush()
   with path.open("rb") as file:
     header = file.read(found.offset)
   sums = [zlib.crc32(header), *(zlib.crc32(row.tobytes()) for row in found)]
+  beside = path.with_name(path.name + CHECKSUMS)
   save_npy(beside, np.array(sums, np.uint32))
   return path, beside

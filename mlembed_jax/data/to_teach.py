@@ -34,31 +34,30 @@ class Prompts:
 class ToTeach:
   """The distinct texts, and the number of the one whose vector each text of the dataset gets."""
 
-  sources: Int[np.ndarray, "T"]  # a document's place, or a row's after all documents
+  sources: Int[np.ndarray, "T"]  # a document's place, or a row's after all documents; ascending
   prompts: Int[np.ndarray, "T"]  # number of what stands before it, in `before`
   before: list[str]
   documents: Int[np.ndarray, "N"]  # NONE: no taught file needs it
-  queries: Int[np.ndarray, "R"]
-  known: dict[str, int]  # texts of a row that get a vector, the first ones, by file
+  queries: Int[np.ndarray, "R"]  # NONE: of another file
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """What the rows say, before equal texts are found."""
+  """The text that each row needs beside its documents, and the documents that rows need."""
 
-  hashes: np.ndarray  # [R] uint64
-  prompts: np.ndarray  # [R]
-  as_document: np.ndarray  # [R] the document whose vector a query gets; NONE: its own
-  needed: np.ndarray  # [N] bool: documents that are embedded themselves
-  as_query: np.ndarray  # [N] the row whose query's vector a document gets; NONE: its own or none
+  sources: np.ndarray  # [R] as in ToTeach: the query or, where rows are aligned, any of its texts
+  hashes: np.ndarray  # [R] uint64, of that text
+  prompts: np.ndarray  # [R]; NONE: the row is not taught
+  documents: np.ndarray  # [N] bool
 
 
 class Texts:
   """The texts of a dataset, read back from their token ids."""
 
   def __init__(self, catalog: Catalog):
-    """Opens the dataset's records and tokenizer."""
+    """Opens the dataset's records; raises DataError where ids cannot become text again."""
     self._vocabulary = Vocabulary(catalog.tokenizer)
+    self._vocabulary.texts([])
     self.rows, self.documents = catalog.records(TRAIN), catalog.records(DOCUMENTS)
 
   def row(self, place: int) -> tuple[Text, Row]:
@@ -80,15 +79,20 @@ class Texts:
     return self.document(place) if place < count else self.row(place - count)[0]
 
 
+def is_aligned(file: File, align: str) -> bool:
+  """Returns whether all texts of a row share one vector, and negatives have none."""
+  return bool(align) and file.entry["task_type"] == BITEXT
+
+
 def plan(catalog: Catalog, files: Sequence[File], prompts: Prompts, align: str) -> ToTeach:
   """Returns what is to be embedded of the training rows of some files.
 
   Args:
     catalog: of the prepared dataset.
     files: whose rows are taught.
-    prompts: what stands before texts.
-    align: QUERY, PASSAGE or ENGLISH: both texts of a translation get the vector of this one, and
-      negatives of such files get none; "": each text gets its own.
+    prompts: what stands before texts; before any text of an aligned row, that of queries.
+    align: QUERY, PASSAGE or ENGLISH: a row of translations needs this text alone; "": each text
+      gets its own vector.
 
   Raises:
     DataError: a record cannot be read, or the language of texts cannot be told.
@@ -96,65 +100,58 @@ def plan(catalog: Catalog, files: Sequence[File], prompts: Prompts, align: str) 
   texts = Texts(catalog)
   before = list(dict.fromkeys([prompts.documents, *(prompts.queries[f.name] for f in files)]))
   numbers = {f.name: before.index(prompts.queries[f.name]) for f in files}
-  found = _rows(catalog, texts, numbers, align)
-  places = np.flatnonzero(found.needed)
-  own = np.flatnonzero((found.as_document == NONE) & (found.prompts != NONE))
-  keys = np.zeros(places.size + own.size, [("hash", np.uint64), ("prompt", np.int64)])
-  keys["hash"] = np.concatenate([_hashes(texts, places), found.hashes[own]])
-  keys["prompt"][places.size :] = found.prompts[own]  # those of documents have number 0
-  distinct, first, number = np.unique(keys, return_index=True, return_inverse=True)
-  documents, queries = (np.full(n, NONE) for n in (found.needed.size, found.hashes.size))
-  documents[places], queries[own] = np.split(number, [places.size])
-  aligned = found.as_document != NONE
-  queries[aligned] = documents[found.as_document[aligned]]
-  aligned = (found.as_query != NONE) & ~found.needed
-  documents[aligned] = queries[found.as_query[aligned]]
-  return ToTeach(
-    sources=np.concatenate([places, found.needed.size + own])[first],
-    prompts=distinct["prompt"],
-    before=before,
-    documents=documents,
-    queries=queries,
-    known={f.name: _known(f, align) for f in files},
-  )
+  rows = _rows(catalog, texts, numbers, align)
+  places, taught = np.flatnonzero(rows.documents), np.flatnonzero(rows.prompts != NONE)
+  sources = np.concatenate([places, rows.sources[taught]])
+  prompt = np.concatenate([np.zeros_like(places), rows.prompts[taught]])  # of documents: number 0
+  hashes = np.concatenate([_hashes(texts, places), rows.hashes[taught]])
+  first, number = _distinct(hashes, prompt)
+  documents, queries = (np.full(n, NONE) for n in (rows.documents.size, rows.prompts.size))
+  documents[places], queries[taught] = np.split(number, [places.size])
+  return ToTeach(sources[first], prompt[first], before, documents, queries)
 
 
-def _known(file: File, align: str) -> int:
-  aligned = align and file.entry["task_type"] == BITEXT
-  return 1 + file.positives + (0 if aligned else file.negatives)
+def _distinct(hashes: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns where each pair of hash and prompt comes first, ascending, and the number of each."""
+  keys = hashes + prompt.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # wraps around
+  _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+  order = np.argsort(first)  # texts are read in the order in which they lie on the disk
+  rank = np.empty_like(order)
+  rank[order] = np.arange(order.size)
+  return first[order], rank[number]
 
 
 def _hashes(texts: Texts, places: np.ndarray) -> np.ndarray:
   with progress.count("reading documents", len(places), " texts") as bar:
-    found = [(_hash(texts.document(int(place))), bar.update())[0] for place in places]
-  return np.array(found, np.uint64)
+    each = (_hash(texts.document(int(place)), bar.update) for place in places)
+    return np.fromiter(each, np.uint64, len(places))
 
 
-def _hash(text: Text) -> np.uint64:
+def _hash(text: Text, update: Callable[[], object] = lambda: None) -> np.uint64:
+  update()
   return np.ascontiguousarray(text.hash).view(np.uint64)[0]
 
 
 def _rows(catalog: Catalog, texts: Texts, numbers: dict[str, int], align: str) -> _Rows:
   rows, documents = len(texts.rows), len(texts.documents)
   found = _Rows(
+    sources=documents + np.arange(rows),
     hashes=np.zeros(rows, np.uint64),
     prompts=np.full(rows, NONE),
-    as_document=np.full(rows, NONE),
-    needed=np.zeros(documents, bool),
-    as_query=np.full(documents, NONE),
+    documents=np.zeros(documents, bool),
   )
   side = _side(texts, align) if align else None
   places = list(_places(catalog, numbers))
   with progress.count("reading rows", len(places), " rows") as bar:
     for place in places:
       text, row = texts.row(place)
-      found.hashes[place], found.prompts[place] = _hash(text), numbers[row.dataset]
-      if side is None or catalog.files[row.dataset].entry["task_type"] != BITEXT:
-        found.needed[row.positives], found.needed[row.negatives] = True, True
-      elif side(text, row) == QUERY:
-        found.as_query[row.positives] = place
-      else:
-        found.as_document[place], found.needed[row.positives] = row.positives[0], True
+      found.prompts[place] = numbers[row.dataset]
+      if side is None or not is_aligned(catalog.files[row.dataset], align):
+        found.documents[row.positives], found.documents[row.negatives] = True, True
+      elif side(text, row) == PASSAGE:
+        found.sources[place] = row.positives[0]
+        text = texts.document(int(row.positives[0]))
+      found.hashes[place] = _hash(text)
       bar.update()
   return found
 

@@ -288,7 +288,7 @@ def _pairings(
   if losses.false_negative_margin < NO_LIMIT:
     own = states_EBCD if teachers.full is None else teachers.full
     judges: Any = own if losses.false_negative_score == "own" else teachers.exits
-    judge = truncate(judges[-1, ..., : states_EBCD.shape[-1]], None)
+    judge = truncate(judges[-1], None)
   return batch_pairings(ids_BC, kind.positives, used, judge, losses.false_negative_margin)
 
 

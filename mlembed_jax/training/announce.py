@@ -46,7 +46,7 @@ def _parameters(params: Any) -> str:
 
 def _memory(state: train_state.TrainState, teacher: Any) -> str:
   """Returns what stays on each device between steps; activations come and go beside it."""
-  held = f"{readable_size(_device_bytes(state.params))} of weights and "
+  held = f"{readable_size(_device_bytes((state.params, state.head)))} of weights and "
   held += f"{readable_size(_device_bytes(state.opt_state))} of optimiser moments"
   if teacher:
     held += f" and {readable_size(_device_bytes(teacher))} of the teacher's weights"

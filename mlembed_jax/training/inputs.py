@@ -110,7 +110,8 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
     start = resolve(config.train.init_from)
     check_start(start, config, tokenizer)
     prompts = recipe.stated_prompts(start)
-  taught = open_taught(pathlib.Path(config.kd.teacher), opened)
+  named = config.kd.teacher not in ("", STORED)
+  taught = open_taught(pathlib.Path(config.kd.teacher), opened) if named else None
   teacher = None if taught else open_teacher(config, tokenizer)
   opened = _instructed(opened, data.instructions)
   chosen = manifest.matching(opened.files, data.train, "data.train", opened.folder)

@@ -52,7 +52,7 @@ def schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Returns clipping by global norm, then AdamW with decay on every parameter of the encoder.
+  """Returns clipping by global norm, then AdamW with decay on all but temperatures.
 
   The state has the structure of optax, moments in float32 that of `optax.adamw`.
   """

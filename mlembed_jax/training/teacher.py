@@ -129,7 +129,19 @@ def check_stored(config: Config, split: Split) -> None:
       continue
     _check_width(config, shape[1], file.name)
     _check_mrl(config, False, f"the teacher's vectors of {file.name}")
+    if config.kd.weight and not (config.kd.projection or config.kd.mrl):
+      _say_cut(config, shape[1], file.name)
     _check_norms(config, split, file)
+
+
+def _say_cut(config: Config, width: int, name: str) -> None:
+  if width > config.model.width:
+    print(
+      f"note: {name}: the first {config.model.width} of the teacher's {width} coordinates are "
+      "learnt, which says something of teachers that were trained so alone (kd.mrl); "
+      "kd.projection learns a map to all of them",
+      flush=True,
+    )
 
 
 def _check_untaught(config: Config, file: File) -> None:

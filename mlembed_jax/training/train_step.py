@@ -126,7 +126,8 @@ class BatchLoss:
     exits = full = None
     if self.teacher:
       states = encode_block(self.teacher.model, self.teacher.exits, teacher_params, block)
-      wide = self.config.kd.similarity or self.config.kd.projection
+      judges = settings.false_negative_score == "teacher"
+      wide = judges or self.config.kd.similarity or self.config.kd.projection
       exits = states if wide else states[..., : model.width]
     distils = settings.self_distillation and settings.task(self.kind.task_type)
     # Where every step has full rank, the states of the batch are the full model's already.
