@@ -1,6 +1,8 @@
 """The command that embeds prepared texts with a teacher, and training on what it writes."""
 
+import dataclasses
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,13 +13,17 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
+from mlembed_jax import teach as command_module
+from mlembed_jax import vector_parts
 from mlembed_jax.data import catalog, to_teach
+from mlembed_jax.data import taught as taught_module
 from mlembed_jax.data.store import open_split
 from mlembed_jax.data.taught import Taught, open_taught
 from mlembed_jax.data.to_teach import Prompts
 from mlembed_jax.data.tokenizer import with_instruction
 from mlembed_jax.errors import DataError
 from mlembed_jax.inference import Encoder
+from mlembed_jax.training import inputs
 from tests.material import entry, pairs, prepare_dataset, train_tokenizer, write_files
 from tests.runs import ENVIRONMENT, ROOT, SMALL, assert_same_state, lines, run
 
@@ -94,13 +100,28 @@ def test_a_killed_command_goes_on(taught, data, exported, tmp_path):
     time.sleep(0.01)
   process.kill()
   process.wait()
-  kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+  kept = {path.name: path.read_bytes() for path in parts.glob("*.npy")}
   assert kept and not (tmp_path / "vectors").exists()
+  found = catalog.load_catalog(data / "dataset")
+  files = [found.files[name] for name in FILES]
+  instructions = {f.name: with_instruction(f.entry["instruction"], "") for f in files}
+  planned = to_teach.plan(found, files, Prompts("", instructions), "")
+  model, asked = command_module.load_model(str(exported["full"])), []
+  counting = dataclasses.replace(
+    model, encode=lambda texts, prompt: asked.extend(texts) or model.encode(texts, prompt)
+  )
+  shutil.copytree(parts, tmp_path / "copy.parts")
+  held = vector_parts.Parts(tmp_path / "copy")
+  with held.held():
+    made = command_module.encode_all(counting, to_teach.Texts(found), planned, held, 100)
+  assert len(asked) == len(planned.sources) - 100 * len(kept)
+  assert {path.name for path in made} >= kept.keys()
   done = teach(*arguments)
   assert done.returncode == 0, done.stderr
   assert Taught.load(tmp_path / "vectors") == Taught.load(taught)  # with the digests of all files
   assert not parts.exists()
-  assert "is complete" in teach(*arguments).stdout
+  (tmp_path / "vectors.parts").mkdir()  # as a kill at the very end leaves it
+  assert "is complete" in teach(*arguments).stdout and not parts.exists()
   other = teach(*arguments, "--align=passage")
   assert (
     other.returncode == 1 and "--out: " in other.stderr and "holds other vectors" in other.stderr
@@ -180,15 +201,40 @@ def test_the_english_side_of_a_translation_is_found(mixed):
   planned = to_teach.plan(mixed, [file], Prompts("", {file.name: ""}), to_teach.ENGLISH)
   texts = to_teach.Texts(mixed)
   sources = texts.read([texts.source(int(place)) for place in planned.sources])
+  assert (np.diff(planned.sources) >= 0).all() and (planned.documents == to_teach.NONE).all()
   right = 0
   for place in range(len(texts.rows)):
     text, row = texts.row(place)
     both = texts.read([text, texts.document(int(row.positives[0]))])
     english = next(t for t in both if t.isascii() and t.split()[0] in sources_of_english())
-    assert planned.queries[place] == planned.documents[row.positives[0]]
     right += sources[planned.queries[place]] == english
   assert right >= 0.9 * len(texts.rows)
-  assert planned.known == {"train/a.parquet": 2}
+
+
+def test_a_row_of_translations_shares_one_vector_whatever_other_rows_have(stranger, tmp_path):
+  """Two foreign texts have one English passage, which another file has, too."""
+  columns = pairs(40, 2)
+  columns["passage"][1] = columns["passage"][0]
+  search = pairs(40, 2)
+  files = {
+    "train/a.parquet": (columns, entry("bitext", 2, "")),
+    "train/b.parquet": (search, entry("retrieval", 2, "")),
+  }
+  write_files(tmp_path, files)
+  train_tokenizer(600).save(str(tmp_path / "tokenizer.json"))
+  found = catalog.load_catalog(prepare_dataset(tmp_path))
+  done = teach(stranger, tmp_path, tmp_path / "out", "--align=query")
+  assert done.returncode == 0, done.stderr
+  split = open_split(found, "train", [*files], taught=open_taught(tmp_path / "out", found))
+  model, texts = SentenceTransformer(str(stranger), device="cpu"), to_teach.Texts(found)
+  for place in range(len(texts.rows)):
+    text, row = texts.row(place)
+    query, passage = texts.read([text, texts.document(int(row.positives[0]))])
+    expected = [query, query if row.dataset == "train/a.parquet" else passage]
+    vectors = split.vectors_of(place, row, np.arange(2))
+    np.testing.assert_allclose(vectors, model.encode(expected), rtol=1e-3, atol=1e-3)
+  shapes = [split.vectors_shape(found.files[name]) for name in files]
+  assert shapes == [(2, 32), (4, 32)]
 
 
 def sources_of_english():
@@ -203,15 +249,53 @@ def test_vectors_of_other_data_are_refused(taught, mixed):
 def test_damaged_vectors_are_noticed(taught, data, tmp_path):
   folder = shutil.copytree(taught, tmp_path / "copy")
   _, split = opened(data, folder)
-  place, row, _ = next(rows_of(data, FILES[0]))
   (path,) = folder.glob("*train*-00000-of-*.vectors.npy")
   content = bytearray(path.read_bytes())
-  content[-1 - 96 * (len(content) // 96 - 2)] ^= 1
+  content[-1] ^= 1
   path.write_bytes(content)
-  with pytest.raises(DataError, match=r"row \d+ is damaged|header is damaged"):
-    for place, row, _ in rows_of(data, FILES[0]):
+  with pytest.raises(DataError, match=r"row \d+ is damaged; restore it, or remove the folder and"):
+    for place, row, _ in [each for name in FILES for each in rows_of(data, name)]:
       split.vectors_of(place, row, np.arange(1))
+  path.unlink()
+  with pytest.raises(DataError, match=r"00000-of-\d+.vectors.npy is missing; restore it, or remov"):
+    opened(data, folder)
   content = json.loads((folder / "taught.json").read_text())
   (folder / "taught.json").write_text(json.dumps(content | {"width": 0}))
   with pytest.raises(DataError, match=r"taught.json"):
     opened(data, folder)
+
+
+def test_parts_may_be_more_than_files_that_a_process_may_open(tmp_path):
+  vectors = np.arange(600, dtype=np.float16).reshape(300, 2) + 1
+  parts = [tmp_path / f"{i}.npy" for i in range(300)]
+  for part, vector in zip(parts, vectors, strict=True):
+    np.save(part, vector[None])
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+  try:
+    path, _ = taught_module._write_shard(tmp_path / "out.npy", parts, np.arange(300)[::-1])
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  np.testing.assert_array_equal(np.load(path), vectors[::-1])
+
+
+def test_vectors_that_cannot_be_kept_are_named(tmp_path):
+  for value in (0.0, np.nan, 1e6):
+    vectors = np.array([[1.0, 2.0], [value, value]], np.float32)
+    with pytest.raises(DataError, match=r"1 of 2 texts zeros, NaN or .*; the first is 'b'"):
+      taught_module.numbers(vectors, ["a", "b"])
+
+
+def test_another_teacher_in_the_same_place_is_another_one(stranger, tmp_path):
+  folder = shutil.copytree(stranger, tmp_path / "copy")
+  assert command_module._version(folder) == command_module._version(stranger)
+  (path,) = folder.glob("**/model.safetensors")
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+  assert command_module._version(folder) != command_module._version(stranger)
+
+
+def test_only_a_named_folder_teaches(taught, data, tiny, monkeypatch):
+  monkeypatch.chdir(taught)
+  assert inputs.load(tiny, data / "none").split.taught is None

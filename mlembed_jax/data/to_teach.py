@@ -105,17 +105,22 @@ def plan(catalog: Catalog, files: Sequence[File], prompts: Prompts, align: str) 
   sources = np.concatenate([places, rows.sources[taught]])
   prompt = np.concatenate([np.zeros_like(places), rows.prompts[taught]])  # of documents: number 0
   hashes = np.concatenate([_hashes(texts, places), rows.hashes[taught]])
-  first, number = _distinct(hashes, prompt)
+  first, number = _distinct(hashes, prompt, sources)
   documents, queries = (np.full(n, NONE) for n in (rows.documents.size, rows.prompts.size))
   documents[places], queries[taught] = np.split(number, [places.size])
   return ToTeach(sources[first], prompt[first], before, documents, queries)
 
 
-def _distinct(hashes: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns where each pair of hash and prompt comes first, ascending, and the number of each."""
+def _distinct(
+  hashes: np.ndarray, prompt: np.ndarray, sources: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns where each pair of hash and prompt comes first, and the number of each.
+
+  Numbers are in the order of sources, in which texts lie on the disk.
+  """
   keys = hashes + prompt.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # wraps around
   _, first, number = np.unique(keys, return_index=True, return_inverse=True)
-  order = np.argsort(first)  # texts are read in the order in which they lie on the disk
+  order = np.argsort(sources[first], kind="stable")
   rank = np.empty_like(order)
   rank[order] = np.arange(order.size)
   return first[order], rank[number]
