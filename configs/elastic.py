@@ -19,7 +19,10 @@ def get_config(source: str) -> ConfigDict:
   config, folder = from_hf.get_config(source), resolve(source)
   found = recipe.read(folder)
   if not (end := found.tokenizer.end):
-    raise LookupError(f"{folder}/tokenizer.json puts no token after a text; no last token to pool")
+    raise LookupError(
+      f"{folder}/tokenizer.json puts no token after a text; set the fields of this file on "
+      "configs/from_hf.py:SOURCE, and data.pooled_token"
+    )
   config.data.pooled_token = end
   config.model.rank = config.model.width  # begins with exactly the table of the embedder
   if found.max_seq_length:

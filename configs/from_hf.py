@@ -15,6 +15,8 @@ base = load_module(pathlib.Path(__file__).with_name("base.py"))
 
 
 def get_config(source: str) -> ConfigDict:
+  if not source:
+    raise LookupError("no SOURCE after the colon; give a folder or hf:ORG/NAME")
   config, folder = base.get_config(), resolve(source)
   shape = dataclasses.asdict(read_model(folder))
   own = ("rank", "dtype", "attention", "remat")  # not of the folder

@@ -31,7 +31,6 @@ from mlembed_jax.hf import recipe as recipes
 from mlembed_jax.hf.file_names import PROMPTS, TOKENIZER
 from mlembed_jax.hf.folder import check_folder, read_model, resolve
 from mlembed_jax.hf.load import load_params
-from mlembed_jax.hf.own_file import OwnFile
 from mlembed_jax.hf.recipe import LAST, Recipe
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
 from mlembed_jax.models.batched import Batching, encode_batched
@@ -95,7 +94,7 @@ class Encoder:
       )
     check_folder(folder, model, recipe.tokenizer)  # what is wrong with it is said now
     _keep_programs()
-    return cls(folder, model, recipe, _sizes(own_file.read(folder), model, recipe))
+    return cls(folder, model, recipe, _sizes(folder, model, recipe))
 
   def encode(
     self,
@@ -182,8 +181,18 @@ class Encoder:
   def similarity(
     first: Float[np.ndarray, "N D"], second: Float[np.ndarray, "M D"]
   ) -> Float[np.ndarray, "N M"]:
-    """Returns the cosines of all pairs of float32 vectors, of any length."""
-    return unit(np.atleast_2d(first)) @ unit(np.atleast_2d(second)).T
+    """Returns the cosines of all pairs of float32 vectors, of any length.
+
+    Raises:
+      ValueError: the two have other numbers of dimensions.
+    """
+    first, second = np.atleast_2d(first), np.atleast_2d(second)
+    if first.shape[1] != second.shape[1]:
+      raise ValueError(
+        f"similarity: vectors of {first.shape[1]} and of {second.shape[1]} dimensions; encode both "
+        "with the same dim"
+      )
+    return unit(first) @ unit(second).T
 
   def _prompted(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Returns options of `encode`; a prompt that they name is kept."""
@@ -198,8 +207,10 @@ class Encoder:
     full = {"depth": self._model.layers, "rank": self._most_rank, "dim": self.dim}
     trained = dict(zip(full, (self.sizes.depths, self.sizes.ranks, self.sizes.dims), strict=True))
     for name, size in {"depth": depth, "rank": rank, "dim": dim}.items():
-      if size is None or size == full[name]:
+      if size is None or (size == full[name] and type(size) is not bool):
         continue
+      if not isinstance(size, int | np.integer) or isinstance(size, bool):
+        raise ValueError(f"{name}: {size!r} is no whole number")
       if not 1 <= size <= full[name]:
         most = f"has 1 to {full[name]}" if full[name] else "has a full token table"
         raise ValueError(f"{name}: {size}, but the model {most}")
@@ -323,10 +334,12 @@ def _keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _sizes(own: OwnFile | None, model: ModelConfig, recipe: Recipe) -> Sizes:
-  """Returns what mlembed.json says; of other folders, that the whole was trained."""
-  if not own:
-    return Sizes((model.layers,), (), (recipe.dim,))
+def _sizes(folder: pathlib.Path, model: ModelConfig, recipe: Recipe) -> Sizes:
+  """Returns what mlembed.json says; other folders were trained in full, at dims of config.json."""
+  if not (own := own_file.read(folder)):
+    # What Dense makes of states has other coordinates than those that config.json speaks of.
+    dims = (recipe.dim,) if recipe.modules else recipes.dims_of_others(folder, recipe.dim)
+    return Sizes((model.layers,), (), dims)
   most = own.table.rank_exported if own.table.uv_file or own.table.form == "uv" else None
   return Sizes(
     depths=tuple(depth for depth in own.exits.trained if depth <= model.layers),

@@ -72,8 +72,8 @@ class Model:
   encode: Callable[[list[str], str], np.ndarray]  # of texts after a prompt
 
   def prompt(self, *names: str) -> str:
-    """Returns the first prompt that the model has of these names, "" where it has none."""
-    return next((self.prompts[name] for name in names if name in self.prompts), "")
+    """Returns the first prompt of these names that is not empty, "" where there is none."""
+    return next(filter(None, (self.prompts.get(name) for name in names)), "")
 
 
 def load_model(name: str) -> Model:
@@ -100,7 +100,7 @@ def _ours(name: str, encoder: Encoder) -> Model:
 
 
 def _theirs(name: str, refused: LoadError) -> Model:
-  why = str(refused).splitlines()[-1]
+  why = str(refused).splitlines()[-1].rstrip(".") + "."
   try:
     from sentence_transformers import SentenceTransformer  # an extra of the package
   except ImportError as error:
@@ -143,6 +143,11 @@ def find_prompts(model: Model, chosen: list[File]) -> Prompts:
   if PROMPTS.value == OWN:
     query, document = model.prompt("query"), model.prompt(*DOCUMENT_PROMPTS)
   return Prompts(document, {file.name: query for file in chosen})
+
+
+def _say_prompts(prompts: Prompts) -> None:
+  queries = ", ".join(repr(prompt) for prompt in dict.fromkeys(prompts.queries.values()))
+  print(f"before queries stands {queries}, before documents {prompts.documents!r}", flush=True)
 
 
 def encode_all(
@@ -192,7 +197,7 @@ def _is_complete(out: pathlib.Path, wanted: Taught) -> bool:
   found = Taught.load(out)
   if dataclasses.replace(found, files={}) != wanted:
     raise ConfigError(f"--out: {out} holds other vectors; name another folder, or remove it")
-  if wrong := damage(out, found):
+  if wrong := damage(out, found, quick=False):
     raise DataError(f"--out: {out}: {wrong}; {REMEDY}")
   return True
 
@@ -203,8 +208,12 @@ def main() -> None:
   with cli.flags_in_errors("out"):
     files.make_writable_folder(out.parent, "out")
   opened = catalog.load_catalog(pathlib.Path(DATASET.value))
+  if out.resolve().is_relative_to(opened.folder.resolve()):
+    raise ConfigError(f"--out: {out} lies in the prepared dataset; choose another folder")
   names = manifest.matching(opened.files, FILES.value, "--files", opened.folder)
   chosen = [file for name, file in opened.files.items() if name in names]
+  if align and not any(to_teach.is_aligned(file, align) for file in chosen):
+    raise ConfigError("--align: none of the files is of task_type bitext, which has translations")
   model = load_model(TEACHER.value)
   content = Taught(
     opened.fingerprint,
@@ -220,7 +229,9 @@ def main() -> None:
   parts, new = Parts(out), out.with_name(f".{out.name}.new")
   with parts.held():
     if not (complete := _is_complete(out, content)):
-      planned = to_teach.plan(opened, chosen, find_prompts(model, chosen), align)
+      prompts = find_prompts(model, chosen)
+      _say_prompts(prompts)
+      planned = to_teach.plan(opened, chosen, prompts, align)
       _check_room(planned, content.width, out)
       made = encode_all(model, Texts(opened), planned, parts, PART.value)
       shutil.rmtree(new, ignore_errors=True)  # of a command that was killed

@@ -266,6 +266,31 @@ def test_what_cannot_be_meant_is_refused(encoder, options, message):
     encoder.encode(TEXTS, **options)
 
 
+@pytest.mark.parametrize("depth", ["1", True, 1.0])
+def test_a_size_is_a_whole_number(encoder, depth):
+  with pytest.raises(ValueError, match=f"depth: {depth!r} is no whole number"):
+    encoder.encode("one", depth=depth)
+
+
+def test_vectors_of_different_dimensions_have_no_similarity(encoder):
+  one, other = encoder.encode("one", dim=16), encoder.encode(["two"])
+  with pytest.raises(ValueError, match="vectors of 16 and of 48 dimensions; encode both with"):
+    encoder.similarity(one, other)
+
+
+def test_the_dimensions_that_a_folder_of_others_states_can_be_used(exported, tmp_path):
+  folder = shutil.copytree(exported["full"], tmp_path / "copy")
+  (folder / "mlembed.json").unlink()
+  theirs = Encoder.load(folder)
+  assert theirs.sizes.dims == (16, 48) and theirs.sizes.depths == (3,)
+  expected = Encoder.load(exported["full"]).encode("one", dim=16)
+  np.testing.assert_array_equal(theirs.encode("one", dim=16), expected)
+  config = json.loads((folder / "config.json").read_text())
+  for stated in ([64, 0, "16"], None, 16):
+    (folder / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": stated}))
+    assert Encoder.load(folder).sizes.dims == (48,)
+
+
 def test_untrained_sizes_are_allowed_by_a_flag(encoder):
   assert encoder.encode(TEXTS, depth=2, dim=20, untrained=True).shape == (len(TEXTS), 20)
 

@@ -256,6 +256,9 @@ def test_damaged_vectors_are_noticed(taught, data, tmp_path):
   with pytest.raises(DataError, match=r"row \d+ is damaged; restore it, or remove the folder and"):
     for place, row, _ in [each for name in FILES for each in rows_of(data, name)]:
       split.vectors_of(place, row, np.arange(1))
+  wanted = dataclasses.replace(Taught.load(folder), files={})
+  with pytest.raises(DataError, match=r"--out: .*vectors.npy is damaged: its bytes are not those"):
+    command_module._is_complete(folder, wanted)
   path.unlink()
   with pytest.raises(DataError, match=r"00000-of-\d+.vectors.npy is missing; restore it, or remov"):
     opened(data, folder)
@@ -299,3 +302,21 @@ def test_another_teacher_in_the_same_place_is_another_one(stranger, tmp_path):
 def test_only_a_named_folder_teaches(taught, data, tiny, monkeypatch):
   monkeypatch.chdir(taught)
   assert inputs.load(tiny, data / "none").split.taught is None
+
+
+def test_prompts_that_are_empty_are_none():
+  model = command_module.Model("m", "", {"document": "", "passage": "p: "}, lambda *_: np.zeros(0))
+  assert model.prompt(*command_module.DOCUMENT_PROMPTS) == "p: "
+  assert model.prompt("query") == ""
+
+
+@pytest.mark.parametrize(
+  ("out", "flags", "message"),
+  [
+    ("out", ["--align=english", "--files=train/topics*"], "--align: none of the files is of task_"),
+    ("dataset/taught", [], "lies in the prepared dataset; choose another folder"),
+  ],
+)
+def test_what_cannot_be_meant_is_refused_before_a_model_is_read(data, out, flags, message):
+  done = teach("/absent", data, data / out, *flags)
+  assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -259,6 +259,8 @@ def _value_problems(entry: dict[str, Any]) -> Iterator[str]:
     yield f"positives: must be 1 for {task} (query, passage, score), found {positives}"
   if task == TEXT and (negatives or "positives" in entry):
     yield f"negatives: must be 0 for {task}, and positives left out: its files have texts alone"
+  if task == TEXT and "symmetric" in entry:
+    yield f"symmetric: {task} has no documents; leave it out"
   if "teacher_vectors" in entry:
     needed = ("query",) if task == TEXT else ("query", "passage")
     known = needed if task == TEXT else VECTORS

@@ -57,12 +57,12 @@ class FileCount:
   @property
   def lost(self) -> int:
     """Rows that cannot be used; blank lines are none."""
-    return sum(dropped.rows for reason, dropped in self.dropped.items() if reason != BLANK)
+    return sum(dropped.rows for dropped in self.dropped.values()) - self.blank
 
   @property
-  def usable(self) -> int:
-    """Rows that are kept."""
-    return self.read - sum(dropped.rows for dropped in self.dropped.values())
+  def blank(self) -> int:
+    """Blank lines among what was read."""
+    return self.dropped[BLANK].rows if BLANK in self.dropped else 0
 
   @property
   def reasons(self) -> str:
@@ -116,7 +116,9 @@ def check_dropped(counts: Sequence[FileCount], max_dropped_share: float, out: pa
   """
   write_json(out / REPORT, {"files": {count.name: count.as_json() for count in counts}})
   for count in counts:
-    if count.lost > max_dropped_share * count.read or not count.usable:
+    if count.read and count.read == count.blank:
+      raise DataError(f"{count.name} has only blank lines; leave it out of the manifest")
+    if count.lost > max_dropped_share * count.read or count.lost + count.blank == count.read:
       raise DataError(
         f"{count.name}: {count.lost} of {count.read} rows cannot be used, more than "
         f"--max_dropped_share={max_dropped_share} ({count.reasons}); {count.remedies}"
@@ -166,7 +168,8 @@ def write_report(
   )
   write_json(out / REPORT, {"totals": totals, "merged": merged, "files": files})
   for count in counts[:SHOWN]:
-    print(f"{count.name}: {count.read:,} rows", flush=True)
+    blank = f", and {count.blank:,} blank lines" if count.blank else ""
+    print(f"{count.name}: {count.read - count.blank:,} rows{blank}", flush=True)
   if len(counts) > SHOWN:
     print(f"... and {len(counts) - SHOWN} more files, {totals['read']:,} rows in all", flush=True)
   if merged:

@@ -44,7 +44,7 @@ def column_names(paths: Sequence[str], columns: Columns) -> list[str]:
   """
   found = [_names(path, columns) for path in paths]
   if not any(found):
-    raise DataError(f"{paths[0]}: no rows")
+    raise DataError(f"{paths[0]}: no rows; leave it out of the manifest")
   return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 

@@ -54,12 +54,13 @@ class Taught:
   @classmethod
   def load(cls, folder: pathlib.Path) -> Self:
     """Returns the content of a folder's file; raises DataError where it is damaged."""
-    value = read_object(folder / NAME, FORMAT, DataError)
-    value.pop("format_version", None)
     try:
+      value = read_object(folder / NAME, FORMAT, DataError)
+      value.pop("format_version", None)
       return typed.from_json(cls, value)
-    except ValueError as error:
-      raise DataError(f"{folder / NAME}: {error}; write the folder again") from error
+    except ValueError as error:  # also a DataError, which names the file
+      where = "" if isinstance(error, DataError) else f"{folder / NAME}: "
+      raise DataError(f"{where}{error}; {REMEDY}") from error
 
 
 class TaughtVectors:
@@ -74,12 +75,13 @@ class TaughtVectors:
     self.folder, self.content = folder, content
     if content.dataset != catalog.fingerprint:
       raise DataError(
-        f"{folder} holds vectors of another prepared dataset than {catalog.folder}; write those of "
-        f"this one: python -m mlembed_jax.teach --dataset {catalog.folder} --teacher "
-        f"{content.teacher} --out ANOTHER"
+        f"kd.teacher: {folder} holds vectors of another prepared dataset than {catalog.folder}; "
+        f"write those of this one by the same command (--teacher {content.teacher} --prompts "
+        f"{content.prompts}{f' --align {content.align}' if content.align else ''}) with --dataset "
+        f"{catalog.folder} and another --out"
       )
     if wrong := damage(folder, content):
-      raise DataError(f"{folder}: {wrong}; {REMEDY}")
+      raise DataError(f"kd.teacher: {folder}: {wrong}; {REMEDY}")
     self._queries, self._documents = catalog.records(TRAIN), catalog.records(DOCUMENTS)
     self._of_queries = _columns(folder, content, TRAIN, self._queries)
     self._of_documents = _columns(folder, content, DOCUMENTS, self._documents)
@@ -115,9 +117,9 @@ def _columns(folder: pathlib.Path, content: Taught, split: str, records: Records
   return Columns([folder / name for name in names_of(split, records)], content.files, REMEDY)
 
 
-def damage(folder: pathlib.Path, content: Taught) -> str:
-  """Returns what is wrong with the files of a folder by their sizes, "" where nothing is."""
-  wrong = problems(folder, content.files, quick=True)
+def damage(folder: pathlib.Path, content: Taught, *, quick: bool = True) -> str:
+  """Returns what is wrong with the files of a folder, "" where nothing is; `quick`: by sizes."""
+  wrong = problems(folder, content.files, quick=quick)
   return next((f"{name} {what}" for name, what in wrong.items()), "")
 
 

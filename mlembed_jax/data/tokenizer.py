@@ -45,7 +45,10 @@ class Vocabulary:
     """
     self.path = pathlib.Path(path)
     if not self.path.is_file():
-      raise DataError(f"{path} does not exist; give the path of a tokenizer.json")
+      raise DataError(
+        f"{path} does not exist; a folder without one gets it by save_pretrained of its fast "
+        "tokenizer in transformers"
+      )
     with told(self.path, "is not a tokenizer.json"):
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # Truncation and padding are ours; a file may carry settings of its own.

@@ -319,10 +319,25 @@ def is_mrl(path: pathlib.Path) -> bool:
   if own := own_file.read(path):
     return len(own.dims.trained) > 1
   config = read_config(path)
-  dims, width = config.get("matryoshka_dimensions"), config.get("hidden_size") or 0
-  if not isinstance(dims, list):
+  width = config.get("hidden_size") or 0
+  if (dims := _stated_dims(config)) is None:
     return config.get("is_matryoshka") is True
-  return any(isinstance(dim, int) and dim < width for dim in dims)
+  return any(dim < width for dim in dims)
+
+
+def dims_of_others(path: pathlib.Path, most: int) -> tuple[int, ...]:
+  """Returns the sizes of vectors that a folder without mlembed.json was trained at, ascending.
+
+  They are those of config.json up to `most`, and `most`.
+  """
+  stated = _stated_dims(read_config(path)) or []
+  return tuple(sorted({*(dim for dim in stated if 0 < dim < most), most}))
+
+
+def _stated_dims(config: Mapping[str, Any]) -> list[int] | None:
+  """Returns the whole numbers of matryoshka_dimensions, None where it is no list."""
+  dims = config.get("matryoshka_dimensions")
+  return [dim for dim in dims if type(dim) is int] if isinstance(dims, list) else None
 
 
 def training_problems(found: Recipe) -> list[str]:

@@ -278,7 +278,7 @@ def steps(config: Config, inputs: Inputs) -> int:
   if config.optimizer.warmup_steps > found:
     raise ConfigError(
       f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is longer than the run, "
-      f"{found} steps"
+      f"{found} steps; lower it, or raise train.steps or train.epochs"
     )
   return found
 

@@ -91,14 +91,16 @@ def open_teacher(config: Config, tokenizer: Tokenizer) -> Teacher | None:
     path = resolve(config.kd.teacher)
   if not path.is_dir():
     raise ConfigError(
-      f"kd.teacher: {path} is no folder; give a workdir, an exported folder, {HUB}ORG/NAME, or "
-      f"{STORED!r}"
+      f"kd.teacher: {path} is no folder; give a workdir, an exported folder, one that python -m "
+      f"mlembed_jax.teach wrote, {HUB}ORG/NAME, or {STORED!r}"
     )
   is_workdir = (path / RUN).is_file()
   if not is_workdir and not (path / "config.json").is_file():
     raise ConfigError(
       f"kd.teacher: {path} is neither a workdir (no run.json) nor an exported folder (no "
-      "config.json), nor one that python -m mlembed_jax.teach wrote (no taught.json)"
+      "config.json), nor one that python -m mlembed_jax.teach wrote (no taught.json). If "
+      f"sentence-transformers loads it, write its vectors first: python -m mlembed_jax.teach "
+      f"--teacher {path} --dataset {config.data.dataset} --out TAUGHT"
     )
   found = _from_workdir(path) if is_workdir else _from_folder(path)
   model = dataclasses.replace(found.model, dtype=config.model.dtype, attention="auto", remat="none")

@@ -230,7 +230,7 @@ def test_a_folder_without_a_tokenizer_is_one_sentence(own, model_folder):
   for name, message in (
     ("model", "error: --tokenizer: {} has no tokenizer.json; AutoTokenizer.from_pretrained(...)"),
     ("absent", "error: --tokenizer: E104 file: {} is no folder; a model of the Hub is hf:ORG/NAME"),
-    ("absent.json", "error: {} does not exist; give the path of a tokenizer.json"),
+    ("absent.json", "error: {} does not exist; a folder without one gets it by"),
   ):
     result = run(own, tokenizer=name)
     assert result.stderr.startswith(message.format(own / name)), result.stderr

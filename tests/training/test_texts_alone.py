@@ -65,6 +65,7 @@ def test_a_row_is_one_text(alone):
   [
     ({"negatives": 1}, "negatives: must be 0 for text, and positives left out"),
     ({"positives": 2}, "negatives: must be 0 for text, and positives left out"),
+    ({"symmetric": True}, "symmetric: text has no documents; leave it out"),
     (
       {"teacher_vectors": {"query": "a.npy", "passage": "b.npy"}},
       "teacher_vectors: 'passage' is unknown; known: query",
@@ -153,6 +154,24 @@ def test_a_copy_with_fewer_tokens_begins_as_its_teacher_and_goes_on_exactly(
   elastic(alone, embedder, tmp_path / "again", **whole)
   assert_same_state(tmp_path / "w", tmp_path / "again", 10)
   assert Run.load(tmp_path / "again").prompts == {"query": "find: "}
+
+
+def test_blank_lines_are_no_texts(tmp_path, capsys):
+  write_files(tmp_path, {"train/a.parquet": ({"text": TEXTS}, ALONE)})
+  entries = json.loads((tmp_path / "manifest.json").read_text()) | {"train/b.txt": ALONE}
+  (tmp_path / "manifest.json").write_text(json.dumps(entries))
+  (tmp_path / "train/b.txt").write_text("\n \n\n")
+  train_tokenizer(600).save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(DataError, match=r"train/b.txt has only blank lines; leave it out of the man"):
+    prepare_dataset(tmp_path)
+  (tmp_path / "train/b.txt").write_text("\n \n" + "\n".join(TEXTS))
+  prepare_dataset(tmp_path)
+  assert f"train/b.txt: {len(TEXTS)} rows, and 2 blank lines" in capsys.readouterr().out
+
+
+def test_a_configuration_of_no_source_is_refused():
+  with pytest.raises(ConfigError, match=r"elastic.py:: no SOURCE after the colon"):
+    load_config("configs/elastic.py:")
 
 
 def test_a_folder_that_ends_texts_with_nothing_has_no_elastic_copy(exported, tmp_path):
