@@ -13,8 +13,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from mlembed_jax import teach as command_module
-from mlembed_jax import vector_parts
+from mlembed_jax import teaching, vector_parts
 from mlembed_jax.data import catalog, to_teach
 from mlembed_jax.data import taught as taught_module
 from mlembed_jax.data.store import open_split
@@ -106,14 +105,14 @@ def test_a_killed_command_goes_on(taught, data, exported, tmp_path):
   files = [found.files[name] for name in FILES]
   instructions = {f.name: with_instruction(f.entry["instruction"], "") for f in files}
   planned = to_teach.plan(found, files, Prompts("", instructions), "")
-  model, asked = command_module.load_model(str(exported["full"])), []
+  model, asked = teaching.load_model(str(exported["full"])), []
   counting = dataclasses.replace(
     model, encode=lambda texts, prompt: asked.extend(texts) or model.encode(texts, prompt)
   )
   shutil.copytree(parts, tmp_path / "copy.parts")
   held = vector_parts.Parts(tmp_path / "copy")
   with held.held():
-    made = command_module.encode_all(counting, to_teach.Texts(found), planned, held, 100)
+    made = teaching.encode_all(counting, to_teach.Texts(found), planned, held, 100)
   assert len(asked) == len(planned.sources) - 100 * len(kept)
   assert {path.name for path in made} >= kept.keys()
   done = teach(*arguments)
@@ -258,7 +257,7 @@ def test_damaged_vectors_are_noticed(taught, data, tmp_path):
       split.vectors_of(place, row, np.arange(1))
   wanted = dataclasses.replace(Taught.load(folder), files={})
   with pytest.raises(DataError, match=r"--out: .*vectors.npy is damaged: its bytes are not those"):
-    command_module._is_complete(folder, wanted)
+    teaching.is_complete(folder, wanted)
   path.unlink()
   with pytest.raises(DataError, match=r"00000-of-\d+.vectors.npy is missing; restore it, or remov"):
     opened(data, folder)
@@ -291,12 +290,12 @@ def test_vectors_that_cannot_be_kept_are_named(tmp_path):
 
 def test_another_teacher_in_the_same_place_is_another_one(stranger, tmp_path):
   folder = shutil.copytree(stranger, tmp_path / "copy")
-  assert command_module._version(folder) == command_module._version(stranger)
+  assert teaching._version(folder) == teaching._version(stranger)
   (path,) = folder.glob("**/model.safetensors")
   content = bytearray(path.read_bytes())
   content[-1] ^= 1
   path.write_bytes(content)
-  assert command_module._version(folder) != command_module._version(stranger)
+  assert teaching._version(folder) != teaching._version(stranger)
 
 
 def test_only_a_named_folder_teaches(taught, data, tiny, monkeypatch):
@@ -305,8 +304,8 @@ def test_only_a_named_folder_teaches(taught, data, tiny, monkeypatch):
 
 
 def test_prompts_that_are_empty_are_none():
-  model = command_module.Model("m", "", {"document": "", "passage": "p: "}, lambda *_: np.zeros(0))
-  assert model.prompt(*command_module.DOCUMENT_PROMPTS) == "p: "
+  model = teaching.Model("m", "", {"document": "", "passage": "p: "}, lambda *_: np.zeros(0))
+  assert model.prompt(*teaching.DOCUMENT_PROMPTS) == "p: "
   assert model.prompt("query") == ""
 
 
