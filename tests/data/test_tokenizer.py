@@ -59,7 +59,7 @@ def test_size_holds_every_token(path):
 
 
 def test_missing_unreadable_and_unfitting_files(path, tmp_path):
-  with pytest.raises(DataError, match=r"absent.json does not exist; give the path of"):
+  with pytest.raises(DataError, match=r"absent.json does not exist; a folder without one"):
     Tokenizer(tmp_path / "absent.json", "x")
   (tmp_path / "bad.json").write_text("[]")
   with pytest.raises(DataError, match=r"bad.json is not a tokenizer.json"):

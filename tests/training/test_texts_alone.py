@@ -165,7 +165,7 @@ def test_blank_lines_are_no_texts(tmp_path, capsys):
   with pytest.raises(DataError, match=r"train/b.txt has only blank lines; leave it out of the man"):
     prepare_dataset(tmp_path)
   (tmp_path / "train/b.txt").write_text("\n \n" + "\n".join(TEXTS))
-  prepare_dataset(tmp_path)
+  prepare_dataset(tmp_path, out="again")
   assert f"train/b.txt: {len(TEXTS)} rows, and 2 blank lines" in capsys.readouterr().out
 
 
