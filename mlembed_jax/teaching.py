@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from mlembed_jax import files, progress
 from mlembed_jax.data.taught import NAME, REMEDY, Taught, damage, numbers
 from mlembed_jax.data.to_teach import Texts, ToTeach
 from mlembed_jax.errors import ConfigError, DataError, LoadError
-from mlembed_jax.vector_parts import Parts, digest_of_texts
+from mlembed_jax.vector_parts import Parts, digest_of_texts, parts_of
 
 if TYPE_CHECKING:
   from mlembed_jax.inference import Encoder
 
+AT_ONCE = 1024  # texts that the embedder is given in one call, after which the bar moves
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # names of the prompt of documents
 
 
@@ -119,16 +120,12 @@ def _vectors(
   found: list[np.ndarray] = [np.zeros(0)] * len(texts)
   for prompt in dict.fromkeys(before):
     places = [i for i, each in enumerate(before) if each == prompt]
-    for chosen in _batches(places):
+    for chosen in parts_of(places, AT_ONCE):
       vectors = model.encode([texts[i] for i in chosen], prompt)
       for i, vector in zip(chosen, vectors, strict=True):
         found[i] = vector
       update(len(chosen))
   return np.stack(found)
-
-
-def _batches(places: list[int], size: int = 1024) -> Iterator[list[int]]:
-  return (places[i : i + size] for i in range(0, len(places), size))
 
 
 def is_complete(out: pathlib.Path, wanted: Taught) -> bool:

@@ -7,12 +7,15 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.files import digest, save_npy
+
+Item = TypeVar("Item")
 
 DIGITS = 24  # of a digest in a name
 LOCK = "lock"
@@ -20,11 +23,11 @@ LOCK = "lock"
 OF_PARTS = re.compile(rf"{LOCK}|(?:ranges|\d{{8}})-[0-9a-f]{{{DIGITS}}}(?:\.new|(?:-\w+)?\.npy)")
 
 
-def parts_of(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-  """Yields lists of `size` texts; the last one may be shorter."""
-  part: list[str] = []
-  for text in texts:
-    part.append(text)
+def parts_of(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+  """Yields lists of `size` items; the last one may be shorter."""
+  part: list[Item] = []
+  for item in items:
+    part.append(item)
     if len(part) == size:
       yield part
       part = []

@@ -127,13 +127,15 @@ def _distinct(
 
 
 def _hashes(texts: Texts, places: np.ndarray) -> np.ndarray:
+  found = np.zeros(len(places), np.uint64)
   with progress.count("reading documents", len(places), " texts") as bar:
-    each = (_hash(texts.document(int(place)), bar.update) for place in places)
-    return np.fromiter(each, np.uint64, len(places))
+    for i, place in enumerate(places.tolist()):
+      found[i] = _hash(texts.document(place))
+      bar.update()
+  return found
 
 
-def _hash(text: Text, update: Callable[[], object] = lambda: None) -> np.uint64:
-  update()
+def _hash(text: Text) -> np.uint64:
   return np.ascontiguousarray(text.hash).view(np.uint64)[0]
 
 

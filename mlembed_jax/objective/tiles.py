@@ -193,6 +193,11 @@ def _summed(top: Array, total: Array, values: Sequence[Array]) -> tuple[Array, A
   return new_top, total * jnp.exp(top - new_top) + jnp.stack(parts, axis=-1)
 
 
+def _log_of(top: Array, total: Array) -> Array:
+  """Returns the log of the sums that `_summed` has gathered; EMPTY where there was nothing."""
+  return jnp.maximum(top + jnp.log(total), EMPTY)
+
+
 def _log_sum_exp(
   anchors: Texts, candidates: Texts, ids_a: Anchors, ids_c: Candidates, on: _Devices
 ) -> tuple[Array, Array]:
@@ -206,7 +211,7 @@ def _log_sum_exp(
     return top, total, count + jnp.sum(allowed, axis=1, dtype=jnp.float32)
 
   top, total, count = _sweep(update, start, (anchors, ids_a), (candidates, ids_c), on)
-  return jnp.maximum(top + jnp.log(total), EMPTY), count
+  return _log_of(top, total), count
 
 
 def _log_sum_exp_fwd(*args: Any) -> Any:
@@ -323,9 +328,7 @@ def _divergence(anchors: Any, candidates: Any, on: _Devices) -> tuple[Array, Arr
     return *_summed(top, total, values), new_top, goal_total, means
 
   top, total, goal_top, goal_total, means = _sweep(update, start, anchors, candidates, on)
-  own, goal = (
-    jnp.maximum(x + jnp.log(y), EMPTY) for x, y in ((top, total), (goal_top, goal_total))
-  )
+  own, goal = _log_of(top, total), _log_of(goal_top, goal_total)
   means = means / jnp.maximum(goal_total, jnp.finfo(jnp.float32).tiny)
   return (own - means[:, :M]) - (goal - means[:, M:]), own, goal
 
