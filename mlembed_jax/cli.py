@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mlembed_jax import files
-from mlembed_jax.config import REPLACED, find_file, from_mapping, packaged, read_file
+from mlembed_jax.config import REPLACED, find_file, from_mapping, no_file, read_file
 from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError, MlembedError
 
@@ -131,8 +131,7 @@ def read_values(flag: flags.FlagHolder[Any]) -> Any:
     flag.value.keys()  # ml_collections keeps the error until something is asked of the value
   except OSError as error:
     path = config_flags.get_config_filename(flags.FLAGS[flag.name])
-    names = ", ".join(packaged())
-    raise ConfigError(f"--config: there is no {path}; the package has {names}") from error
+    raise ConfigError(f"--config: {no_file(path)}") from error
   return flag.value
 
 

@@ -38,7 +38,16 @@ REPLACED = {"qk_norm": "family", "qkv_bias": "family"}  # fields of 0.1.0 -> wha
 
 
 def load_module(path: str | pathlib.Path) -> types.ModuleType:
-  """Returns the Python file at `path` as a module (`0_6b.py` is not an importable name)."""
+  """Returns the Python file at `path` as a module (`0_6b.py` is not an importable name).
+
+  `path` may be the name of a file of the package, such as from_hf.
+
+  Raises:
+    ConfigError: there is no such file.
+  """
+  path = find_file(os.fspath(path))
+  if not os.path.exists(path):
+    raise ConfigError(no_file(path))
   spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
   if spec is None or spec.loader is None:
     raise ConfigError(f"{path} is not a Python file")
@@ -73,6 +82,11 @@ def packaged() -> dict[str, pathlib.Path]:
   folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
   found = sorted(folder.glob("*.py")) if folder else []
   return {path.stem: path for path in found if path.stem != "base"}
+
+
+def no_file(path: str) -> str:
+  """Returns what is said of a configuration file that does not exist."""
+  return f"there is no {path}; the package has {', '.join(packaged())}"
 
 
 def find_file(path: str) -> str:

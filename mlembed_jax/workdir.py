@@ -86,7 +86,8 @@ class Run:
     """
     path = workdir / RUN
     if not path.is_file():
-      raise ConfigError(f"{workdir}: no {RUN}; this is not a workdir that a training run wrote")
+      what = f"has no {RUN}; this" if workdir.is_dir() else "does not exist; it"
+      raise ConfigError(f"{workdir} {what} is not a workdir that a training run wrote")
     run = files.read_object(path, FORMAT)
     try:
       run.pop("format_version", None)

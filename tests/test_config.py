@@ -379,3 +379,9 @@ def test_importing_the_package_imports_nothing_heavy():
   assert not result.stdout.strip()
   assert len(mlembed_jax.__all__) == 5
   assert all(callable(getattr(mlembed_jax, name)) for name in mlembed_jax.__all__)
+
+
+def test_a_configuration_of_the_package_is_loaded_by_name():
+  assert load_module("quickstart").__file__ == str(CONFIGS / "quickstart.py")
+  with pytest.raises(ConfigError, match=r"there is no configs/nope.py; the package has 0_6b, "):
+    load_module("configs/nope.py")

@@ -3,8 +3,10 @@
 import collections
 import json
 import re
+import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -14,10 +16,12 @@ from tensorboardX.proto import event_pb2
 from mlembed_jax import evaluate_model, export_model, train_model
 from mlembed_jax.config import from_mapping
 from mlembed_jax.errors import ConfigError, DataError, MlembedError
+from mlembed_jax.eval import tasks
 from mlembed_jax.eval.evaluation import Evaluation
 from mlembed_jax.inference import Encoder
 from mlembed_jax.matryoshka import Slice
 from mlembed_jax.slice_scores import Size
+from mlembed_jax.training import loop
 from mlembed_jax.training.saved import load_newest_params
 from mlembed_jax.workdir import Run
 from tests import runs
@@ -71,7 +75,7 @@ def scalars(folder):
   return found
 
 
-def test_a_whole_run_evaluates_and_exports(data, tmp_path):
+def test_a_whole_run_evaluates_and_exports(data, tmp_path, capsys):
   flags = {"export.at_end": True, "train.steps": 4, "data.heldout": "('heldout/*',)"}
   flags |= {"data.manifest": data / "manifest.json", "data.workers": 2}
   flags |= {"train.trackers": "('tensorboard',)"}
@@ -97,6 +101,16 @@ def test_a_whole_run_evaluates_and_exports(data, tmp_path):
   tables, goodput = again.stdout[start:].rsplit("\n", 2)[:2]
   assert tables in result.stdout
   assert goodput.startswith("2 starts, ") and "training" in goodput
+  first = tmp_path / "work/eval/step_0.json"
+  value = json.loads(first.read_text())
+  del value["sha256"]
+  value["tasks"]["heldout/bitext.parquet"] = "0" * 64  # as if the file had been changed since
+  first.write_text(json.dumps(value))
+  inputs = types.SimpleNamespace(tasks=tasks.load_folder(data / "heldout"))
+  loop._report_scores(types.SimpleNamespace(workdir=tmp_path / "work", inputs=inputs), 4)
+  bitext, colours = capsys.readouterr().out.split("\nheldout/colours.parquet")
+  assert "f1 in percent, after training; it was another file before" in bitext
+  assert "| – → " in bitext and "–" not in colours and "before → after training" in colours
 
 
 def test_steps_that_are_not_finite_are_named_and_too_many_end_the_run(data, tmp_path):
@@ -207,10 +221,22 @@ def test_untrained_cuts_are_refused(twenty, tmp_path, flags, message):
   assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("folder", ["model", "dataset", "files"])
+def test_a_folder_of_something_else_is_no_workdir(data, exported, tmp_path, folder):
+  found = {"model": exported["full"], "dataset": data / "dataset", "files": data}[folder]
+  copied = shutil.copytree(found, tmp_path / folder)
+  before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+  result = run(data, copied)
+  assert result.returncode == 1 and "Traceback" not in result.stderr
+  said = {"model": "a model (config", "dataset": "a prepared dataset (cat", "files": "files to pre"}
+  assert f"error: --workdir: {copied} holds {said[folder]}" in result.stderr
+  assert before == {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+
+
 def test_export_of_what_is_no_workdir_is_refused(tmp_path):
   result = export("--checkpoint", tmp_path, "--out", tmp_path / "out")
   assert result.returncode == 1
-  assert "no run.json; this is not a workdir that a training run wrote" in result.stderr
+  assert "has no run.json; this is not a workdir that a training run wrote" in result.stderr
 
 
 @pytest.mark.parametrize(

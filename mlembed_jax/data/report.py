@@ -176,7 +176,8 @@ def write_report(
     print(languages.merges_text(merged), flush=True)
   for name, value in files.items():
     if unknown := languages.unknown_text(value[f"{TRAIN}_languages"]):
-      print(f"note: {name}: rows of no known language count as they stand: {unknown}", flush=True)
+      said = "rows of no known language (give a tag such as de as lang) count as they stand"
+      print(f"note: {name}: {said}: {unknown}", flush=True)
   for count in counts:
     if count.lost:
       left_out = f"{count.lost:,} of {count.read:,} rows are left out ({count.reasons})"

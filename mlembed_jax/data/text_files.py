@@ -47,7 +47,7 @@ OTHERS = {
   b"\x1f\x8b": "compressed by gzip; add .gz to its name",
   b"\xfd7zXZ": "compressed by xz; add .xz to its name",
   b"\x28\xb5\x2f\xfd": "compressed by zstd; add .zst to its name",
-  b"PK\x03\x04": "a zip archive; unpack it",
+  b"PK\x03\x04": "a zip archive; unpack it, or save a sheet of Excel as CSV",
 } | {b"BZh%d1AY&SY" % i: "compressed by bzip2; add .bz2 to its name" for i in range(1, 10)}
 CHUNK = 1 << 20  # bytes read at a time
 

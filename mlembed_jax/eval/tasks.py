@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 
 from mlembed_jax.data import languages
@@ -29,9 +30,10 @@ from mlembed_jax.data.languages import ENGLISH, LANGUAGE_SCRIPT, language_key
 from mlembed_jax.data.manifest import SCORED, File, read_manifest, select_heldout
 from mlembed_jax.data.names import MANIFEST
 from mlembed_jax.data.parquet_files import Columns
+from mlembed_jax.data.report import REMEDIES, SAID
 from mlembed_jax.data.rows import CHUNK, has_text, languages_of
 from mlembed_jax.data.shards import paths_of
-from mlembed_jax.data.tables import column_names, read_tables
+from mlembed_jax.data.tables import Reasons, column_names, read_tables
 from mlembed_jax.data.tokenizer import with_instruction
 from mlembed_jax.errors import DataError
 from mlembed_jax.eval import scores
@@ -178,22 +180,38 @@ def _columns(file: File, names: Sequence[str]) -> list[list[Any]]:
   labels, numbers = ([n for n in names if n in kind] for kind in (LABELS, (SCORE,)))
   texts = [name for name in names if name not in (*labels, *numbers, *optional)]
   wanted, paths = Columns(texts, optional, labels, numbers), paths_of(file)
-  column_names(paths, wanted)
+  try:
+    column_names(paths, wanted)
+  except DataError as error:
+    if "negatives" not in file.entry:
+      raise
+    raise DataError(
+      f"{error}; or is it a file to train on, as the manifest has `negatives` for it? Give a "
+      "folder of held-out files"
+    ) from error
   read = [table for path in paths for table in read_tables(path, wanted, CHUNK)]
-  unfit = [
-    f"rows that cannot be used: {reason}" + f" in {column}" * bool(column)
-    for _, reasons in read
-    for reason, rows in reasons.items()
-    for column in rows
-    if rows[column].any()
-  ]
   empty = [n for n in (*labels, *texts) for table, _ in read if not has_text(table[n]).all()]
-  if unfit or empty:
-    found = unfit[0] if unfit else f"null or empty texts in {', '.join(dict.fromkeys(empty))}"
+  if found := _unfit(read) or ", ".join(
+    f"null or empty texts in {n}" for n in dict.fromkeys(empty)
+  ):
     raise DataError(f"{file.path}: {found}; held-out files must be whole")
   columns = {name: [v for table, _ in read for v in table[name].to_pylist()] for name in names[1:]}
   columns[LANG] = [tag for table, _ in read for tag in languages_of(file, table).to_pylist()]
   return [columns[name] for name in names]
+
+
+def _unfit(read: Sequence[tuple[pa.Table, Reasons]]) -> str:
+  """Returns the first reason for which a row cannot be used, with its place from 0; "": none."""
+  start = 0
+  for table, reasons in read:
+    for reason, rows in reasons.items():
+      for column, unfit in rows.items():
+        if unfit.any():
+          place = f"{column} of row {start + int(np.argmax(unfit))}".removeprefix(" of ")
+          why = "; ".join((SAID.get(reason, reason), *([REMEDIES[reason]] * (reason in REMEDIES))))
+          return f"{place} cannot be used: {why}"
+    start += len(table)
+  return ""
 
 
 def _bitext(name: str, columns: list[list[Any]], texts: _Texts) -> Score:

@@ -24,6 +24,7 @@ from mlembed_jax.batch import Kind
 from mlembed_jax.config import flatten
 from mlembed_jax.config_fields import Config
 from mlembed_jax.data import loader, read_ahead
+from mlembed_jax.data.names import CATALOG, MANIFEST
 from mlembed_jax.data.sample import sample_ids
 from mlembed_jax.devices import compiler
 from mlembed_jax.devices.start import start_devices
@@ -32,6 +33,7 @@ from mlembed_jax.eval import grid, summary
 from mlembed_jax.files import copy_file, make_writable_folder
 from mlembed_jax.hf import stored_ranges
 from mlembed_jax.hf.export import TrainedModel, check_target, export_folder
+from mlembed_jax.hf.file_names import CONFIG, TOKENIZER_CONFIG
 from mlembed_jax.hf.folder import resolve
 from mlembed_jax.hf.load import load_params
 from mlembed_jax.matryoshka import Slice
@@ -68,12 +70,21 @@ from mlembed_jax.training.teacher import Teacher
 from mlembed_jax.training.trackers import Trackers
 from mlembed_jax.training.train_state import TrainState
 from mlembed_jax.workdir import (
+  RUN,
   Run,
   StepScores,
   early_end,
   scored_steps,
   scores_path,
 )
+
+# What no run writes to its workdir.
+FOREIGN = {
+  CONFIG: "a model",
+  TOKENIZER_CONFIG: "a tokenizer",
+  CATALOG: "a prepared dataset",
+  MANIFEST: "files to prepare",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +283,10 @@ def report(training: Training, state: TrainState) -> None:
 def _report_scores(training: Training, step: int) -> None:
   before, after = (StepScores.load(training.workdir, at) for at in (0, step))
   for task in training.inputs.tasks:
-    print(f"\n{task.name}, {task.metric} in percent, before → after training\n")
-    print(summary.change_table(before.of_task(task.name), after.of_task(task.name)))
+    same = before.tasks.get(task.name) == after.tasks.get(task.name)
+    when = "before → after training" if same else "after training; it was another file before"
+    print(f"\n{task.name}, {task.metric} in percent, {when}\n")
+    print(summary.change_table(before.of_task(task.name) * same, after.of_task(task.name)))
 
 
 def _export(training: Training, step: int, params: Any) -> None:
@@ -411,6 +424,7 @@ def train_model(
   with processes.agreed():
     start_devices()  # what is missing of them is said first
     workdir = make_writable_folder(workdir, "workdir")
+    _check_free(workdir)
   processes.check_shared(workdir)
   versions = {"jax": jax.__version__, "mlembed_jax": __version__}
   processes.check_same(versions | dataclasses.asdict(resume) | flatten(config))
@@ -418,6 +432,15 @@ def train_model(
     with processes.agreed():
       lock = held.enter_context(WorkdirLock(workdir)) if processes.is_first() else None
     _train_locked(config, workdir, resume, lock, grace_s)
+
+
+def _check_free(folder: pathlib.Path) -> None:
+  """Raises ConfigError where a folder is something else than a workdir, or one to be."""
+  for name, what in FOREIGN.items():
+    if (folder / name).exists() and not (folder / RUN).exists():
+      raise ConfigError(
+        f"workdir: {folder} holds {what} ({name}) and no {RUN}; name another folder"
+      )
 
 
 def _train_locked(

@@ -425,7 +425,10 @@ def test_rows_whose_language_is_not_known_are_said(own, capsys):
   write_files(own, {"train/a.parquet": (columns, BITEXT)})
   prepare_dataset(own)
   said = capsys.readouterr().out
-  assert "note: train/a.parquet: rows of no known language count as they stand: " in said
+  assert (
+    "note: train/a.parquet: rows of no known language (give a tag such as de as lang) count as "
+    in said
+  )
   assert "'english' 1, 'und' 1\n" in said
 
 

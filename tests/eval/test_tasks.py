@@ -166,6 +166,16 @@ def test_a_folder_of_tasks_is_listed_in_a_manifest_in_it_or_above(tmp_path, data
       tasks.load_folder(wrong)
   with pytest.raises(DataError, match=r"^tasks: .*manifest.json lists no file of"):
     tasks.load_folder(data)
+  with pytest.raises(DataError, match=r"is it a file to train on, as the manifest has `negatives`"):
+    tasks.load_folder(data / "train")
+
+
+def test_a_row_that_cannot_be_used_is_named(tmp_path):
+  (tmp_path / "manifest.json").write_text(json.dumps({"a.csv": entry("classification", 0, "")}))
+  rows = ["text,intent,split,lang", "one,x,support,de", "m\u00fcde,x,test,de"]
+  (tmp_path / "a.csv").write_bytes("\n".join(rows).encode("latin-1"))
+  with pytest.raises(DataError, match=r"text of row 1 cannot be used: bytes that are .*iconv"):
+    tasks.load_folder(tmp_path)
 
 
 def test_the_digest_follows_all_that_scores_depend_on(tmp_path):
