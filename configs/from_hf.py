@@ -19,7 +19,7 @@ def get_config(source: str) -> ConfigDict:
     raise LookupError("no SOURCE after the colon; give a folder or hf:ORG/NAME")
   config, folder = base.get_config(), resolve(source)
   shape = dataclasses.asdict(read_model(folder))
-  own = ("rank", "dtype", "attention", "remat")  # not of the folder
+  own = ("rank", "dtype", "attention", "remat", "lora")  # not of the folder
   config.model.update({name: value for name, value in shape.items() if name not in own})
   config.model.rank = min(config.model.width, 512 if config.model.width < 2048 else 1024)
   config.train.init_from = source

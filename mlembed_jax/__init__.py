@@ -6,6 +6,7 @@ The public names, which are imported when they are first used, so that `import m
   load_config     a configuration file, as `train_model` takes it
   train_model     one training run in a workdir, from the start or from its newest checkpoint
   export_model    Hugging Face folders from a workdir
+  export_adapter  the adapter of a workdir alone, for peft
   evaluate_model  scores of an exported folder, with a report
 
 `mlembed_jax.train`, `.export` and `.evaluate` are the commands: Python binds a module to its name
@@ -21,6 +22,7 @@ _HOMES = {
   "Encoder": "mlembed_jax.inference",
   "load_config": "mlembed_jax.config",
   "train_model": "mlembed_jax.training.loop",
+  "export_adapter": "mlembed_jax.training.export",
   "export_model": "mlembed_jax.training.export",
   "evaluate_model": "mlembed_jax.eval.scoring",
 }

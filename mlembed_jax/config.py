@@ -23,6 +23,7 @@ from mlembed_jax.config_fields import (
   ABSENT,
   LOWEST_TEMPERATURE,
   NO_LIMIT,
+  NO_LORA,
   OLDER,
   SETTINGS,
   STORED,
@@ -138,6 +139,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
   _check_matryoshka(config)
   _check_losses(config)
   _check_teacher(config)
+  _check_frozen(config)
   _check_kept(config)
   _check_data_and_length(config)
   _check_evaluation(config)
@@ -299,6 +301,7 @@ def _check_model(m: ModelConfig) -> None:
     raise ConfigError(f"model.heads: {m.heads} is not a multiple of model.kv_heads = {m.kv_heads}")
   if m.head_dim % 2:
     raise ConfigError(f"model.head_dim: {m.head_dim} is odd; rotary embedding pairs its halves")
+  _check_lora(m)
   if m.rank > m.width:
     raise ConfigError(f"model.rank: {m.rank} is above model.width = {m.width}; 0 is a full table")
 
@@ -375,6 +378,30 @@ def _check_teacher(config: Config) -> None:
     raise ConfigError(f"kd.exits: {kd.exits} must be positive and ascending")
   if kd.exits and kd.teacher in ("", STORED):
     raise ConfigError("kd.exits: only a teacher that is a folder has exits")
+
+
+def _check_lora(m: ModelConfig) -> None:
+  lora = m.lora
+  if not lora.rank and lora != NO_LORA:
+    raise ConfigError("model.lora: its rank is 0, so there is no adapter; give a rank")
+  for name, sides in m.products().items():
+    if lora.adapts(name) and lora.rank > min(sides):
+      raise ConfigError(
+        f"model.lora.rank: {lora.rank} is above {min(sides)}, the smaller side of {name}"
+      )
+
+
+def _check_frozen(config: Config) -> None:
+  train = config.train
+  if (config.model.lora.rank or train.frozen) and not train.init_from:
+    raise ConfigError(
+      "train.init_from: frozen parameters stay as this folder has them (model.lora, train.frozen); "
+      "name one"
+    )
+  if bool(train.trainable) != bool(train.frozen):
+    raise ConfigError(
+      "train.trainable, train.frozen: together they name every parameter once; give both or neither"
+    )
 
 
 def _check_kept(config: Config) -> None:

@@ -51,6 +51,44 @@ STORED = "stored"  # kd.teacher: vectors beside the data, read with each batch
 LOWEST_TEMPERATURE = 0.01  # of learned ones, as in CLIP: below it training becomes unstable
 
 
+ALPHA = 16.0  # is the default of model.lora.alpha
+# A layer has these, by their names in transformers.
+PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """An adapter: two factors beside the weight of each product of a layer (arXiv 2106.09685)."""
+
+  rank: int = setting(
+    0,
+    "Rank of the adapter. 0: there is none, and the weights themselves are trained.",
+    zero=True,
+    older=0,
+  )
+  alpha: float = setting(
+    ALPHA, "The product of two factors is multiplied by alpha / rank.", older=ALPHA
+  )
+  targets: tuple[str, ...] = setting(
+    (),
+    "Products that have factors, by their names in transformers. (): all of a layer's.",
+    choices=PRODUCTS,
+    older=(),
+  )
+
+  @property
+  def scale(self) -> float:
+    """What the product of two factors is multiplied by."""
+    return self.alpha / self.rank
+
+  def adapts(self, product: str) -> bool:
+    """Returns whether a product, by its name in transformers, has factors."""
+    return bool(self.rank) and product in (self.targets or PRODUCTS)
+
+
+NO_LORA = LoraConfig(0, ALPHA, ())
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The encoder: a dense decoder without a language-model head."""
@@ -98,6 +136,7 @@ class ModelConfig:
     choices=("none", "full", "context", "products", "dots", "offload"),
     free=True,
   )
+  lora: LoraConfig = group()
 
   @property
   def qk_norm(self) -> bool:
@@ -108,6 +147,14 @@ class ModelConfig:
   def qkv_bias(self) -> bool:
     """Returns whether queries, keys and values have a bias."""
     return FAMILIES[self.family].qkv_bias
+
+  def products(self) -> dict[str, tuple[int, int]]:
+    """Returns the inputs and outputs of a layer's products, by their names in transformers."""
+    width, ffn = self.width, self.ffn
+    queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+    attention = ((width, queries), (width, keys), (width, keys), (queries, width))
+    mlp = ((width, ffn), (width, ffn), (ffn, width))
+    return dict(zip(PRODUCTS, attention + mlp, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -524,6 +571,18 @@ class TrainConfig:
     "",
     "Weights to start from: a folder in Hugging Face layout, or hf:ORG/NAME. Empty: "
     "random weights.",
+  )
+  trainable: tuple[str, ...] = setting(
+    (),
+    "Patterns of the parameters that are trained, such as layers/*. Together with train.frozen "
+    "they must name every parameter once. () for both: all, or with model.lora the adapter alone.",
+    older=(),
+  )
+  frozen: tuple[str, ...] = setting(
+    (),
+    "Patterns of the parameters that stay as train.init_from has them, rounded to model.dtype. "
+    "They have no gradient and no moments.",
+    older=(),
   )
   steps: int = setting(0, "Length of the run in updates. 0 where train.epochs is given.", zero=True)
   epochs: float = setting(

@@ -51,6 +51,9 @@ PUSH = flags.DEFINE_string(
 )
 PRIVATE = flags.DEFINE_bool("private", False, "Repositories that --push makes are private.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List what --push would put there, and end.")
+ADAPTER = flags.DEFINE_bool(
+  "adapter", False, "Write the adapter (model.lora) alone, a folder that peft loads."
+)
 FORCE = flags.DEFINE_bool("force", False, "Allow sizes that were not trained; the card says so.")
 
 
@@ -68,10 +71,17 @@ def main() -> None:
   """Reads the flags and writes the folders."""
   # Imported here, jax does not slow down --help.
   from mlembed_jax.matryoshka import Slice
-  from mlembed_jax.training.export import export_model
+  from mlembed_jax.training.export import export_adapter, export_model
 
   if not PUSH.value and (PRIVATE.value or DRY_RUN.value):
     raise ConfigError("--private, --dry_run: they say how --push works; give it, too")
+  if ADAPTER.value:
+    whole = (DEPTH, RANK, DIM, VARIANTS, GGUF, NAME, PUSH, KEEP_TEXTS, KEEP_TOKENS, FORCE)
+    if other := next((flag.name for flag in whole if flag.present), None):
+      raise ConfigError(f"--{other}: --adapter writes the adapter alone; give one of the two")
+    with cli.flags_in_errors("step", "adapter", "out"):
+      export_adapter(CHECKPOINT.value, OUT.value, step=_step())
+    return
   cut = Slice(rank=RANK.value, depth=DEPTH.value, dim=DIM.value)
   with cli.flags_in_errors("step"):
     export_model(

@@ -4,6 +4,7 @@ run.json          configuration, training files and what decides the rows of eve
 plan.json         files and languages as they will be read; plan.png shows it
 tokenizer.json    a copy of the one the run reads
 checkpoints/      orbax, one folder per kept step
+frozen/           the parameters that the run does not train, saved once
 metrics.jsonl     one JSON object per logged step
 nonfinite.jsonl   the rows of steps that were not finite
 goodput.json      where the wall time of all starts went

@@ -35,6 +35,7 @@ NEED_TORCH = (
   "objective/test_tiles.py",
   "test_inference.py",
   "test_teach.py",
+  "training/test_frozen.py",
 )
 
 

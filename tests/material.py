@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -229,13 +230,15 @@ def config_dict(data: pathlib.Path | None = None, **overrides: Any) -> Any:
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> Any:
-  """Returns parameters with random norm scales, so that a forgotten norm shows."""
+  """Returns parameters with random norm scales and adapters, so that a forgotten one shows."""
   params = jax.jit(lambda key: nn.unbox(encoder.init(model, key)))(jax.random.key(seed))
 
   def perturb(path: Any, leaf: jax.Array) -> jax.Array:
     name = jax.tree_util.keystr(path)
     key = jax.random.fold_in(jax.random.key(seed), len(name) + leaf.size)
-    return leaf + 0.3 * jax.random.normal(key, leaf.shape) if "scale" in name else leaf
+    return (
+      leaf + 0.3 * jax.random.normal(key, leaf.shape) if re.search("scale|_lora_b", name) else leaf
+    )
 
   return jax.tree_util.tree_map_with_path(perturb, params)
 

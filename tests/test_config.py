@@ -377,7 +377,7 @@ def test_importing_the_package_imports_nothing_heavy():
   code = "import sys, mlembed_jax; print(*{'jax', 'numpy', 'flax'} & set(sys.modules))"
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert not result.stdout.strip()
-  assert len(mlembed_jax.__all__) == 5
+  assert len(mlembed_jax.__all__) == 6
   assert all(callable(getattr(mlembed_jax, name)) for name in mlembed_jax.__all__)
 
 

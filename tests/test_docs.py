@@ -10,7 +10,7 @@ import pytest
 
 from mlembed_jax import workdir
 from mlembed_jax.config import load_module
-from mlembed_jax.config_fields import DEFAULTS, REFERENCE, ModelConfig
+from mlembed_jax.config_fields import DEFAULTS, NO_LORA, REFERENCE, ModelConfig
 from mlembed_jax.data import catalog, manifest
 from mlembed_jax.devices.tpu import TPUS
 from mlembed_jax.eval import evaluation
@@ -252,7 +252,7 @@ def test_the_switches_of_the_published_recipe_are_listed_with_their_values():
 def test_the_table_of_sizes_is_that_of_the_configurations():
   for file, *cells in table(ROOT / "docs/training.md", "## Sizes")[1:]:
     values = load_module(ROOT / file.strip("`")).get_config().model
-    model = ModelConfig(**values)
+    model = ModelConfig(**{**values, "lora": NO_LORA})
     count, in_table = parameter_count(model), model.rank * (model.vocab + model.width)
     shape = f"{model.layers} x {model.width}"
     assert cells == [shape, str(model.rank), f"{count:,}", f"{100 * in_table / count:.0f} %"]

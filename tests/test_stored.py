@@ -6,6 +6,7 @@ its exported folder, and that folder's `evaluate --grid` on the two tasks beside
 them anew: they stand for the files that users have.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -97,8 +98,9 @@ def test_fields_that_joined_later_have_their_older_values(stored):
   value = json.loads(path.read_text())
   assert "format_version" not in value  # the stored one is older than it
   for name in OLDER:
-    group, field = name.split(".")
-    value["config"][group].pop(field, None)  # 0.1.0 had no model.family, but two switches
+    *groups, field = name.split(".")
+    group = functools.reduce(lambda found, key: found.get(key, {}), groups, value["config"])
+    group.pop(field, None)  # 0.1.0 had no model.family, but two switches
   write_json(path, value)
   loaded = flatten(Run.load(stored / "workdir").config)
   assert {name: loaded[name] for name in OLDER} == OLDER

@@ -22,7 +22,7 @@ from mlembed_jax.errors import ConfigError, HloError
 from mlembed_jax.estimate import hlo
 from mlembed_jax.models import flops
 from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh
-from mlembed_jax.training import lowering, micro_batch, optimizer, train_state, train_step
+from mlembed_jax.training import frozen, lowering, micro_batch, optimizer, train_state, train_step
 from mlembed_jax.training.gradcache import BLOCKS
 
 # The step belongs to a run of so many updates. The schedule holds it as one number, so any will do.
@@ -224,7 +224,12 @@ def _estimate(case: _Case, account: _Account) -> Estimate:
   config, target, mesh, length = case.config, case.target, case.mesh, case.length
   needed, capacity = sum(account.by_kind.values()), target.tpu.hbm_bytes
   texts = config.data.global_batch * case.kind.texts
-  work = flops.step_flops(config.model, texts * length, texts * length * (length + 1))
+  work = flops.step_flops(
+    config.model,
+    texts * length,
+    texts * length * (length + 1),
+    frozen.skipped_products(config),
+  )
   total = account.spent.total
   rate = 1 / total / mesh.size if total else 0.0
   return Estimate(
@@ -274,9 +279,10 @@ def _memory(case: _Case, compiled: Any) -> dict[str, int]:
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
-  parameters, moments = held(state.params), held(state.opt_state)
+  frozen_params = frozen.abstract(config, case.mesh)
+  parameters, moments = held((state.params, frozen_params)), held(state.opt_state)
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  kept = train_step.kept_bytes(config, state.params, batch.sheets) // shards
+  kept = train_step.kept_bytes(config, state.params, frozen_params, batch.sheets) // shards
   return {
     "parameters": parameters,
     "optimizer": moments,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlembed_jax.config import flatten
-from mlembed_jax.config_fields import REFERENCE, LossesConfig
+from mlembed_jax.config_fields import PRODUCTS, REFERENCE, LossesConfig
 from mlembed_jax.data import languages
 from mlembed_jax.families import FAMILIES
 from mlembed_jax.hf.card_use import listed, remote_code, use
@@ -206,10 +206,23 @@ def _training(variant: Variant) -> str:
     ("steps", variant.step),
     *((field, flat[field]) for field in fields),
     *_temperatures(variant),
+    *_adapter(variant),
     *_teacher(variant),
     ("fingerprint of the data order", f"`{variant.run.fingerprint}`"),
   )
   return _table(("", ""), facts)
+
+
+def _adapter(variant: Variant) -> list[tuple[str, str]]:
+  """Returns what is trained of the model where that is not all of it."""
+  config, facts = variant.run.config, []
+  if (lora := config.model.lora).rank:
+    products = ", ".join(lora.targets or PRODUCTS)
+    said = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, of {products}; merged into the weights"
+    facts.append(("adapter", f"{said}, of which the held-out scores are those before"))
+  if config.train.frozen:
+    facts.append(("frozen", ", ".join(config.train.frozen)))
+  return facts
 
 
 def _temperatures(variant: Variant) -> list[tuple[str, str]]:

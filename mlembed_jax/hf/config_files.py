@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlembed_jax.config import flatten
-from mlembed_jax.config_fields import REFERENCE, Config, ModelConfig
+from mlembed_jax.config_fields import NO_LORA, REFERENCE, Config, ModelConfig
 from mlembed_jax.data.tokenizer import Tokenizer, with_instruction
 from mlembed_jax.errors import ExportError
 from mlembed_jax.families import FAMILIES, Family
@@ -87,7 +87,7 @@ class Variant:
     """Returns the model of the stored tensors, computed in float32."""
     rank = self.rank if self.forms.factors else 0
     model = self.run.config.model
-    return dataclasses.replace(model, layers=self.depth, rank=rank, dtype="float32")
+    return dataclasses.replace(model, layers=self.depth, rank=rank, dtype="float32", lora=NO_LORA)
 
   @property
   def axes(self) -> Matryoshka:

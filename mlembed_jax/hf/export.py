@@ -209,14 +209,8 @@ def _write(
     for file, code in config_files.remote_code(family).items():
       write_text(folder / file, code)
   prompts = config_files.prompts_of(variant.run)
-  for path, value in {
-    CONFIG: config_files.model_config(variant, tokenizer, spec),
-    TOKENIZER: spec,
-    TOKENIZER_CONFIG: config_files.tokenizer_config(variant, tokenizer, spec),
-    PROMPTS: config_files.sentence_transformers_config(prompts),
-    BERT: config_files.sentence_bert_config(variant),
-    **config_files.modules(variant),
-  }.items():
+  write_json(folder / CONFIG, config_files.model_config(variant, tokenizer, spec))
+  for path, value in small_files(variant, tokenizer, spec).items():
     write_json(folder / path, value)
   # Read back from the folder, the weights are held once more, in float32.
   stored = parity.load(folder, variant.body)
@@ -228,6 +222,17 @@ def _write(
   text = card(variant, tokenizer.pooled_token, prompts, trained.evaluation, ranges_file, gguf)
   write_text(folder / CARD, text)
   own_file.write(folder, _own_file(folder, variant, tokenizer, ranges_file, gguf))
+
+
+def small_files(variant: Variant, tokenizer: Tokenizer, spec: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the content of the files that say how texts become vectors, by path."""
+  return {
+    TOKENIZER: spec,
+    TOKENIZER_CONFIG: config_files.tokenizer_config(variant, tokenizer, spec),
+    PROMPTS: config_files.sentence_transformers_config(config_files.prompts_of(variant.run)),
+    BERT: config_files.sentence_bert_config(variant),
+    **config_files.modules(variant),
+  }
 
 
 def _check(folder: pathlib.Path) -> None:

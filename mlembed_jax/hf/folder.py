@@ -15,7 +15,7 @@ import safetensors
 from jaxtyping import Int
 
 from mlembed_jax import files
-from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.config_fields import NO_LORA, ModelConfig
 from mlembed_jax.data.tokenizer import Vocabulary
 from mlembed_jax.errors import LoadError
 from mlembed_jax.families import FAMILIES
@@ -284,7 +284,7 @@ def read_model(path: pathlib.Path) -> ModelConfig:
       "last, and coordinates come in pairs"
     )
   numerics: dict[str, Any] = {"dtype": "float32", "attention": "auto", "remat": "none"}
-  return ModelConfig(**(shape | numerics), family=family, rank=rank)
+  return ModelConfig(**(shape | numerics), family=family, rank=rank, lora=NO_LORA)
 
 
 def read_positions(path: pathlib.Path) -> int | None:

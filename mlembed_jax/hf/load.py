@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Int
 
 from mlembed_jax.config_fields import ModelConfig
-from mlembed_jax.hf import factors, param_mapping
+from mlembed_jax.hf import factors
 from mlembed_jax.hf.folder import Folder, open_model_folder, raise_all
 from mlembed_jax.models import encoder
 from mlembed_jax.parallel import processes
@@ -32,7 +32,8 @@ def load_params(
 ) -> Params:
   """Returns the parameters of `model`, its token table factorised where `model.rank` asks.
 
-  `like` is their tree as shapes with dtypes and shardings; None: float32 on one device. Rows of the
+  `like` is their tree as shapes with dtypes and shardings, or a part of it, of which no other
+  parameters are read; None: all, in float32 on one device. Rows of the
   table that the folder does not have are zero. `ids` are those that are taken, as the rows of
   `model`, None: all. To be called by all processes of a run.
 
@@ -41,11 +42,11 @@ def load_params(
       to the table.
   """
   folder = open_model_folder(path, model, ids)
-  like = like or on_device(model, jax.local_devices()[0])
-  params = _read(folder, like)
+  like = on_device(model, jax.local_devices()[0]) if like is None else like
+  params = _read(folder, model, like)
   if model.rank:
     return params | _factorised(folder, model, like)
-  if folder.rank:
+  if folder.rank and "table" in like:
     table = factors.table(folder)
     return params | {"table": _put(_zeros(like["table"])(), table, None)}
   return params
@@ -60,14 +61,15 @@ def on_device(model: ModelConfig, device: Any) -> Params:
   )
 
 
-def _read(folder: Folder, like: Params) -> Params:
-  """Returns all parameters, but of a token table only one that is whole on both sides."""
+def _read(folder: Folder, model: ModelConfig, like: Params) -> Params:
+  """Returns all parameters of `like`, but of a token table only one that is whole on both sides."""
   leaves: dict[str, jax.Array] = {}
+  targets = flax.traverse_util.flatten_dict(like, sep="/")
   problems = []
   for t, stored in folder.tensors:
-    if t.path in ("table", "up") and (folder.rank or "up" in like):
+    if t.path not in targets or (t.path in ("table", "up") and (folder.rank or model.rank)):
       continue
-    tensor, target = stored.read(), param_mapping.leaf(like, t.path)
+    tensor, target = stored.read(), targets[t.path]
     if damage := np.count_nonzero(~np.isfinite(tensor)):
       problems.append(
         f"E107 not finite: {t.name} has {damage} NaN or infinite values. "
@@ -113,15 +115,17 @@ def _zeros(target: Any) -> Any:
 
 def _factorised(folder: Folder, model: ModelConfig, like: Params) -> Params:
   """Returns table [vocab, rank] and up [rank, width]; process 0 computes them for all."""
-  shapes = {name: like[name] for name in ("table", "up")}
-  found = {name: np.zeros(x.shape, np.float32) for name, x in shapes.items()}
+  if not (wanted := [name for name in ("table", "up") if name in like]):
+    return {}
+  shapes = encoder.parameter_shapes(model)
+  found = {name: np.zeros(shapes[name].shape, np.float32) for name in ("table", "up")}
   with processes.agreed():
     if processes.is_first():
       found["table"][: folder.rows], found["up"][:] = factors.of_folder(folder, model.rank)
   # A factorisation may round in another way on another machine; factors of two machines do not fit
   # each other.
   found = processes.from_first(found)
-  return {name: _placed(found[name], shapes[name]) for name in shapes}
+  return {name: _placed(found[name], like[name]) for name in wanted}
 
 
 def _placed(array: np.ndarray, like: Any) -> jax.Array:

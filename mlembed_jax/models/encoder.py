@@ -40,6 +40,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 }
 
 
+LORA_A, LORA_B = "_lora_a", "_lora_b"  # end the names of the two factors of an adapter
+
+
 def weight(
   module: Any,
   name: str,
@@ -62,17 +65,26 @@ def normal(fan_in: int) -> nn.initializers.Initializer:
 
 
 def project(x: Array, w: Array, axes: int = 1) -> Array:
+  """Returns `multiplied`, which remat policies know as a product."""
+  return _named(multiplied(x, w, axes))
+
+
+def _named(x: Array) -> Any:
+  return checkpoint_name(x, "product")
+
+
+def multiplied(x: Array, w: Array, axes: int = 1) -> Array:
   """Returns the product over the last `axes` axes of `x` and the first of `w`."""
   rows = x.shape[: x.ndim - axes]
   if mesh_context.platform() == "tpu":
-    out = _product(x, w, axes)
+    out: Any = _product(x, w, axes)
   else:
     # Tokens are made one axis. For a weight gradient that contracts two (batch and token), XLA's
     # CPU backend transposes both operands, which doubles the time of the layer. On TPU, where
     # attention has its heads before its tokens, it is the flattening that transposes.
     fan_in = math.prod(w.shape[:axes])
     out = x.reshape(-1, fan_in) @ w.reshape(fan_in, -1)
-  return checkpoint_name(out, "product").reshape(*rows, *w.shape[axes:])
+  return out.reshape(*rows, *w.shape[axes:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -102,6 +114,31 @@ def _product_bwd(axes: int, saved: tuple[Array, Array], d_out: Array) -> tuple[A
 _product.defvjp(_product_fwd, _product_bwd)
 
 
+def product(
+  module: Any,
+  name: str,
+  x: Array,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  inputs: int = 1,
+) -> Array:
+  """Returns the product of `x` and the weight `name`, plus that with its adapter, if it has one.
+
+  `shape` and `axes` are those of the weight, whose first `inputs` dimensions are summed over.
+  """
+  fan_in, fan_out = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+  kernel, lora = weight(module, name, shape, axes, normal(fan_in)), module.config.lora
+  if not lora.adapts(f"{name}_proj"):
+    return project(x, kernel, inputs)
+  a = weight(module, f"{name}{LORA_A}", (fan_in, lora.rank), ("adapter", None), normal(fan_in))
+  zeros = nn.initializers.zeros
+  b = weight(module, f"{name}{LORA_B}", (lora.rank, fan_out), (None, "adapter"), zeros)
+  narrow = project(x.reshape(*x.shape[: x.ndim - inputs], fan_in), a)
+  out = multiplied(x, kernel, inputs)
+  # One sum is kept by remat, not its two terms.
+  return _named(out + lora.scale * multiplied(narrow, b).reshape(out.shape))
+
+
 class RMSNorm(nn.Module):
   """Computes scale * x / rms(x) over the last axis, with statistics in float32."""
 
@@ -128,19 +165,18 @@ class Attention(nn.Module):
     q_BTNK = rotary(self._normed("q", x_BTD, c.heads, "heads"), turns)
     k_BTGK = rotary(self._normed("k", x_BTD, c.kv_heads, "kv_heads"), turns)
     v_BTGK = self._heads("v", x_BTD, c.kv_heads, "kv_heads")
-    shape, axes = (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
-    o_NKD = weight(self, "o", shape, axes, normal(c.heads * c.head_dim))
     q_BTNK = checkpoint_name(q_BTNK, "query")
     k_BTGK = checkpoint_name(k_BTGK, "key")
     v_BTGK = checkpoint_name(v_BTGK, "value")
     out_BTNK = attention(q_BTNK, k_BTGK, v_BTGK, segments_BT, c.attention)
-    return project(out_BTNK, o_NKD, axes=2)
+    shape, axes = (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
+    return product(self, "o", out_BTNK, shape, axes, inputs=2)
 
   def _heads(self, name: str, x_BTD: Array, heads: int, axis: str) -> Array:
     """Returns queries, keys or values, [B, T, heads, K]."""
     c = self.config
     shape, axes = (c.width, heads, c.head_dim), ("embed", axis, "head_dim")
-    out = project(x_BTD, weight(self, name, shape, axes, normal(c.width)))
+    out = product(self, name, x_BTD, shape, axes)
     if not c.qkv_bias:
       return out
     bias = weight(self, f"{name}_bias", shape[1:], axes[1:], nn.initializers.zeros)
@@ -161,12 +197,11 @@ class Mlp(nn.Module):
   def __call__(self, x_BTD: Array) -> Array:
     """Returns the gated MLP output, [B, T, D]."""
     c = self.config
-    gate_DF = weight(self, "gate", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
-    up_DF = weight(self, "up", (c.width, c.ffn), ("embed", "ffn"), normal(c.width))
-    down_FD = weight(self, "down", (c.ffn, c.width), ("ffn", "embed"), normal(c.ffn))
-    gated_BTF = checkpoint_name(project(x_BTD, gate_DF), "gate")
-    hidden_BTF = jax.nn.silu(gated_BTF) * checkpoint_name(project(x_BTD, up_DF), "up")
-    return project(hidden_BTF, down_FD)
+    shape, axes = (c.width, c.ffn), ("embed", "ffn")
+    gated_BTF = checkpoint_name(product(self, "gate", x_BTD, shape, axes), "gate")
+    up_BTF = checkpoint_name(product(self, "up", x_BTD, shape, axes), "up")
+    hidden_BTF = jax.nn.silu(gated_BTF) * up_BTF
+    return product(self, "down", hidden_BTF, shape[::-1], axes[::-1])
 
 
 class Block(nn.Module):

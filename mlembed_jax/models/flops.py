@@ -20,14 +20,18 @@ def forward_flops(model: ModelConfig, tokens: float, squares: float) -> float:
   are two: scores and values.
   """
   m = model
-  attention = 2 * m.width * m.head_dim * (m.heads + 2 * m.kv_heads)
-  output = 2 * m.heads * m.head_dim * m.width
-  per_token = m.layers * (attention + output + 6 * m.width * m.ffn)
+  weights = sum(
+    inputs * outputs + (m.lora.rank * (inputs + outputs) if m.lora.adapts(name) else 0)
+    for name, (inputs, outputs) in m.products().items()
+  )
   # A smaller rank is masked, not cut, so every step multiplies the whole factor.
-  up = 2 * m.rank * m.width
-  return tokens * (per_token + up) + squares * m.layers * 2 * m.heads * m.head_dim
+  per_token = 2 * (m.layers * weights + m.rank * m.width)
+  return tokens * per_token + squares * m.layers * 2 * m.heads * m.head_dim
 
 
-def step_flops(model: ModelConfig, tokens: float, squares: float) -> float:
-  """Returns the FLOPs of an update on such texts: the backward pass has twice the products."""
-  return 3.0 * forward_flops(model, tokens, squares)
+def step_flops(model: ModelConfig, tokens: float, squares: float, skipped: int = 0) -> float:
+  """Returns the FLOPs of an update on such texts: the backward pass has twice the products.
+
+  `skipped` of its multiplications per token are not done, as weights are frozen.
+  """
+  return 3.0 * forward_flops(model, tokens, squares) - 2.0 * tokens * skipped

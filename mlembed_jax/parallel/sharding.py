@@ -28,6 +28,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
   "kv_heads": ("tensor",),
   "head_dim": (),
   "ffn": ("tensor",),
+  "adapter": ("tensor", "fsdp"),  # names the long side of each of its factors
   "norm": (),  # vectors of one width or head: kilobytes
   "layer": (),  # the scan walks it
   None: (),
@@ -147,6 +148,16 @@ def _check_split(config: Config, shape: Mapping[str, int]) -> None:
     _check_multiple(config.model, field, axis, shape)
   for field in ("heads", "kv_heads"):
     _check_multiple(config.model, field, "tensor", shape)
+  _check_adapter(config.model, shape["tensor"] * shape["fsdp"])
+
+
+def _check_adapter(model: ModelConfig, parts: int) -> None:
+  for name, sides in model.products().items():
+    if model.lora.adapts(name) and (whole := [side for side in sides if side % parts]):
+      raise ConfigError(
+        f"model.lora: the factors of {name} have a side of {whole[0]}, not a multiple of "
+        f"mesh.tensor x mesh.fsdp = {parts}; give mesh.data more devices"
+      )
 
 
 def _check_multiple(model: ModelConfig, field: str, axis: str, shape: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mlembed_jax.config_fields import Config
 from mlembed_jax.files import readable_size
 from mlembed_jax.models import attention
-from mlembed_jax.training import train_state
+from mlembed_jax.training import frozen, train_state
 from mlembed_jax.training.teacher import Teacher
 
 TABLE = ("table", "up")  # a full table has no second factor
@@ -22,6 +22,7 @@ def description(
 ) -> str:
   """Returns the lines: devices and mesh, number formats and attention, parameters, memory."""
   m, state = config.model, train_state.abstract(config, tx, mesh)
+  frozen_params = frozen.abstract(config, mesh)
   platform = mesh.devices.flat[0].platform
   kernels = Counter(
     attention.choose(m.attention, platform, length, m.head_dim, m.dtype)
@@ -31,23 +32,27 @@ def description(
   return "\n".join(
     (
       f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
-      f"computes in {m.dtype}, weights in float32; attention: {' and '.join(kernels)}",
-      _parameters(state.params),
-      _memory(state, teacher.abstract(mesh) if teacher else None),
+      f"computes in {m.dtype}, trained weights in float32; attention: {' and '.join(kernels)}",
+      _parameters(state.params, frozen_params),
+      _memory(state, frozen_params, teacher.abstract(mesh) if teacher else None),
     )
   )
 
 
-def _parameters(params: Any) -> str:
+def _parameters(trained: Any, frozen_params: Any) -> str:
   size = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+  params = frozen.whole(trained, frozen_params)
   table = size([params[name] for name in TABLE if name in params])
-  return f"{size(params):,} parameters, {table / size(params):.0%} of them in the token table"
+  said = f"{size(params):,} parameters, {table / size(params):.0%} of them in the token table"
+  return said + (f"; {size(trained):,} are trained" if frozen_params else "")
 
 
-def _memory(state: train_state.TrainState, teacher: Any) -> str:
+def _memory(state: train_state.TrainState, frozen_params: Any, teacher: Any) -> str:
   """Returns what stays on each device between steps; activations come and go beside it."""
   held = f"{readable_size(_device_bytes((state.params, state.head)))} of weights and "
   held += f"{readable_size(_device_bytes(state.opt_state))} of optimiser moments"
+  if frozen_params:
+    held += f" and {readable_size(_device_bytes(frozen_params))} of frozen weights"
   if teacher:
     held += f" and {readable_size(_device_bytes(teacher))} of the teacher's weights"
   return f"each device holds {held}"

@@ -223,8 +223,8 @@ class Checkpoints:
       return TrainState(**self._manager.restore(step, args=wanted))
     except Exception as error:  # tensorstore's errors have no class of their own
       raise ConfigError(
-        f"{folder} cannot be read: {first_line(error)}. If it is damaged, --from_step goes on from "
-        "an earlier one"
+        f"{folder} cannot be read: {first_line(error)}. If it is damaged, restore it from a copy, "
+        "or go on from an earlier step by --from_step"
       ) from error
 
   def go_back(self, step: int) -> None:

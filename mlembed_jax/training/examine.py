@@ -86,6 +86,14 @@ def _check_goodput(workdir: pathlib.Path) -> Findings:
       yield Finding(WARNING, path.name, str(error), "The next start begins a new one.")
 
 
+def _check_frozen(workdir: pathlib.Path) -> Findings:
+  """frozen parameters, if there are any, are what was written."""
+  try:
+    saved.check_frozen(workdir, Run.load(workdir).config)
+  except ConfigError as error:
+    yield Finding(ERROR, saved.FROZEN, str(error), "Without them nothing can be exported.")
+
+
 CHECKS: dict[str, tuple[str, Callable[[pathlib.Path], Findings]]] = {
   "W01": ("run", _check_run),
   "W02": ("tokenizer", _check_tokenizer),
@@ -93,4 +101,5 @@ CHECKS: dict[str, tuple[str, Callable[[pathlib.Path], Findings]]] = {
   "W04": ("scores", _check_scores),
   "W05": ("metrics", _check_metrics),
   "W06": ("goodput", _check_goodput),
+  "W07": ("frozen parameters", _check_frozen),
 }

@@ -5,6 +5,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from mlembed_jax.data import catalog, token_use, vocabulary
 from mlembed_jax.data.catalog import Catalog
@@ -16,14 +17,18 @@ from mlembed_jax.data.token_use import TokenUse
 from mlembed_jax.data.tokenizer import Tokenizer
 from mlembed_jax.devices.start import start_devices
 from mlembed_jax.errors import ConfigError, DataError
-from mlembed_jax.hf import push, stored_ranges
+from mlembed_jax.hf import adapter, push, stored_ranges
 from mlembed_jax.hf.config_files import Forms
 from mlembed_jax.hf.export import TrainedModel, check_target, check_variant, export_folder
+from mlembed_jax.hf.folder import ids_of_tokens, resolve
 from mlembed_jax.hf.trim import trim
 from mlembed_jax.hf.variants import Parts, parse_variant
 from mlembed_jax.matryoshka import Slice
-from mlembed_jax.training.saved import chosen_step, load_newest_params
+from mlembed_jax.training import frozen
+from mlembed_jax.training.saved import chosen_step, load_newest_params, load_trained, read_newest
 from mlembed_jax.workdir import Run, StepScores
+
+LOST = 0.1  # of an adapter is worth a warning
 
 
 def export_model(
@@ -84,7 +89,9 @@ def export_model(
     push.check(repository)
   run.check_tokenizer(workdir)
   steps = None if step is None else [chosen_step(workdir, step)]
-  step, params = load_newest_params(workdir, run.config.model, steps)
+  step, params = load_newest_params(workdir, steps)
+  say_rounding(run, params)
+  params = frozen.merged(run.config.model, params)
   tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
   sample = _sample(run, workdir, tokenizer)
   trained = TrainedModel(run, step, params, tokenizer, StepScores.load(workdir, step), sample)
@@ -98,6 +105,66 @@ def export_model(
   if repositories:
     _publish(folders, repositories, private, dry_run)
   return folders
+
+
+def export_adapter(
+  workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, step: int | str | None = None
+) -> pathlib.Path:
+  """Writes the adapter of a checkpoint alone, and returns its folder, which peft loads.
+
+  Args:
+    workdir: the folder of the run.
+    out: the folder to write, which is not there yet or empty.
+    step: of the checkpoint, or "best"; None: the newest.
+
+  Raises:
+    ConfigError: the run trains other parameters, too, has no adapter, or has other tokens than the
+      folder that it started from; or it has no checkpoint.
+    LoadError: that folder cannot be read.
+    ExportError: the folder holds something, or cannot be written.
+  """
+  start_devices()
+  workdir, out = pathlib.Path(workdir).absolute(), pathlib.Path(out).absolute()
+  run = Run.load(workdir)
+  _check_adapter_alone(run, workdir)
+  adapter.check_target(out)
+  run.check_tokenizer(workdir)
+  tokenizer = Tokenizer(workdir / "tokenizer.json", run.config.data.pooled_token)
+  base = resolve(run.config.train.init_from)
+  if ids_of_tokens(base, tokenizer) is not None:
+    raise ConfigError(f"adapter: the run has other tokens than {base}; export the whole model")
+  steps = None if step is None else [chosen_step(workdir, step)]
+  step, params = read_newest(workdir, lambda at: load_trained(workdir, at), steps)
+  folder = adapter.export_adapter_folder(out, TrainedModel(run, step, params, tokenizer))
+  print(f"exported the adapter of step {step} to {folder}", flush=True)
+  return folder
+
+
+def _check_adapter_alone(run: Run, workdir: pathlib.Path) -> None:
+  model = run.config.model
+  if not all(map(frozen.is_adapter, frozen.trained_paths(run.config))):
+    raise ConfigError(
+      f"adapter: {workdir} trains other parameters than an adapter (model.lora.rank = "
+      f"{model.lora.rank}); export the whole model"
+    )
+  if model.rank:
+    raise ConfigError(
+      f"adapter: the run has a token table of rank {model.rank} in place of that of "
+      f"{run.config.train.init_from}; an adapter alone needs model.rank 0. Export the whole model"
+    )
+
+
+def say_rounding(run: Run, params: Any) -> None:
+  """Prints how much of an adapter is lost where it is added to weights of few digits."""
+  dtype = run.config.export.dtype
+  if run.config.model.lora.rank and dtype != "float32":
+    lost = frozen.lost_by_rounding(run.config.model, params, dtype)
+    level = "WARNING" if lost > LOST else "note"
+    print(
+      f"{level}: rounded to {dtype}, the weights differ by {lost:.0%} of what the adapter adds to "
+      "them; export.dtype=float32 keeps it, and so does --adapter",
+      flush=True,
+    )
 
 
 def _write(

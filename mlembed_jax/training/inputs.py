@@ -38,6 +38,7 @@ from mlembed_jax.hf import recipe
 from mlembed_jax.hf.file_names import MODULES
 from mlembed_jax.hf.folder import check_folder, resolve
 from mlembed_jax.parallel import processes
+from mlembed_jax.training import frozen
 from mlembed_jax.training.saved import steps_of
 from mlembed_jax.training.teacher import Teacher, check_stored, open_teacher
 from mlembed_jax.workdir import Run
@@ -91,6 +92,7 @@ def load(config: Config, workdir: pathlib.Path) -> Inputs:
   Raises:
     ConfigError, DataError, LoadError: a setting, a file, a tokenizer or a folder cannot be used.
   """
+  frozen.trained_paths(config)  # what the patterns name is checked before any work
   data = _built(config, workdir) if config.data.builder else config.data
   opened = catalog.load_catalog(pathlib.Path(data.dataset))
   tokenizer = Tokenizer(opened.tokenizer, data.pooled_token)

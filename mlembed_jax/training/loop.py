@@ -42,6 +42,8 @@ from mlembed_jax.parallel.sharding import batch_shards, logical_rules, make_mesh
 from mlembed_jax.parallel.stop import StopSignals
 from mlembed_jax.training import (
   announce,
+  frozen,
+  frozen_store,
   goodput,
   inputs,
   lowering,
@@ -54,6 +56,7 @@ from mlembed_jax.training import (
   train_step,
 )
 from mlembed_jax.training.checkpoint import Checkpoints, Retention
+from mlembed_jax.training.export import say_rounding
 from mlembed_jax.training.goodput import COMPILING, TRAINING, Goodput
 from mlembed_jax.training.inputs import Inputs
 from mlembed_jax.training.lock import WorkdirLock
@@ -102,6 +105,7 @@ class Training:
   step: Callable[..., Any]  # step(state, batch, kind=...) -> (state, metrics)
   batches: loader.Batches
   trackers: Trackers
+  frozen_params: Any  # None: all are trained
 
   @property
   def config(self) -> Config:
@@ -137,21 +141,38 @@ def initial_state(training: Training) -> TrainState:
   if (latest := checkpoints.latest()) is not None:
     return checkpoints.restore(latest, train_state.abstract(config, tx, mesh))
   state = train_state.create(config, tx, mesh)
-  if config.train.init_from:
-    like = train_state.abstract(config, tx, mesh).params
+  like = frozen.without_adapter(train_state.abstract(config, tx, mesh).params)
+  if config.train.init_from and like:
+    own = frozen.adapter(state.params)
     state = state.replace(params=None)  # their memory is needed
-    folder = resolve(config.train.init_from)
-    ids = inputs.check_start(folder, config, training.inputs.tokenizer)
-    state = state.replace(params=load_params(folder, config.model, like, ids))
+    state = state.replace(params=frozen.whole(own, _start(config, training.inputs, like)))
   return state
 
 
+def _start(config: Config, read: Inputs, like: Any) -> Any:
+  """Returns the parameters of `like` as the folder of `train.init_from` has them."""
+  folder = resolve(config.train.init_from)
+  ids = inputs.check_start(folder, config, read.tokenizer)
+  return load_params(folder, config.model, like, ids)
+
+
+def _frozen(config: Config, read: Inputs, workdir: pathlib.Path, mesh: Mesh, *, begun: bool) -> Any:
+  """Returns the frozen parameters, None where all are trained."""
+  like = frozen.abstract(config, mesh)
+  load = functools.partial(_start, config, read)
+  return frozen_store.placed(workdir, config, like, load, begun=begun) if like else None
+
+
 def make_step(
-  config: Config, steps: int, mesh: Mesh, teacher: Teacher | None
+  config: Config, steps: int, mesh: Mesh, teacher: Teacher | None, frozen_params: Any
 ) -> Callable[..., Any]:
-  """Returns `step(state, batch, kind=...)`; a teacher's weights are read here."""
+  """Returns `step(state, batch, kind=...)`; a teacher's weights are read here.
+
+  `frozen_params` is None where all are trained.
+  """
   step = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
-  return functools.partial(step, teacher_params=teacher.params(mesh) if teacher else None)
+  params = teacher.params(mesh) if teacher else None
+  return functools.partial(step, teacher_params=params, frozen_params=frozen_params)
 
 
 def timed(
@@ -245,7 +266,7 @@ def evaluate(training: Training, state: TrainState) -> None:
     with training.goodput.during(goodput.EVALUATING):
       scores = grid.score_slices(
         training.config,
-        state.params,
+        frozen.whole(state.params, training.frozen_params),
         read.tasks,
         read.tokenizer,
         training.mesh,
@@ -274,9 +295,9 @@ def report(training: Training, state: TrainState) -> None:
   if training.config.export.best:
     with processes.agreed():
       step = chosen_step(training.workdir, BEST)
-    step, params = load_newest_params(training.workdir, training.config.model, [step])
+    step, params = load_newest_params(training.workdir, [step])
   elif training.config.export.at_end:
-    params = processes.fetch(state.params)
+    params = processes.fetch(frozen.whole(state.params, training.frozen_params))
   processes.on_first(lambda: _export(training, step, params))
 
 
@@ -298,7 +319,10 @@ def _export(training: Training, step: int, params: Any) -> None:
     return
   sample = sample_ids(read.split, read.tokenizer, *stored_ranges.texts(training.config.model))
   scores = StepScores.load(workdir, step)
-  trained = TrainedModel(Run.load(workdir), step, params, read.tokenizer, scores, sample)
+  run = Run.load(workdir)
+  say_rounding(run, params)
+  served = frozen.merged(run.config.model, params)
+  trained = TrainedModel(run, step, served, read.tokenizer, scores, sample)
   folder = export_folder(export_path(training.config, workdir), trained, Slice())
   print(f"\nstep {step:,} is exported to {folder}; use it with\n\n{usage(folder)}")
 
@@ -458,8 +482,8 @@ def _train_locked(
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
-  kept = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
-  checkpoints = Checkpoints(Retention(workdir, *kept))
+  stay = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
+  checkpoints = Checkpoints(Retention(workdir, *stay))
   run, stored = resumed(run, steps, workdir, checkpoints, resume)
   processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with (
@@ -479,10 +503,12 @@ def _train_locked(
     run = dataclasses.replace(run, config=sized)
     processes.on_first(lambda: run.save(workdir))
     tracking.set_config(sized)
-    step = make_step(sized, steps, mesh, read.teacher)
+    frozen_params = _frozen(config, read, workdir, mesh, begun=stored)
+    step = make_step(sized, steps, mesh, read.teacher, frozen_params)
     batches = make_batches(sized, read, mesh, steps)
     training = Training(
-      run, read, workdir, mesh, checkpoints, stop, lock, clock, step, batches, tracking
+      *(run, read, workdir, mesh, checkpoints, stop, lock, clock),
+      *(step, batches, tracking, frozen_params),
     )
     state, training = _trained(training)
     close(training)

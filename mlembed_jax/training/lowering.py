@@ -11,7 +11,7 @@ from mlembed_jax.config_fields import Config
 from mlembed_jax.data import packing
 from mlembed_jax.models import attention
 from mlembed_jax.parallel.sharding import abstract_batch, batch_shards
-from mlembed_jax.training import optimizer, train_state, train_step
+from mlembed_jax.training import frozen, optimizer, train_state, train_step
 from mlembed_jax.training.teacher import Teacher
 
 VMEM = "memory space vmem"  # errors with it are about tiles of one operation, not the step's size
@@ -57,7 +57,7 @@ def lowered_step(
   step: Any = train_step.make(config, steps, mesh, teacher.shape if teacher else None)
   batch = abstract_batch(batch_shapes(config, kind, batch_shards(mesh.shape)), mesh)
   params = teacher.abstract(mesh) if teacher else None
-  return step.lower(state, batch, params, kind=kind)
+  return step.lower(state, batch, params, frozen.abstract(config, mesh) or None, kind=kind)
 
 
 def needed_bytes(compiled: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from mlembed_jax import progress
-from mlembed_jax.config_fields import Config, ModelConfig
+from mlembed_jax.config_fields import Config
 from mlembed_jax.data.loader import Batch
 from mlembed_jax.devices import chips
 from mlembed_jax.devices.chips import Chip
@@ -21,7 +21,7 @@ from mlembed_jax.errors import TrainingError
 from mlembed_jax.files import storage_errors, write_text
 from mlembed_jax.models import flops
 from mlembed_jax.parallel import processes
-from mlembed_jax.training import goodput
+from mlembed_jax.training import frozen, goodput
 from mlembed_jax.training.goodput import Goodput
 from mlembed_jax.training.trackers import Trackers
 
@@ -36,9 +36,10 @@ SPIKE_WINDOW, SPIKE_FEWEST = 64, 16  # steps of a file
 class Window:
   """Numbers of the steps since the last logged line."""
 
-  def __init__(self, model: ModelConfig, devices: int, chip: Chip | None):
+  def __init__(self, config: Config, devices: int, chip: Chip | None):
     """Counts steps on `devices` devices over all processes, each a `chip` (None: unknown)."""
-    self._model, self._devices, self._chip = model, devices, chip
+    self._model, self._devices, self._chip = config.model, devices, chip
+    self._skipped = frozen.skipped_products(config)
     self._reset()
 
   def _reset(self) -> None:
@@ -105,7 +106,8 @@ class Window:
     GPUs that of TF32, on TPUs one by the number of bfloat16 passes. FLOPs are given in any case.
     """
     tokens = self._sum("tokens")
-    rate = flops.step_flops(self._model, tokens, self._sum("squares")) / elapsed
+    work = flops.step_flops(self._model, tokens, self._sum("squares"), self._skipped)
+    rate = work / elapsed
     known = self._chip if self._model.dtype == "bfloat16" else None
     return {
       "tokens_per_second": tokens / elapsed,
@@ -261,7 +263,7 @@ class Recorder:
     # Every process reads the numbers, and so notices what is not finite; the first one writes them.
     every = config.train.log_every
     self._writer = Writer(workdir, start, every, skipped) if processes.is_first() else None
-    self._window = Window(config.model, jax.device_count(), chip)
+    self._window = Window(config, jax.device_count(), chip)
     self._total, self._every = total, every
     self._spikes = SpikeWatch(config.train.spike_factor)
     self._in_a_row, self._most_in_a_row = 0, config.train.max_nonfinite_steps

@@ -17,16 +17,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mlembed_jax import files
-from mlembed_jax.config_fields import ModelConfig
+from mlembed_jax.config_fields import Config
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.models.encoder import parameter_shapes
 from mlembed_jax.parallel import processes
+from mlembed_jax.training import frozen
 from mlembed_jax.workdir import Run, mean_scores
 
 DIGESTS = "digests.json"
 DIGESTS_FORMAT = 1
 ITEM = "default"  # orbax's name of the folder of the state, in that of the step
 BEST = "best"  # names the step of the best held-out scores
+FROZEN = "frozen"  # folder of the workdir with the frozen parameters, see frozen_store.py
+FROZEN_STEP = 0  # names its one checkpoint
 HELD_S = 3600.0  # a reader that was killed holds its checkpoint for so long
 
 Read = TypeVar("Read")
@@ -124,14 +127,18 @@ def read_newest(
 
 
 def load_newest_params(
-  workdir: pathlib.Path, model: ModelConfig, steps: Sequence[int] | None = None
+  workdir: pathlib.Path, steps: Sequence[int] | None = None
 ) -> tuple[int, Any]:
   """Returns the newest step that is whole and its parameters as numpy arrays, without moments.
 
+  They are all parameters, the frozen ones and the factors of an adapter among them.
+
   Raises:
-    ConfigError: the workdir holds no finished checkpoint, or none is whole (of `steps`, if given).
+    ConfigError: the workdir holds no finished checkpoint, or none is whole (of `steps`, if given);
+      or the frozen parameters are absent or damaged.
   """
-  return read_newest(workdir, lambda step: load_params(workdir, step, model), steps)
+  check_frozen(workdir, Run.load(workdir).config)
+  return read_newest(workdir, lambda step: load_params(workdir, step), steps)
 
 
 def chosen_step(workdir: pathlib.Path, step: int | str) -> int:
@@ -163,15 +170,51 @@ def _best(workdir: pathlib.Path, kept: Sequence[int]) -> int:
   return found
 
 
-def load_params(workdir: pathlib.Path, step: int, model: ModelConfig) -> Any:
-  """Returns the parameters of a step as numpy arrays; moments are not read."""
+def load_params(workdir: pathlib.Path, step: int) -> Any:
+  """Returns all parameters of a step as numpy arrays; moments are not read.
+
+  Each process reads by itself.
+
+  Raises:
+    ConfigError: the workdir is that of no run.
+  """
+  config = Run.load(workdir).config
+  others = frozen.split(config, parameter_shapes(config.model))[1]
+  trained = load_trained(workdir, step)
+  return frozen.whole(trained, _restored(workdir / FROZEN, FROZEN_STEP, others) if others else None)
+
+
+def load_trained(workdir: pathlib.Path, step: int) -> Any:
+  """Returns the trained parameters of a step as numpy arrays, otherwise as `load_params`."""
+  config = Run.load(workdir).config
+  return _restored(workdir, step, frozen.split(config, parameter_shapes(config.model))[0])
+
+
+def check_frozen(workdir: pathlib.Path, config: Config) -> None:
+  """Raises ConfigError where the frozen parameters of a run are absent or damaged.
+
+  All processes of a run call it. There are none before the first checkpoint is saved, nor where all
+  parameters are trained.
+  """
+  folder = folder_of(workdir / FROZEN, FROZEN_STEP)
+  begun = processes.gather(bool(steps_of(workdir)))[0]
+  if not begun or not frozen.split(config, parameter_shapes(config.model))[1]:
+    return
+  if not processes.gather((folder / ITEM / DIGESTS).is_file())[0]:
+    raise ConfigError(f"{folder}, the frozen parameters: no {DIGESTS}; copy the whole workdir")
+  if fault := damage(folder) or unchecked(folder):
+    raise ConfigError(f"{fault}. It holds the frozen parameters; restore it from a copy")
+
+
+def _restored(workdir: pathlib.Path, step: int, shapes: Any) -> Any:
+  """Returns the parameters of a checkpoint of these shapes."""
   own = jax.process_index()  # each process reads on its own
   alone = ocp.options.MultiprocessingOptions(
     primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader_{own}"
   )
-  shapes = {"params": parameter_shapes(model)}
-  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-  restore = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
+  wanted = {"params": shapes}
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+  restore = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
   handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
   with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
     return checkpointer.restore(folder_of(workdir, step) / ITEM, restore)["params"]

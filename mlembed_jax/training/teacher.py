@@ -24,7 +24,7 @@ from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.objective.distillation import match_exits
 from mlembed_jax.parallel import processes
 from mlembed_jax.parallel.sharding import shardings
-from mlembed_jax.training import saved
+from mlembed_jax.training import frozen, saved
 from mlembed_jax.training.train_step import TeacherShape
 from mlembed_jax.workdir import RUN, Run
 
@@ -67,7 +67,8 @@ class Teacher:
     abstract = self.abstract(mesh)
     if self.step is None:
       return load_params(self.path, model, abstract, self.ids)
-    params = saved.load_params(self.path, self.step, dataclasses.replace(model, vocab=self.rows))
+    run = Run.load(self.path)
+    params = frozen.merged(run.config.model, saved.load_params(self.path, self.step))
     saved.release(self.path, self.step, TEACHER)
     if self.ids is not None:
       params["table"] = table_rows(params["table"], self.ids, model.vocab)
@@ -199,11 +200,12 @@ class _Found:
 
 def _from_workdir(path: pathlib.Path) -> _Found:
   config = Run.load(path).config
+  saved.check_frozen(path, config)
   # It is held until its weights are read, minutes later, and at no time in between is it not.
   step, _ = saved.read_newest(path, lambda found: saved.hold(path, found, TEACHER))
   axes = axes_of(config.model, config.matryoshka)
   mrl, token = len(axes.dims) > 1, config.data.pooled_token
-  return _Found(config.model, axes.exits, token, f"step {step}", mrl, step)
+  return _Found(frozen.base_model(config.model), axes.exits, token, f"step {step}", mrl, step)
 
 
 def _from_folder(path: pathlib.Path) -> _Found:

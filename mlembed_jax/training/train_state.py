@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mlembed_jax.config_fields import Config
 from mlembed_jax.models import encoder
 from mlembed_jax.parallel.sharding import shardings
+from mlembed_jax.training import frozen
 
 PROJECTION_STREAM = 0x50524F4A  # separates its draw from those of the encoder
 
@@ -30,7 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
   """All arrays that an update reads and replaces."""
 
   step: Any  # updates done, int32
-  params: Any
+  params: Any  # those that are trained
   log_temperature: Any  # as in Head
   opt_state: Any
   projection: Any = None  # as in Head
@@ -56,7 +57,7 @@ def trained(params: Any, head: Head) -> dict[str, Any]:
 
 
 def _init(config: Config, tx: optax.GradientTransformation, unbox: Any, key: Any) -> TrainState:
-  params = unbox(encoder.init(config.model, key))
+  params = unbox(frozen.split(config, encoder.init(config.model, key))[0])
   projection = _initial_projection(config, key)
   head = Head(initial_log_temperature(config), None if projection is None else unbox(projection))
   tree = trained(params, head)

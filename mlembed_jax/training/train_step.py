@@ -19,7 +19,7 @@ from mlembed_jax.matryoshka import Matryoshka, axes_of
 from mlembed_jax.models.encoder import Encoder
 from mlembed_jax.objective import losses
 from mlembed_jax.objective.losses import Teachers
-from mlembed_jax.training import gradcache, optimizer, train_state
+from mlembed_jax.training import frozen, gradcache, optimizer, train_state
 from mlembed_jax.training.train_state import Head, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -77,16 +77,18 @@ class BatchLoss:
     rank: Any,
     progress: Any,
     teacher_params: Any = None,
+    frozen_params: Any = None,
   ) -> tuple[losses.Objective, tuple[Any, Head]]:
     """Returns the objective of a batch and its gradients to `params` and `head`.
 
     Args:
-      params: of the encoder.
+      params: of the encoder, those that are trained.
       head: what is learnt beside it.
       batch: global arrays.
       rank: of the token table in this step; None: a full table.
       progress: share of the run that is done, 0 to 1.
       teacher_params: of the online teacher.
+      frozen_params: parameters of the encoder that are frozen; None: none.
     """
     axes = axes_of(self.config.model, self.config.matryoshka)
     mask = None if rank is None else rank_mask(rank, self.config.model.rank)
@@ -100,8 +102,10 @@ class BatchLoss:
       return result.loss, result
 
     (_, result), grads = gradcache.value_and_grad(
-      lambda p, block: encode_block(self.config.model, axes.exits, p, block, mask),
-      lambda block: self.teachers(axes, params, teacher_params, block),
+      lambda p, block: encode_block(
+        self.config.model, axes.exits, frozen.whole(p, frozen_params), block, mask
+      ),
+      lambda block: self.teachers(axes, frozen.whole(params, frozen_params), teacher_params, block),
       loss,
       params,
       head,
@@ -136,18 +140,31 @@ class BatchLoss:
     return jax.lax.stop_gradient(Teachers(exits, full))
 
 
-def kept_bytes(config: Config, params: Any, sheets: Any) -> int:
-  """Returns the bytes of activations, over all devices, that wait for the backward pass."""
+def kept_bytes(config: Config, params: Any, frozen_params: Any, sheets: Any) -> int:
+  """Returns the bytes of activations, over all devices, that wait for the backward pass.
+
+  `params` and `frozen_params` are the trained and the frozen parameters as shapes.
+  """
   axes = axes_of(config.model, config.matryoshka)
   mask = jax.ShapeDtypeStruct((config.model.rank,), jnp.float32) if config.model.rank else None
-  run = lambda p, block: encode_block(config.model, axes.exits, p[0], block, p[1])  # noqa: E731
-  return gradcache.kept_bytes(run, (params, mask), sheets, config.data.kept_tokens)
+  found = []
+
+  def count(frozen_params: Any) -> None:  # traced, as shapes cannot be closed over
+    run = lambda p, block: encode_block(  # noqa: E731
+      config.model, axes.exits, frozen.whole(p[0], frozen_params), block, p[1]
+    )
+    found.append(gradcache.kept_bytes(run, (params, mask), sheets, config.data.kept_tokens))
+
+  jax.eval_shape(count, frozen_params)
+  return found[0]
 
 
 def make(
   config: Config, steps: int, mesh: Mesh, teacher: TeacherShape | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns `step(state, batch, teacher_params, kind=...)`, jitted; the old state is reused.
+  """Returns `step(state, batch, teacher_params, frozen_params, kind=...)`, jitted.
+
+  The old state is given up. `frozen_params` is None where all parameters are trained.
 
   A step whose loss or gradient is not finite changes no parameter and no moment. That is decided
   before the update, which so needs no memory for a second state; `state_finite` says whether the
@@ -167,13 +184,13 @@ def make(
     compiler_options=compiler.options(mesh.devices.flat[0]),
   )
   def step(
-    state: TrainState, batch: Arrays, teacher_params: Any, kind: Kind
+    state: TrainState, batch: Arrays, teacher_params: Any, frozen_params: Any = None, *, kind: Kind
   ) -> tuple[TrainState, Metrics]:
     rank = draw_rank(axes, config.train.seed, state.step) if axes.ranks else None
     progress = state.step / steps
     loss = BatchLoss(config, kind, teacher)
     result, grads = loss.value_and_grad(
-      state.params, state.head, batch, rank, progress, teacher_params
+      state.params, state.head, batch, rank, progress, teacher_params, frozen_params
     )
     trained = train_state.trained(state.params, state.head)
     grads = train_state.trained(*grads)

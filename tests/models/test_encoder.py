@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlembed_jax.batch import Sheets
-from mlembed_jax.config_fields import SETTINGS, ModelConfig
+from mlembed_jax.config_fields import SETTINGS, LoraConfig, ModelConfig
 from mlembed_jax.errors import ConfigError
 from mlembed_jax.families import FAMILIES
 from mlembed_jax.matryoshka import Slice, slice_config, slice_params
@@ -247,6 +247,7 @@ OTHER = {
   "dtype": "bfloat16",
   "attention": "splash",
   "remat": "full",
+  "lora": LoraConfig(4, 16.0, ()),
 }
 
 
@@ -266,6 +267,13 @@ def test_every_field_changes_the_program(tiny, field):
       program(changed)
     return
   assert program(changed) != program(tiny.model)
+
+
+def test_every_field_of_an_adapter_changes_the_program(tiny):
+  adapters = [LoraConfig(4, 16.0, ()), LoraConfig(8, 32.0, ()), LoraConfig(4, 8.0, ())]
+  adapters.append(LoraConfig(4, 16.0, ("q_proj",)))
+  models = [dataclasses.replace(tiny.model, lora=adapter) for adapter in adapters]
+  assert len({*map(program, models)}) == len(adapters)
 
 
 def test_families_are_different_programs(tiny):

@@ -12,6 +12,7 @@ from mlembed_jax.config import from_mapping
 from mlembed_jax.devices import chips
 from mlembed_jax.models import flops
 from mlembed_jax.models.encoder import Encoder
+from mlembed_jax.training import frozen
 from tests.benchmarks.common import load_config
 from tests.material import CONFIGS, config_dict, random_params
 
@@ -54,21 +55,31 @@ def products(jaxpr):
   return total
 
 
-@pytest.mark.parametrize("rank", [0, 24])
-def test_an_update_is_counted_by_the_products_of_its_gradient(rank):
-  model = dataclasses.replace(from_mapping(config_dict()).model, rank=rank)
+ALL, LORA = {}, {"model.lora.rank": 4, "model.lora.targets": ("q_proj", "o_proj", "down_proj")}
+LAYERS = {"train.trainable": ("layers/*",), "train.frozen": ("table", "up", "final_norm/*")}
+
+
+@pytest.mark.parametrize(("rank", "fields"), [(0, ALL), (24, ALL), (24, LORA), (24, LAYERS)])
+def test_an_update_is_counted_by_the_products_of_its_gradient(rank, fields):
+  start = {"train.init_from": "a/folder"} if fields else {}
+  config = from_mapping(config_dict(**fields | start))
+  model = dataclasses.replace(config.model, rank=rank)
+  config = dataclasses.replace(config, model=model)
   tokens, ends = np.zeros((4, 32), np.int32), np.full((4, 1), 31, np.int32)
 
-  def loss(params):
-    return Encoder(model).apply({"params": params}, tokens, ends).sum()
+  parts = frozen.split(config, random_params(model))
+
+  def loss(trained, fixed):
+    return Encoder(model).apply({"params": frozen.whole(trained, fixed)}, tokens, ends).sum()
 
   def found(function):
-    return products(jax.make_jaxpr(function)(random_params(model)).jaxpr)
+    return products(jax.make_jaxpr(function)(*parts).jaxpr)
 
   # The einsum multiplies all pairs of tokens, and `squares` is twice their number.
   squares = 2 * 4 * 32 * 32
   assert found(loss) == flops.forward_flops(model, 4 * 32, squares)
-  assert found(jax.value_and_grad(loss)) == flops.step_flops(model, 4 * 32, squares)
+  update = flops.step_flops(model, 4 * 32, squares, frozen.skipped_products(config))
+  assert found(jax.value_and_grad(loss)) == update
 
 
 def counted(model, texts, size):

@@ -148,6 +148,25 @@ def test_every_layout_gives_the_same_scores_and_export(alone, continued):
     np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-5 * np.abs(array).max())
 
 
+def test_an_adapter_is_learnt_by_processes_as_by_one(data, exported, tmp_path):
+  lora = {"model.lora.rank": 4, "train.init_from": exported["full"], "model.layers": 3}
+  lora |= {"matryoshka.exits": "(3,)", "train.steps": 4, "data.heldout": "()", "data.manifest": ""}
+  found = []
+  for processes, devices, tensor in ((1, 1, 1), (2, 2, 2)):
+    workdir = tmp_path / str(processes)
+    arguments = training(data, workdir, **lora, **{"mesh.tensor": tensor})
+    status, _, errors = finish(start(*launcher(processes, devices, *arguments)))
+    assert status == 0, errors
+    weights = safetensors.numpy.load_file(workdir / "export/tiny/model.safetensors")
+    found.append(([line["loss"] for line in lines(workdir)], weights))
+  (losses, weights), (others, same) = found
+  before = safetensors.numpy.load_file(exported["full"] / "model.safetensors")
+  assert max(np.abs(weights[name] - x).max() for name, x in before.items()) > 0.01
+  np.testing.assert_allclose(others, losses, rtol=1e-5)
+  for name, array in weights.items():
+    np.testing.assert_allclose(same[name], array, rtol=1e-3, atol=1e-5 * np.abs(array).max())
+
+
 def test_one_process_prints_and_writes(alone, continued):
   workdir, output = continued
   printed = output.splitlines()

@@ -44,6 +44,15 @@ def test_impossible_meshes_are_refused(sizes, message):
   assert message in str(error.value)
 
 
+def test_an_adapter_that_the_mesh_cannot_split_is_refused():
+  lora = {"model.lora.rank": 4, "model.lora.targets": ("v_proj",), "train.init_from": "a/folder"}
+  split = {"mesh.data": 1, "mesh.fsdp": 12, "model.rank": 0, "matryoshka.ranks": ()}
+  sizes = {"data.global_batch": 24, "data.micro_batch": 0, "eval.batch_size": 24}
+  config = from_mapping(config_dict(**lora | split | sizes))
+  with pytest.raises(ConfigError, match=r"factors of v_proj have a side of 32, not a multiple of"):
+    sharding.mesh_shape(config, 12)
+
+
 def test_a_batch_that_the_mesh_cannot_split_is_refused():
   config = from_mapping(config_dict(**{"data.global_batch": 12, "data.micro_batch": 12}))
   with pytest.raises(ConfigError, match=r"data.global_batch: 12 is not a multiple"):

@@ -20,7 +20,7 @@ def test_counts_are_those_of_the_arrays(tiny):
   )
   said = announce.description(tiny, tx, mesh, None).splitlines()
   assert said[0] == "devices: 8 x cpu, mesh data 1, fsdp 8, tensor 1"
-  assert said[1] == "computes in float32, weights in float32; attention: einsum"
+  assert said[1] == "computes in float32, trained weights in float32; attention: einsum"
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert said[2].startswith(f"{count:,} parameters, ")
   params, moments = (readable_size(held(tree)) for tree in (state.params, state.opt_state))

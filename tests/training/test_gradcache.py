@@ -13,7 +13,7 @@ from mlembed_jax.batch import Kind, Sheets
 from mlembed_jax.config import from_mapping
 from mlembed_jax.models.encoder import abstract_params, parameter_shapes
 from mlembed_jax.parallel.sharding import batch_shards, make_mesh, put_batch, shardings
-from mlembed_jax.training import gradcache, lowering, train_state, train_step
+from mlembed_jax.training import frozen, gradcache, lowering, train_state, train_step
 from mlembed_jax.training.train_step import BatchLoss, TeacherShape
 from tests.material import FAST_COMPILE, config_dict, kind_of, random_params
 from tests.training.test_train_step import batch_of, batch_on, on_mesh
@@ -40,9 +40,9 @@ def value_and_grad(config, kind, mesh, change=lambda arrays: arrays, **options):
     arrays = arrays._replace(teacher=vectors.astype(np.float32))
   online = TeacherShape(TEACHER, (1, 3, 4)) if config.kd.teacher == "online" else None
 
-  def run(params, head, batch, rank, teacher_params):
+  def run(params, fixed, head, batch, rank, teacher_params):
     loss = BatchLoss(config, kind, online)
-    return loss.value_and_grad(params, head, batch, rank, 0.25, teacher_params)
+    return loss.value_and_grad(params, head, batch, rank, 0.25, teacher_params, fixed)
 
   with on_mesh(mesh):
     params = jax.device_put(random_params(config.model), shardings(boxed, mesh))
@@ -53,7 +53,7 @@ def value_and_grad(config, kind, mesh, change=lambda arrays: arrays, **options):
     teacher_params = random_params(TEACHER, 3) if online else None
     return jax.device_get(
       jax.jit(run, compiler_options=FAST_COMPILE)(
-        params, head, put_batch(change(arrays), mesh), rank, teacher_params
+        *frozen.split(config, params), head, put_batch(change(arrays), mesh), rank, teacher_params
       )
     )
 
@@ -67,6 +67,8 @@ def assert_equal(found, expected, loss_tolerance=1e-6, grad_tolerance=1e-5):
 
 
 ONE_AXIS = {"matryoshka.dims": (48,), "matryoshka.exits": (3,), "matryoshka.ranks": (24,)}
+LORA = {"model.lora.rank": 4, "train.init_from": "a/folder"}
+FROZEN = {"train.trainable": ("table", "up", "final_norm/*"), "train.frozen": ("layers/*",)}
 COMBINATIONS = {
   "retrieval": ("retrieval", {}),
   "nothing nested": ("retrieval", ONE_AXIS),
@@ -88,6 +90,8 @@ COMBINATIONS = {
   "stored vectors": ("bitext", {"kd.teacher": "stored", "kd.projection": 64}),
   "self-distillation": ("retrieval", {"losses.self_distillation": 0.5}),
   "spread out": ("retrieval", {"losses.spread_out": 0.5}),
+  "an adapter": ("clustering", LORA),
+  "frozen layers": ("retrieval", FROZEN | {"train.init_from": "a/folder"}),
   "learned temperature": ("bitext", {"losses.learn_temperature": True}),
   "scored pairs": ("scored_pairs", {"losses.learn_temperature": True}),
 }
@@ -207,7 +211,7 @@ def test_what_is_kept_is_split_over_the_devices():
       compiled = lowering.lowered_step(config, kind, 10, mesh).compile(FAST_COMPILE)
       sheets = lowering.batch_shapes(config, kind, batch_shards(mesh.shape)).sheets
       params = parameter_shapes(config.model)
-      kept = train_step.kept_bytes(config, params, sheets)
+      kept = train_step.kept_bytes(config, params, None, sheets)
     return compiled.memory_analysis().temp_size_in_bytes, kept // batch_shards(mesh.shape)
 
   (none, nothing), (all_, kept) = temporaries(0), temporaries(10**6)

@@ -46,19 +46,22 @@ def test_work_is_that_of_the_token_ids(steps):
       assert work["computed_tokens"] == places
 
 
-def line_of(model, steps, devices, chip, monkeypatch):
+def line_of(config, steps, devices, chip, monkeypatch):
   """Returns the line of these steps, of which each took two seconds."""
   now = iter([0.0, 2.0 * len(steps), 0.0])
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
-  window = metrics.Window(model, devices, chip)
+  window = metrics.Window(config, devices, chip)
   for batch, work in steps:
     window.add(batch, OTHERS | {name: value.item() for name, value in work.items()}, 0.5)
   return window.summary(len(steps))
 
 
+def in_bfloat16(config):
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+
+
 def test_a_line_gives_speed_and_mfu(steps, tiny, monkeypatch):
-  model = dataclasses.replace(tiny.model, dtype="bfloat16")
-  line = line_of(model, steps, 4, CHIP, monkeypatch)
+  line = line_of(in_bfloat16(tiny), steps, 4, CHIP, monkeypatch)
   texts, tokens, squares = np.sum([by_hand(batch) for batch, _ in steps], axis=0)
   # Width 48, ffn 64, 4 and 2 heads of 16, rank 24, 3 layers.
   products = 3 * (2 * 48 * 16 * (4 + 4) + 2 * 4 * 16 * 48 + 6 * 48 * 64) + 2 * 24 * 48
@@ -74,14 +77,13 @@ def test_a_line_gives_speed_and_mfu(steps, tiny, monkeypatch):
 
 
 def test_no_mfu_on_an_unknown_chip_or_in_float32(steps, tiny, monkeypatch):
-  half = dataclasses.replace(tiny.model, dtype="bfloat16")
-  for model, chip in ((half, None), (tiny.model, CHIP)):
-    line = line_of(model, steps, 4, chip, monkeypatch)
+  for config, chip in ((in_bfloat16(tiny), None), (tiny, CHIP)):
+    line = line_of(config, steps, 4, chip, monkeypatch)
     assert "mfu" not in line and line["model_flops_per_second"] > 0
 
 
 def test_the_progress_bar_shows_mfu_where_it_is_known(steps, tiny, monkeypatch):
-  line = line_of(tiny.model, steps, 4, None, monkeypatch)
+  line = line_of(tiny, steps, 4, None, monkeypatch)
   assert "MFU" not in metrics._postfix(line)
   assert "tokens/s, MFU 41.2%, padding" in metrics._postfix(line | {"mfu": 0.412})
 

@@ -313,6 +313,7 @@ OWN = {
 }
 # Fields of these groups that act outside the program of a step.
 ELSEWHERE = {
+  *("train.trainable", "train.frozen"),  # tests/training/test_frozen.py
   *("losses.retrieval.negatives", "train.init_from", "train.steps", "train.epochs"),
   *(
     "train.log_every",
