@@ -44,10 +44,12 @@ def placed(
     _remove(folder)
   store = Checkpoints(Retention(folder, newest=1))
   try:
-    if not begun:
-      store.save(saved.FROZEN_STEP, _state(load(like)))
-      store.wait()
-    return store.restore(saved.FROZEN_STEP, _state(like)).params
+    if begun:
+      return store.restore(saved.FROZEN_STEP, _state(like)).params
+    params = load(like)
+    store.save(saved.FROZEN_STEP, _state(params))
+    store.wait()
+    return params
   finally:
     store.close()
 

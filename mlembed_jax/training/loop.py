@@ -482,8 +482,8 @@ def _train_locked(
     if config.export.at_end:
       check_target(export_path(config, workdir))
   processes.check_same(run.plan)
-  stay = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
-  checkpoints = Checkpoints(Retention(workdir, *stay))
+  kept = config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
+  checkpoints = Checkpoints(Retention(workdir, *kept))
   run, stored = resumed(run, steps, workdir, checkpoints, resume)
   processes.on_first(lambda: copy_file(read.tokenizer.path, workdir / "tokenizer.json"))
   with (
